@@ -1,0 +1,2349 @@
+"""MiniLLM: the whole life of a small language model in one readable file of pure PyTorch.
+
+Text goes in at the top and a talking model comes out at the bottom; every section uses only what stands above it:
+
+    1 Config            what a model, a run and a sampler are made of, and how that becomes command-line flags
+    2 Tokenizer         byte-level BPE that is friendly to Chinese, saved as a Hugging Face tokenizer.json
+    3 Data              files -> records -> a memory-mapped stream of token ids -> batches
+    4 Model             RMSNorm, RoPE/YaRN, grouped-query attention, SwiGLU, mixture of experts, KV cache
+    5 Generation        greedy, sampling, beam search, streaming, chat
+    6 Losses            pure functions of tensors
+    7 Optimisation      schedules, Muon, AdamW, precision, memory
+    8 Runs              checkpoints that survive crashes, run directories
+    9 Trainers          one loop: accumulate -> clip -> step -> log -> evaluate -> save
+
+Contract: importing this file does nothing but define names. A mistake of the user's raises UserError (a ValueError),
+whose message says what, where, found, allowed and what to do. Weights follow the Hugging Face Llama/Qwen3 conventions.
+Axes, everywhere: B batch, T time, S keys (cached time), C hidden, H heads, K key/value heads, D head dim, F ffn,
+V vocabulary, E experts, N tokens of a batch laid end to end.
+"""
+from __future__ import annotations
+
+import argparse
+import array
+import codecs
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import heapq
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+# ======================================================================================================================
+# 1 Config: dataclasses with one comment a field; the comments are the help texts of the command line.
+# ======================================================================================================================
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Drivers print its message and exit with status 2."""
+
+
+def check(owner: object, ok: bool, field: str, allowed: str) -> None:
+    """Raise UserError unless `ok`, naming the field of `owner`, its value and what is allowed."""
+    if not ok:
+        raise UserError(f"{field}={getattr(owner, field)!r} is not possible: it must be {allowed}")
+
+
+@dataclass
+class MiniGPTConfig:
+    """Shape of a model, with Hugging Face's field names. A bad value raises a ValueError that names the field."""
+
+    vocab_size: int = 4096  # rows of the embedding; at least the tokenizer's size
+    hidden_size: int = 256  # width C of the residual stream
+    num_hidden_layers: int = 6  # Transformer blocks
+    num_attention_heads: int = 8  # query heads H
+    num_key_value_heads: int | None = None  # key/value heads K, a divisor of H (default: H)
+    head_dim: int | None = None  # width D of a head, even (default: C / H)
+    intermediate_size: int | None = None  # SwiGLU width F (default: 8/3 C, rounded up to a multiple of 32)
+    max_position_embeddings: int = 512  # longest context, in tokens
+    rms_norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
+    rope_theta: float = 10000.0  # base of RoPE's wavelengths
+    rope_scaling: dict | None = None  # {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    qk_norm: bool = True  # RMSNorm on each query and key head before RoPE (as in Qwen3)
+    tie_word_embeddings: bool = True  # the output matrix is the embedding
+    dropout: float = 0.0  # after the embedding, attention and MLP, in training
+    num_experts: int = 0  # routed experts E; 0 is a dense model
+    num_experts_per_tok: int = 2  # experts that each token visits
+    num_shared_experts: int = 0  # experts that every token visits
+    moe_intermediate_size: int | None = None  # SwiGLU width of one expert (default: F / experts active for a token)
+    norm_topk_prob: bool = True  # scale the chosen experts' probabilities to sum 1
+    router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss
+    bos_token_id: int = 1  # begins a document
+    eos_token_id: int = 2  # ends a document
+    pad_token_id: int = 0  # fills rows; never seen by attention or loss
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                      "max_position_embeddings", "num_experts_per_tok"):
+            check(self, isinstance(getattr(self, field), int) and getattr(self, field) > 0, field, "an integer above 0")
+        C, H = self.hidden_size, self.num_attention_heads
+        self.num_key_value_heads = H if self.num_key_value_heads is None else self.num_key_value_heads
+        K = self.num_key_value_heads
+        check(self, K > 0 and H % K == 0, "num_key_value_heads", f"a divisor of num_attention_heads={H}")
+        if self.head_dim is None:
+            check(self, C % H == 0, "num_attention_heads", f"a divisor of hidden_size={C} unless head_dim is given")
+            self.head_dim = C // H
+        check(self, self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim", "even and above 0, as RoPE turns pairs")
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * C // 3 // 32) * 32
+        check(self, self.intermediate_size > 0, "intermediate_size", "above 0")
+        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        check(self, self.rms_norm_eps > 0, "rms_norm_eps", "above 0")
+        check(self, self.rope_theta > 1, "rope_theta", "above 1")
+        check(self, self.num_experts >= 0, "num_experts", "0 (dense) or more")
+        check(self, self.num_shared_experts >= 0, "num_shared_experts", "0 or more")
+        check(self, self.router_aux_loss_coef >= 0, "router_aux_loss_coef", "0 or more")
+        if self.num_experts:
+            check(self, self.num_experts_per_tok <= self.num_experts, "num_experts_per_tok",
+                  f"at most num_experts={self.num_experts}")
+            if self.moe_intermediate_size is None:
+                active = self.num_experts_per_tok + self.num_shared_experts
+                self.moe_intermediate_size = max(32, self.intermediate_size // active // 32 * 32)
+            check(self, self.moe_intermediate_size > 0, "moe_intermediate_size", "above 0")
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+            check(self, kind == "yarn" and self.rope_scaling.get("factor", 0) >= 1
+                  and self.rope_scaling.get("original_max_position_embeddings", 0) > 0, "rope_scaling",
+                  'None or {"rope_type": "yarn", "factor": >= 1, "original_max_position_embeddings": > 0}')
+
+
+def get_tiny_config() -> MiniGPTConfig:
+    """~1.6 M parameters: learns to write on a laptop CPU in minutes."""
+    return MiniGPTConfig(vocab_size=2048, hidden_size=192, num_hidden_layers=4, num_attention_heads=6,
+                         num_key_value_heads=2, intermediate_size=512, max_position_embeddings=256)
+
+
+def get_small_config() -> MiniGPTConfig:
+    """~25 M parameters: an evening on a CPU, minutes on a GPU."""
+    return MiniGPTConfig(vocab_size=6400, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+                         num_key_value_heads=2, intermediate_size=1408, max_position_embeddings=512)
+
+
+def get_medium_config() -> MiniGPTConfig:
+    """~80 M parameters: the size of GPT-2 small without its large vocabulary."""
+    return MiniGPTConfig(vocab_size=8192, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                         num_key_value_heads=4, intermediate_size=2048, max_position_embeddings=1024)
+
+
+def get_large_config() -> MiniGPTConfig:
+    """~350 M parameters: for one serious GPU."""
+    return MiniGPTConfig(vocab_size=16384, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+                         num_key_value_heads=8, intermediate_size=3072, max_position_embeddings=2048)
+
+
+def get_moe_config() -> MiniGPTConfig:
+    """Sparse: ~75 M parameters, of which a token uses ~25 M (one shared expert, 2 of 8 routed ones)."""
+    return MiniGPTConfig(vocab_size=6400, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+                         num_key_value_heads=2, max_position_embeddings=512, num_experts=8, num_experts_per_tok=2,
+                         num_shared_experts=1, intermediate_size=1408, moe_intermediate_size=480)
+
+
+PRESETS: dict[str, Callable[[], MiniGPTConfig]] = {
+    "tiny": get_tiny_config, "small": get_small_config, "medium": get_medium_config, "large": get_large_config,
+    "moe": get_moe_config}
+
+
+def get_config(name: str) -> MiniGPTConfig:
+    """The preset called `name`: tiny, small, medium, large or moe."""
+    if name not in PRESETS:
+        raise UserError(f"config {name!r} is unknown: choose from {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+@dataclass
+class MemoryConfig:
+    """The part of the training options that trades time for memory."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16/float16 on CUDA, else float32
+    accumulation_steps: int = 1  # batches whose gradients are added up before one update
+    gradient_checkpointing: bool = False  # keep only each block's input and recompute the rest in backward
+    auto_micro_batch: bool = True  # on out-of-memory go on with smaller micro-batches of the same total
+
+
+@dataclass
+class TrainConfig(MemoryConfig):
+    """Every knob of training. `max_steps` or `minutes` ends a run; with both, whichever comes first."""
+
+    batch_size: int = 16  # rows of a batch
+    seq_len: int | None = None  # tokens of a row (default: the model's max_position_embeddings)
+    learning_rate: float = 3e-3  # peak, for Muon's matrices and AdamW's vectors alike
+    min_learning_rate: float = 0.0  # where the schedule ends
+    warmup_steps: int = 20  # steps of linear warm-up
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, linear decay
+    decay_fraction: float = 0.4  # part of the run that wsd spends decaying
+    optimizer: Literal["muon", "adamw"] = "muon"  # what trains the matrices; the rest always gets AdamW
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    beta1: float = 0.9  # AdamW's first moment
+    beta2: float = 0.95  # AdamW's second moment
+    momentum: float = 0.95  # Muon's momentum
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 is off
+    max_steps: int = 0  # end after so many updates; 0 is no limit
+    minutes: float = 0.0  # end so many minutes after the process started; 0 is no limit
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 250  # steps between evaluations, each with a sample; 0 is only at the end
+    save_every: int = 250  # steps between checkpoints; 0 is only at the end
+    eval_tokens: int = 32768  # validation tokens an evaluation; the one at the end takes up to 8 times as many
+    sample_tokens: int = 48  # length of the samples shown during training; 0 is none
+    seed: int = 0  # of initialisation, data order and dropout
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: CUDA and runs of 10 minutes or more
+    on_bad_record: Literal["stop", "skip"] = "stop"  # a malformed line of data ends the run, or is counted and skipped
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "accumulation_steps", "eval_tokens"):
+            check(self, getattr(self, field) >= 1, field, "1 or more")
+        for field in ("warmup_steps", "max_steps", "minutes", "eval_every", "save_every", "sample_tokens",
+                      "weight_decay", "grad_clip", "min_learning_rate"):
+            check(self, 0 <= getattr(self, field) < math.inf, field, "0 or more")
+        check(self, self.log_every >= 1, "log_every", "1 or more")
+        check(self, self.seq_len is None or self.seq_len >= 1, "seq_len", "1 or more")
+        check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0")
+        check(self, self.min_learning_rate <= self.learning_rate, "min_learning_rate",
+              f"at most learning_rate={self.learning_rate}")
+        check(self, 0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]")
+        for field in ("beta1", "beta2", "momentum"):
+            check(self, 0 <= getattr(self, field) < 1, field, "in [0, 1)")
+        for field, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal:
+                check(self, getattr(self, field) in typing.get_args(hint), field, f"one of {typing.get_args(hint)}")
+
+
+def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConfig:
+    """The training defaults of a preset and a stage."""
+    get_config(preset)
+    if stage != "pretrain":
+        raise UserError(f"stage {stage!r} has no training defaults: choose pretrain")
+    if preset == "tiny":
+        return TrainConfig(minutes=3)
+    steps = {"small": 10_000, "moe": 10_000, "medium": 20_000, "large": 50_000}[preset]
+    return TrainConfig(batch_size=32, max_steps=steps, warmup_steps=200, learning_rate=2e-3, eval_every=500,
+                       save_every=500, eval_tokens=131_072)
+
+
+@dataclass
+class GenerationConfig:
+    """How to continue a prompt. Lengths are in tokens."""
+
+    max_new_tokens: int | None = None  # longest continuation (default: 128, or what max_length leaves)
+    min_new_tokens: int = 0  # no end before so many
+    max_length: int | None = None  # longest prompt and continuation together; max_new_tokens wins
+    do_sample: bool = True  # draw from the distribution; off is greedy
+    temperature: float = 0.8  # below 1 sharpens, above 1 flattens
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p; 1 keeps all
+    min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens that occurred already less likely (CTRL)
+    num_beams: int = 1  # hypotheses of beam search; 1 is none
+    length_penalty: float = 1.0  # beams are ranked by log-probability / length ** penalty
+    early_stopping: bool = False  # beams end as soon as num_beams are finished, not when none can win any more
+    stop: list[str] | None = None  # texts that end the continuation; they are not part of it
+    seed: int | None = None  # of the drawing; without one each call differs
+
+    def __post_init__(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        for field in ("max_new_tokens", "max_length"):
+            check(self, getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
+        for field in ("min_new_tokens", "top_k"):
+            check(self, getattr(self, field) >= 0, field, "0 or more")
+        check(self, 0 < self.temperature < math.inf, "temperature", "above 0 (greedy is do_sample=False)")
+        check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        check(self, 0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0")
+        check(self, self.num_beams >= 1, "num_beams", "1 or more")
+        check(self, self.stop is None or all(self.stop), "stop", "texts of at least one character")
+
+    def new_tokens(self, prompt_len: int) -> int:
+        """How many tokens to add to a prompt of `prompt_len`."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return 128 if self.max_length is None else max(0, self.max_length - prompt_len)
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Give `parser` a flag for each field of the dataclass `cls`; the help is the comment on the field's line.
+
+    Only flags that the user gives appear in the parsed namespace, so that presets can supply the rest.
+    """
+    hints, comments = typing.get_type_hints(cls), {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.M))
+    group = parser.add_argument_group(cls.__name__)
+    for field in dataclasses.fields(cls):
+        kind = next(t for t in typing.get_args(hints[field.name]) or [hints[field.name]] if t is not type(None))
+        if typing.get_origin(hints[field.name]) is Literal:
+            options = {"choices": typing.get_args(hints[field.name])}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is list:
+            options = {"type": str, "nargs": "+", "metavar": "TEXT"}
+        else:
+            options = {"type": json.loads if kind is dict else kind, "metavar": kind.__name__.upper()}
+        default = "" if field.default is None else f" [{field.default}]"
+        group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=comments[field.name].replace("%", "%%") + default, **options)
+
+
+def given_flags(args: argparse.Namespace, cls: type) -> dict:
+    """The fields of `cls` that the user gave on the command line."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, suggests the nearest flag for an unknown one, and takes no abbreviations."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        namespace, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {word}" + (f": did you mean {near[0]}?" if near else ""))
+        return namespace
+
+
+# ======================================================================================================================
+# 2 Tokenizer: byte-level BPE on the standard library's `re`; no <unk>, so every byte string survives the round trip.
+# ======================================================================================================================
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")  # ids 0-4; then 256 bytes; then merges
+FIRST_BYTE, FIRST_MERGE = len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256
+
+# Text is first cut into words that merges never cross. Classes are spelled out as literal characters and not as \w or
+# \s, whose meaning differs between engines, so that Python's `re` and the Rust `tokenizers` cut at the same places.
+_HAN = "々〇㐀-䶿一-鿿豈-\ufaff\U00020000-\U000323af"
+_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_PUNCTUATION = ("!-/:-@\\[-`{-~¡-©«-±´¶-¸»-¿×÷\u2010-\u2027\u2030-\u205e\u20a0-\u20bf\u2190-\u2bff\u3001-\u3004"
+                "\u3008-\u3020\ufe30-\ufe4f！-／：-＠［-｀｛-･\U0001f000-\U0001faff")
+_LETTER = f"[^0-9{_HAN}{_SPACE}{_PUNCTUATION}]"  # every other script, and whatever else there is
+WORD_PATTERN = "|".join((
+    f"'(?:[sdmt]|ll|ve|re)(?!{_LETTER})",  # English contractions
+    f" ?{_LETTER}+",  # a word, with the space before it
+    f"[{_HAN}]+",  # a run of Chinese characters
+    "[0-9]",  # one digit a token: the same number always looks the same, so that sums can be learned
+    f" ?[{_PUNCTUATION}]+",
+    f"[{_SPACE}]*[\r\n]+",  # the end of a line with the blanks before it
+    f"[{_SPACE}]+(?![^{_SPACE}])",  # blanks, less the last one, which goes to the word that follows
+    f"[{_SPACE}]+"))
+_find_words = re.compile(WORD_PATTERN).findall
+_SAFE_CUT = re.compile(f"(?<=[^{_SPACE}])(?=[{_SPACE}])|(?<=[{_HAN}])(?=[{_PUNCTUATION}])")  # no word spans such a place
+
+# GPT-2's table, which tokenizer.json uses: bytes that print stand for themselves, the others for U+0100 and up.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_TO_CHAR = {b: chr(b) if b in _PRINTABLE else chr(256 + b - sum(p < b for p in _PRINTABLE)) for b in range(256)}
+_CHAR_TO_BYTE = {c: b for b, c in _BYTE_TO_CHAR.items()}
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[typing.BinaryIO]:
+    """Open a file for writing bytes that appears under `path` whole and on the disk, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is on the disk only once the directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def parallel_map(fn: Callable, items: Iterable, size: int, setup: Callable | None = None, setup_args: tuple = ()
+                 ) -> Iterator:
+    """`map(fn, items)` over the machine's cores, in order and with few items in flight, so that memory stays flat.
+
+    Children are forked: they never import the caller's `__main__` again. Where there is no fork (Windows), with one
+    core, or for less than 2 MB of work (`size`, in bytes), everything runs in this process.
+    """
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if size < 2e6 or workers < 2 or not hasattr(os, "fork"):
+        if setup:
+            setup(*setup_args)
+        yield from map(fn, items)
+        return
+    with warnings.catch_warnings(), ProcessPoolExecutor(workers, get_context("fork"), setup, setup_args) as pool:
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use no torch
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(fn, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _count_words(texts: list[str]) -> Counter:
+    return Counter(itertools.chain.from_iterable(map(_find_words, texts)))
+
+
+def _batched(items: Iterable, size: Callable[[object], int], limit: int = 1 << 19) -> Iterator[list]:
+    """Lists of consecutive items whose sizes add up to about `limit`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, bytes]]:
+    """The `count` most useful merges of byte-level BPE (arXiv:1508.07909), fewer if no pair occurs twice any more.
+
+    Merges join whole characters, or the bytes of one character from left to right; never pieces of two characters, so
+    that Chinese tokens are characters and words. Words are `str` with one code point a symbol, so that a merge is
+    `str.replace`. A whole character is its own symbol from the start, and how its bytes join is worked out beside the
+    words on the distinct characters alone: since a pair is never more frequent than its members, and on a tie bytes go
+    first, a character is always complete before it is joined to another.
+
+    >>> learn_merges({"low": 5, "lower": 2}, 2)
+    [(b'l', b'o'), (b'lo', b'w')]
+    """
+    byte_symbol = [chr(b) if b < 128 else chr(0x10F700 + b) for b in range(256)]
+    symbol_bytes = {s: bytes([b]) for b, s in enumerate(byte_symbol)}
+    char_counts: Counter = Counter()
+    for word, n in word_counts.items():
+        for char in word:
+            char_counts[char] += n
+    chars = {c: "".join(byte_symbol[b] for b in c.encode()) for c in char_counts}
+    whole = {symbols: c for c, symbols in chars.items()}  # spelled in bytes -> the character
+    words = [s for s in whole if len(s) > 1] + [w for w in word_counts if len(w) > 1]
+    counts = [char_counts[whole[s]] for s in whole if len(s) > 1] + [n for w, n in word_counts.items() if len(w) > 1]
+    n_chars = sum(len(s) > 1 for s in whole)
+
+    pair_counts: dict[str, int] = defaultdict(int)
+    where: dict[str, set[int]] = defaultdict(set)
+    for i, (word, n) in enumerate(zip(words, counts, strict=True)):
+        # inside a character only its first two symbols can join: the pair grows from the left
+        for pair in [word[:2]] if i < n_chars else map(str.__add__, word, word[1:]):
+            pair_counts[pair] += n
+            where[pair].add(i)
+    heap = [(-n, min(where[pair]) >= n_chars, pair) for pair, n in pair_counts.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[bytes, bytes]] = []
+    fresh = itertools.count(0xF0000)  # symbols for merged tokens, in a private plane
+    while heap and len(merges) < count:
+        n, between, pair = heapq.heappop(heap)
+        if pair_counts[pair] != -n:  # older merges have eaten some of it: back into the queue with today's count
+            heapq.heappush(heap, (-pair_counts[pair], between, pair))
+            continue
+        if -n < 2:
+            break
+        left, right = pair
+        token = symbol_bytes[left] + symbol_bytes[right]
+        spelled = "".join(byte_symbol[b] for b in token)
+        symbol = whole.get(spelled) if not between else None
+        symbol = symbol or chr(next(fresh))
+        merges.append((symbol_bytes[left], symbol_bytes[right]))
+        symbol_bytes[symbol] = token
+        born = set()
+        for i in where.pop(pair):
+            old, n = words[i], counts[i]
+            new = words[i] = old.replace(pair, symbol)
+            if new == old:
+                continue
+            if between:
+                for p in map(str.__add__, old, old[1:]):
+                    pair_counts[p] -= n
+            for p in map(str.__add__, new, new[1:]) if between else [new[:2]] if len(new) > 1 else []:
+                pair_counts[p] += n
+                if symbol in p:
+                    where[p].add(i)
+                    born.add(p)
+        pair_counts[pair] = 0
+        for p in born:
+            heapq.heappush(heap, (-pair_counts[p], between, p))
+    return merges
+
+
+class _WordCache(dict):
+    """word -> its tokens, one code point each. Starts anew when it is full: memory stays bounded on any text."""
+
+    def __init__(self, encode_word: Callable[[str], str], limit: int = 200_000) -> None:
+        self.encode_word, self.limit = encode_word, limit
+
+    def __missing__(self, word: str) -> str:
+        if len(self) >= self.limit:
+            self.clear()
+        tokens = self[word] = self.encode_word(word)
+        return tokens
+
+
+class BPETokenizer:
+    """Byte-level BPE: `decode_bytes(encode(x)) == x` for every text and every byte string.
+
+    Text never becomes a special token, whatever it looks like; only the chat template and BOS/EOS do. Ids are those
+    that `tokenizers.Tokenizer.from_file` gives for the saved file (with its `encode_special_tokens = True`).
+
+    >>> tokenizer = BPETokenizer(vocab_size=300)
+    >>> tokenizer.train(["你好，世界！ hello world"] * 2)
+    >>> tokenizer.decode(tokenizer.encode("你好 world"))
+    '你好 world'
+    """
+
+    pad_id, bos_id, eos_id, im_start_id, im_end_id = range(len(SPECIAL_TOKENS))
+
+    def __init__(self, vocab_size: int = 4096) -> None:
+        self.requested_size = vocab_size
+        self._set_merges([])
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that exist now: special tokens, bytes and merges learned."""
+        return len(self.token_bytes)
+
+    def _set_merges(self, merges: list[tuple[bytes, bytes]]) -> None:
+        self.merges = merges
+        self.token_bytes = [b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+        ids = {token: i for i, token in enumerate(self.token_bytes) if token}
+        # Inside _merge a token is the code point of its id, a word a str of them, and a merge a str.replace.
+        self._pairs = {chr(ids[a]) + chr(ids[b]): chr(FIRST_MERGE + rank) for rank, (a, b) in enumerate(merges)}
+        self._pair_of = {symbol: pair for pair, symbol in self._pairs.items()}
+        # No merge joins parts of two characters, so a character's own merges can run first, once for each character.
+        self._chars = _WordCache(lambda c: self._merge("".join(
+            chr(FIRST_BYTE + b) for b in c.encode("utf-8", "surrogateescape"))))
+        self._words = _WordCache(lambda word: self._merge("".join(map(self._chars.__getitem__, word))))
+
+    def train(self, texts: Iterable[str]) -> None:
+        """Learn `vocab_size` tokens from `texts`, or as many as there are pairs that occur twice."""
+        floor = FIRST_MERGE
+        if self.requested_size < floor:
+            warnings.warn(f"vocab_size={self.requested_size} is below the floor of {floor} (256 bytes and "
+                          f"{len(SPECIAL_TOKENS)} special tokens): using {floor}", stacklevel=2)
+            self.requested_size = floor
+        texts = iter([texts] if isinstance(texts, str) else texts)
+        batches = _batched(texts, len)
+        first = list(itertools.islice(batches, 4))  # 2 MB or all there is: tells whether other processes pay
+        words: Counter = Counter()
+        for counts in parallel_map(_count_words, itertools.chain(first, batches), sum(len(t) for b in first for t in b)):
+            words.update(counts)
+        self._set_merges(learn_merges(words, self.requested_size - floor))
+
+    def _merge(self, symbols: str) -> str:
+        """Apply the merges in the order in which they were learned."""
+        pairs, none = self._pairs, "\U0010ffff"
+        if len(symbols) > 500:  # so long a word: a str.replace for every merge costs less than looking for the next one
+            for pair, symbol in pairs.items():
+                symbols = symbols.replace(pair, symbol)
+            return symbols
+        while len(symbols) > 1:
+            first = min(map(pairs.get, map(str.__add__, symbols, symbols[1:]), itertools.repeat(none)))
+            if first == none:
+                break
+            symbols = symbols.replace(self._pair_of[first], first)
+        return symbols
+
+    def encode(self, text: str | bytes, add_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`, after BOS if `add_special_tokens`. Bytes need not be UTF-8."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "surrogateescape")
+        ids = list(map(ord, "".join(map(self._words.__getitem__, _find_words(text)))))
+        return [self.bos_id, *ids] if add_special_tokens else ids
+
+    def encode_batch(self, texts: Iterable[str | bytes], add_special_tokens: bool = False) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`; special tokens have none."""
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        for i in ids:
+            if not 0 <= i < len(self.token_bytes):
+                raise UserError(f"token id {i} is outside the vocabulary, 0 … {len(self.token_bytes) - 1}")
+        return b"".join(map(self.token_bytes.__getitem__, ids))
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        if skip_special_tokens:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        runs = itertools.groupby(ids, lambda i: i if 0 <= i < FIRST_BYTE else None)
+        return "".join(self.decode(run) if special is None else SPECIAL_TOKENS[special] * len(list(run))
+                       for special, run in runs)
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` a message; the generation prompt opens the assistant's."""
+        newline, ids = self.encode("\n"), []
+        for message in messages:
+            ids += [self.im_start_id, *self.encode(message["role"] + "\n"), *self.encode(message["content"]),
+                    self.im_end_id, *newline]
+        return ids + [self.im_start_id, *self.encode("assistant\n")] if add_generation_prompt else ids
+
+    def to_json(self) -> str:
+        """The Hugging Face `tokenizer.json`. Equal tokenizers give equal text."""
+        spell = lambda token: "".join(map(_BYTE_TO_CHAR.__getitem__, token))  # noqa: E731
+        vocab = {text: i for i, text in enumerate(SPECIAL_TOKENS)}
+        vocab |= {spell(token): i for i, token in enumerate(self.token_bytes) if i >= FIRST_BYTE}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return json.dumps({
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": text, **flags} for i, text in enumerate(SPECIAL_TOKENS)],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": vocab, "merges": [[spell(a), spell(b)] for a, b in self.merges]},
+        }, ensure_ascii=False, indent=1)
+
+    def content_hash(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        with atomic_write(path) as file:
+            file.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> BPETokenizer:
+        """Read a `tokenizer.json` that `save` wrote."""
+        try:
+            data = json.loads(Path(path).read_bytes())
+            merges = [tuple(bytes(map(_CHAR_TO_BYTE.__getitem__, part)) for part in pair)
+                      for pair in data["model"]["merges"]]
+            tokenizer = cls(FIRST_MERGE + len(merges))
+            tokenizer._set_merges(merges)
+            same = json.loads(tokenizer.to_json()) == data
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a tokenizer.json of byte-level BPE: {error!r}") from error
+        if not same:
+            raise UserError(f"{path} is a tokenizer.json that MiniLLM did not write: its special tokens, word pattern "
+                            "or vocabulary differ")
+        return tokenizer
+
+
+# ======================================================================================================================
+# 3 Data: files -> records -> documents -> a memory-mapped stream of token ids -> batches.
+# ======================================================================================================================
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
+TOKENIZER_BYTES = 32_000_000  # a tokenizer learns from at most about so much text, evenly picked
+
+
+def data_files(paths: str | Path | list) -> list[Path]:
+    """The data files that `paths` name: files as they are, of directories every .txt/.json/.jsonl(.gz), sorted."""
+    files: list[Path] = []
+    for path in map(Path, paths if isinstance(paths, (list, tuple)) else [paths]):
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
+            if not found:
+                raise UserError(f"{path}: a directory without any data file ({', '.join(SUFFIXES)})")
+            files += found
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or directory (data is a {', '.join(SUFFIXES)} file or a directory)")
+        elif not path.name.endswith(SUFFIXES):
+            raise UserError(f"{path}: unknown kind of data file, allowed are {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    return files
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_plain_text(path: Path) -> bool:
+    return path.name.endswith((".txt", ".txt.gz"))
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[typing.TextIO]:
+    """Open UTF-8 text, .gz or not, without BOM and with \\n line ends; what is not UTF-8 is a UserError with its place."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        with opener(path, "rb") as file:
+            decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+            while chunk := file.read(1 << 20):
+                held = len(decoder.getstate()[0])
+                try:
+                    decoder.decode(chunk)
+                except UnicodeDecodeError as bad:
+                    raise UserError(f"{path}: byte {read - held + bad.start} is not UTF-8 ({bad.reason}): convert the "
+                                    "file, for example with iconv") from error
+                read += len(chunk)
+        raise UserError(f"{path}: ends inside a UTF-8 character") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: damaged .gz file ({error})") from error
+
+
+def read_text(path: Path, chunk_chars: int = 1 << 20) -> Iterator[str]:
+    """A text file in pieces of about `chunk_chars` characters, cut where no word of the tokenizer is cut."""
+    with open_text(path) as file:
+        rest = ""
+        while chunk := file.read(chunk_chars):
+            rest += chunk
+            cut = None
+            for start in (max(0, len(rest) - 1000), 0):  # a cut is nearly always near the end
+                for match in _SAFE_CUT.finditer(rest, start):
+                    cut = match.start()
+                if cut:
+                    break
+            if not cut and len(rest) >= 4 * chunk_chars:
+                cut = len(rest)  # millions of characters without a blank: memory matters more than that word
+            if cut:
+                yield rest[:cut]
+                rest = rest[cut:]
+        if rest:
+            yield rest
+
+
+class BadRecords:
+    """What to do about malformed records: stop with file:line, or skip them, count, and say so at the end."""
+
+    def __init__(self, policy: str) -> None:
+        self.policy, self.count, self.first = policy, 0, ""
+
+    def add(self, where: str, problem: str) -> None:
+        if self.policy == "stop":
+            raise UserError(f"{where}: {problem} (--on-bad-record skip goes on without such records)")
+        self.count, self.first = self.count + 1, self.first or f"{where}: {problem}"
+
+    def report(self) -> None:
+        if self.count:
+            warnings.warn(f"skipped {self.count} malformed records, the first at {self.first}", stacklevel=3)
+
+
+def record_kind(record: object) -> str | None:
+    """text, chat, preference or prompt, by the record's content (README lists the forms); None is none of them."""
+    if not isinstance(record, dict):
+        return None
+    for kind, keys in (("preference", ("chosen", "rejected")), ("chat", ("messages",)), ("chat", ("conversations",)),
+                       ("chat", ("instruction", "output")), ("chat", ("prompt", "completion")),
+                       ("chat", ("input", "output")), ("prompt", ("prompt",)), ("text", ("text",))):
+        if all(key in record for key in keys):
+            return kind
+    return None
+
+
+def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
+    """(file:line, record) for every JSON object of a .jsonl, or of a .json holding one object, a list or lines."""
+    def parse(text: str, line: int) -> Iterator[tuple[str, object]]:
+        try:
+            yield f"{path}:{line}", json.loads(text)
+        except json.JSONDecodeError as error:
+            bad.add(f"{path}:{line + error.lineno - 1}:{error.colno}", f"not JSON: {error.msg}")
+        except RecursionError:
+            bad.add(f"{path}:{line}", "JSON nested too deeply")
+
+    def parse_all(file: typing.TextIO) -> Iterator[tuple[str, object]]:
+        if ".jsonl" not in path.name:
+            text = file.read()
+            try:
+                whole = json.loads(text)
+            except json.JSONDecodeError as error:
+                if error.msg != "Extra data":  # several values one after another are lines of JSON, whatever the name
+                    yield from parse(text, 1)
+                    return
+                file.seek(0)
+            else:
+                items = whole if isinstance(whole, list) else [whole]
+                yield from ((f"{path}[{i}]", record) for i, record in enumerate(items))
+                return
+        for line, text in enumerate(file, 1):
+            if text.strip():
+                yield from parse(text, line)
+
+    with open_text(path) as file:
+        for where, record in parse_all(file):
+            kind = record_kind(record)
+            if kind is None:
+                found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+                bad.add(where, f"unknown form of record ({found or 'empty object'}): allowed are objects with text, "
+                               "messages, conversations, instruction+output, prompt(+completion), chosen+rejected")
+            elif kind == "text" and not isinstance(record["text"], str):
+                bad.add(where, f"\"text\" must be a string, not {type(record['text']).__name__}")
+            else:
+                yield where, record
+
+
+def in_validation(key: str) -> bool:
+    """Whether a document is one of the tenth set aside for validation: its content alone decides."""
+    return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16) % 10 == 0
+
+
+Piece = tuple[str, str, bool, bool]  # (train or val, text, begins a document, ends it)
+
+
+def text_pieces(path: Path, split: str, alone: bool) -> Iterator[Piece]:
+    """A .txt file, which is one document. A lone one is split: its last tenth of characters is for validation."""
+    total = sum(map(len, read_text(path)))
+    if split == "all":
+        cut = total
+    else:
+        cut = int(total * 0.9) if alone else 0 if in_validation(hash_file(path)) else total
+    at = 0
+    for text in read_text(path):
+        k = max(0, cut - at)
+        for target, part, begin, end in (("train", text[:k], 0, cut), ("val", text[k:], cut, total)):
+            if part:
+                yield target, part, at == begin, at + len(part) == end
+                at += len(part)
+
+
+def documents(files: list[Path], split: str, on_bad_record: str) -> Iterator[Piece]:
+    """The pieces of every document of the text records and .txt files among `files`."""
+    bad, kinds = BadRecords(on_bad_record), Counter()
+    for path in files:
+        if is_plain_text(path):
+            for piece in text_pieces(path, split, len(files) == 1):
+                kinds["text"] += 1
+                yield piece
+            continue
+        for _, record in read_records(path, bad):
+            kinds[record_kind(record)] += 1
+            if record_kind(record) == "text" and record["text"]:
+                target = "val" if split != "all" and in_validation(record["text"]) else "train"
+                yield target, record["text"], True, True
+    bad.report()
+    if not kinds["text"]:
+        raise UserError(f"{', '.join(map(str, files))}: no text to train on (found: {dict(kinds) or 'nothing'}): "
+                        'pretraining takes .txt files and {"text": …} records')
+
+
+def sample_texts(files: list[Path], split: str, on_bad_record: str) -> Iterator[str]:
+    """Text for a tokenizer to learn from: every string in the data but validation text; an even part of large data."""
+    def strings(value: object) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (dict, list)):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from strings(item)
+
+    def all_texts() -> Iterator[str]:
+        bad = BadRecords(on_bad_record)
+        for path in files:
+            if is_plain_text(path):
+                yield from (text for target, text, _, _ in text_pieces(path, split, len(files) == 1) if target == "train")
+            else:
+                for _, record in read_records(path, bad):
+                    if split == "all" or record_kind(record) != "text" or not in_validation(record["text"]):
+                        yield from strings(record)
+
+    size = sum(f.stat().st_size * (4 if f.name.endswith(".gz") else 1) for f in files)
+    yield from itertools.islice(all_texts(), 0, None, max(1, round(size / TOKENIZER_BYTES)))
+
+
+class TokenizerManager:
+    """Trains a tokenizer once for each content of the data, and finds it again by that content's hash."""
+
+    def __init__(self, cache_dir: str | Path = "out/cache") -> None:
+        self.cache_dir = Path(cache_dir)
+
+    def get_or_train_tokenizer(self, data_path: str | Path | list, vocab_size: int = 4096, split: str = "train",
+                               on_bad_record: str = "stop") -> BPETokenizer:
+        """A tokenizer of `vocab_size` tokens for `data_path` (a file, a directory or a list of them).
+
+        With split="train" it never sees the validation part of the data, with "all" it learns from the whole.
+        """
+        files = data_files(data_path)
+        rule = (vocab_size, split, on_bad_record, WORD_PATTERN, [hash_file(f) for f in files])
+        path = self.cache_dir / f"tokenizer-{hashlib.sha256(repr(rule).encode()).hexdigest()[:24]}.json"
+        if path.exists():
+            return BPETokenizer.load(path)
+        tokenizer = BPETokenizer(vocab_size)
+        tokenizer.train(sample_texts(files, split, on_bad_record))
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+        return tokenizer
+
+
+_worker_tokenizer: BPETokenizer | None = None  # set in each child of the encoder, once
+
+
+def _set_worker_tokenizer(tokenizer: BPETokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
+
+
+def _encode_pieces(pieces: list[Piece]) -> dict[str, bytes]:
+    """Each split's ids as raw numbers of two or four bytes."""
+    tokenizer = _worker_tokenizer
+    ids = {split: array.array("H" if tokenizer.vocab_size <= 1 << 16 else "I") for split in ("train", "val")}
+    for split, text, begins, ends in pieces:
+        ids[split].extend(tokenizer.encode(text, add_special_tokens=begins))
+        if ends:
+            ids[split].append(tokenizer.eos_id)
+    return {split: values.tobytes() for split, values in ids.items()}
+
+
+def encode_corpus(paths: str | Path | list, tokenizer: BPETokenizer, split: str = "train",
+                  cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> tuple[torch.Tensor, str]:
+    """The token ids of a split of a corpus, as one memory-mapped (N,) tensor of uint16 or uint32, and the corpus's key.
+
+    Encoded once, in parallel and in pieces, into a file under `cache_dir` keyed by the content of the data and the
+    tokenizer. Every document stands between BOS and EOS. `split`: "train" and "val" share a corpus (val is the last
+    tenth of the characters of one .txt, otherwise the documents whose content hash says so), "all" takes it whole.
+    """
+    files, cache_dir = data_files(paths), Path(cache_dir)
+    rule = ("encoding 1", split == "all", on_bad_record, tokenizer.content_hash(), [hash_file(f) for f in files],
+            [is_plain_text(f) for f in files])
+    key = hashlib.sha256(repr(rule).encode()).hexdigest()[:24]
+    dtype = torch.uint16 if tokenizer.vocab_size <= 1 << 16 else torch.uint32
+    targets = {s: cache_dir / f"{key}.{s}.{'u16' if dtype is torch.uint16 else 'u32'}" for s in ("train", "val")}
+    if not all(t.exists() for t in targets.values()):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        size = sum(f.stat().st_size for f in files)
+        with contextlib.ExitStack() as stack:
+            out = {s: stack.enter_context(atomic_write(target)) for s, target in targets.items()}
+            batches = _batched(documents(files, split, on_bad_record), lambda piece: len(piece[1]))
+            for encoded in parallel_map(_encode_pieces, batches, size, _set_worker_tokenizer, (tokenizer,)):
+                for s, values in encoded.items():
+                    out[s].write(values)
+    path = targets["val" if split == "val" else "train"]
+    if not path.stat().st_size:
+        raise UserError(f"{', '.join(map(str, files))}: the {split} part is empty, as there are too few documents to set "
+                        "a tenth aside: give validation data of its own with --val-data")
+    return torch.from_file(str(path), size=path.stat().st_size // dtype.itemsize, dtype=dtype), path.stem
+
+
+class PretrainDataLoader:
+    """Batches of blocks of `seq_len` + 1 consecutive tokens; neighbours share a token, so that each is predicted once.
+
+    Iterating gives {"input_ids", "labels"}, both (B, seq_len + 1) int64 and equal, until the epoch ends; the next
+    iteration is the next epoch. Shuffled blocks start at an offset that changes with the epoch. `state_dict` is the
+    exact cursor. In order (`shuffle=False`) nothing is left out: the last rows may be fewer, and the last one shorter.
+    """
+
+    def __init__(self, paths: str | Path | list, tokenizer: BPETokenizer, batch_size: int = 16, seq_len: int = 256,
+                 split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
+                 cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> None:
+        self.tokens, self.corpus = encode_corpus(paths, tokenizer, split, cache_dir, on_bad_record)
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.shuffle = split != "val" if shuffle is None else shuffle
+        self.epoch = self.index = 0  # blocks of this epoch that have been given out
+        if len(self.tokens) < 2 or self.shuffle and len(self.tokens) <= seq_len:
+            raise UserError(f"{paths}: the {split} part holds {len(self.tokens)} tokens, less than one block of seq_len="
+                            f"{seq_len} and one more: give more data, or a smaller --seq-len")
+
+    def _starts(self) -> torch.Tensor:
+        """Where this epoch's blocks start, in the order in which they are given out."""
+        T, n = self.seq_len, len(self.tokens)
+        if not self.shuffle:
+            return torch.arange(0, n - 1, T)
+        draw = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        offset = int(torch.randint(0, min(T, n - T), (), generator=draw)) if self.epoch else 0
+        blocks = (n - 1 - offset) // T
+        starts = offset + T * torch.randperm(blocks, generator=draw)
+        return starts if blocks < self.batch_size else starts[:blocks - blocks % self.batch_size]
+
+    def __len__(self) -> int:
+        return -(-len(self._starts()) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        starts, T = self._starts().tolist(), self.seq_len
+        while self.index < len(starts):
+            rows = [self.tokens[i:i + T + 1].long() for i in starts[self.index:self.index + self.batch_size]]
+            if len(rows) > 1 and len(rows[-1]) < T + 1:
+                rows.pop()  # the short end of the stream comes alone
+            self.index += len(rows)
+            batch = torch.stack(rows)  # (B, T + 1)
+            yield {"input_ids": batch, "labels": batch}
+        self.epoch, self.index = self.epoch + 1, 0
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "corpus": self.corpus}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["corpus"] != self.corpus:
+            raise UserError("the data, its split or the tokenizer are not those of the checkpoint: give the same --data "
+                            "and --val-data as before")
+        self.epoch, self.index, self.seed = state["epoch"], state["index"], state["seed"]
+
+
+class LanguageModelingDataset(torch.utils.data.Dataset):
+    """Texts as rows of `max_length` tokens for a plain torch DataLoader; long texts take several rows.
+
+    An item is {"input_ids", "labels", "attention_mask"}, each (max_length,) int64: BOS text EOS, then padding, whose
+    labels are -100. A text's next row begins with the last token of the row before, so that each token is predicted.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: BPETokenizer, max_length: int) -> None:
+        if max_length < 2:
+            raise UserError(f"max_length={max_length} is not possible: it must be 2 or more")
+        rows = []
+        for text in texts:
+            ids = [*tokenizer.encode(text, add_special_tokens=True), tokenizer.eos_id]
+            rows += [ids[i:i + max_length] for i in range(0, len(ids) - 1, max_length - 1)]
+        self.input_ids = torch.full((len(rows), max_length), tokenizer.pad_id)
+        self.lengths = [len(row) for row in rows]
+        for i, row in enumerate(rows):
+            self.input_ids[i, :len(row)] = torch.tensor(row)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        real = torch.arange(self.input_ids.shape[1]) < self.lengths[i]
+        return {"input_ids": self.input_ids[i], "labels": self.input_ids[i].where(real, torch.tensor(-100)),
+                "attention_mask": real.long()}
+
+
+# ======================================================================================================================
+# 4 Model: a pre-norm Transformer with Hugging Face's Llama/Qwen3 conventions.
+# ======================================================================================================================
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """RMSNorm with its gradient by hand: half the passes over memory that autograd makes, several times faster on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        d_weight = (grad * unit).flatten(0, -1 - weight.dim()).sum(0)
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, unit).unsqueeze(-1).div_(x.shape[-1])
+        return grad.addcmul_(unit, along, value=-1).mul_(scale), d_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 or better (arXiv:1910.07467).
+
+    `weight` may have further leading axes, one row a head: (D,) or (H, D) for x (…, H, D).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)  # the mean of squares needs more than half precision
+    return _RMSNormFunction.apply(x.to(wide), weight.to(wide), eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rope_tables(config: MiniGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary position embedding (arXiv:2104.09864), each (max_position_embeddings, D / 2).
+
+    YaRN (arXiv:2309.00071) stretches the slow waves by `factor`, leaves the fast ones, and blends between: a dimension
+    counts as fast if it turns more than beta_fast times within the original context, as slow below beta_slow times.
+    """
+    D, base = config.head_dim, config.rope_theta
+    inv_freq = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
+    attention_factor = 1.0
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+        def dimension(turns: float) -> float:  # the dimension that turns so often within the original context
+            return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low = max(math.floor(dimension(scaling.get("beta_fast") or 32)), 0)
+        high = min(math.ceil(dimension(scaling.get("beta_slow") or 1)), D - 1)
+        slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+        inv_freq = inv_freq / factor * slow + inv_freq * (1 - slow)
+        attention_factor = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+    angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inv_freq)
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (x[d], x[d + D/2]) of x (B, T, H, D) by their angles; cos and sin broadcast as (B, T, 1, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once: two tensors (layers, B, K, S, D), filled up to `length`."""
+
+    def __init__(self, model: MiniGPT, batch_size: int, max_length: int) -> None:
+        config, weight = model.config, model.embed_tokens.weight
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.k, self.v = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        self.length = 0
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append k and v (B, K, T, D) to a layer; all that it holds now comes back, (B, K, length + T, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was; there may be more rows than before."""
+        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads."""
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.H + 2 * self.K) * self.D, bias=False)  # one product for all
+        self.o_proj = nn.Linear(self.H * self.D, config.hidden_size, bias=False)
+        self.qk_norm, self.eps = config.qk_norm, config.rms_norm_eps
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.D, self.eps), RMSNorm(self.D, self.eps)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None,
+                cache: KVCache | None, layer: int) -> torch.Tensor:
+        B, T, _ = x.shape
+        H, K, D = self.H, self.K, self.D
+        qk, v = self.qkv_proj(x).view(B, T, H + 2 * K, D).split((H + K, K), dim=2)
+        if self.qk_norm:
+            weight = torch.cat((self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(K, D)))
+            qk = rms_norm(qk, weight, self.eps)
+        q, k = apply_rope(qk, cos, sin).to(v.dtype).split((H, K), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, K, S, D)
+        if T == 1 and mask is None:  # one query sees every key: the heads of a group become its queries, nothing is copied
+            out = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v).reshape(B, H, 1, D)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) (arXiv:2002.05202), gate and up in one product."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token visits its `num_experts_per_tok` likeliest experts and every shared one; no token is dropped.
+
+    Routing is Qwen3-MoE's, the balance loss Switch Transformer's (arXiv:2101.03961), shared experts DeepSeekMoE's
+    (arXiv:2401.06066). Tokens are sorted by expert, so that an expert's work is one product over its own.
+    """
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        E, C, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(C, E, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, width))
+        # the sum of n SwiGLUs is one of n times the width
+        self.shared = SwiGLU(C, config.num_shared_experts * width) if config.num_shared_experts else None
+
+    def route(self, x: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights and indices (N, k) of the experts of x (N, C), and the balance loss E · Σ f P over the real tokens."""
+        with torch.autocast(x.device.type, enabled=False):  # float32: a rounding error would send a token elsewhere
+            probs = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)  # (N, E)
+        weights, experts = probs.topk(self.k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if not self.training:
+            return weights, experts, probs.new_zeros(())
+        E = probs.shape[-1]
+        counted = torch.ones(len(x), device=x.device) if real is None else real.flatten().float()  # (N,)
+        share = torch.zeros(E, device=x.device).index_add_(0, experts.flatten(), counted.repeat_interleave(self.k))
+        share = share / share.sum().clamp(min=1)  # f: of all visits, those to each expert
+        mean_prob = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)  # P
+        return weights, experts, E * (share * mean_prob).sum()
+
+    def forward(self, x: torch.Tensor, real: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> its mixture (B, T, C) and the balance loss; `real` (B, T) are the tokens that are no padding."""
+        flat = x.reshape(-1, x.shape[-1])  # (N, C)
+        weights, experts, balance = self.route(flat, real)
+        order = experts.flatten().argsort(stable=True)  # visits (N · k) in the order of their experts
+        visits = flat.index_select(0, order // self.k)
+        counts = experts.flatten().bincount(minlength=len(self.gate.weight)).tolist()
+        outs = [self._expert(e, part) for e, part in enumerate(visits.split(counts)) if len(part)]
+        outs = torch.cat(outs) * weights.flatten()[order, None].to(x.dtype)
+        mixed = outs.new_zeros(flat.shape).index_add_(0, order // self.k, outs).view_as(x)
+        return (mixed if self.shared is None else mixed + self.shared(x)), balance
+
+    def _expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down_proj[e])
+
+
+class Block(nn.Module):
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGLU(config.hidden_size,
+                                                                             config.intermediate_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None = None,
+                real: torch.Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+                ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer))
+        out, balance = self.post_attention_layernorm(x), 0.0
+        if isinstance(self.mlp, MixtureOfExperts):
+            out, balance = self.mlp(out, real)
+        else:
+            out = self.mlp(out)
+        return x + self.dropout(out), balance
+
+
+class MiniGPT(nn.Module):
+    """A decoder-only Transformer. `model(input_ids)`: (B, T) int64 -> logits (B, T, V)."""
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights of variance 1 / fan-in keep the scale of activations from layer to layer.
+
+        What writes to the residual stream (o_proj, down_proj) starts at zero: each block begins as the identity, so that
+        depth costs nothing at first and the gradient reaches every layer whole. The embedding has standard deviation
+        0.02, so that tied logits start small and the first loss is ln V.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                p.zero_()
+            elif name in ("embed_tokens.weight", "lm_head.weight"):
+                p.normal_(std=0.02)
+            else:
+                p.normal_(std=p.shape[-1] ** -0.5)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The (V, C) matrix that turns hidden states into logits."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden_states(self, input_ids: torch.Tensor, *, position_ids: torch.Tensor | None = None,
+                      attention_mask: torch.Tensor | None = None, token_mask: torch.Tensor | None = None,
+                      cache: KVCache | None = None) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """(B, T) int64 -> the normalised last hidden states (B, T, C) and the routers' mean balance loss.
+
+        `position_ids` (B, T): default 0 … T-1, after what the cache holds. `attention_mask`: keys that may be seen, bool,
+        (B, S) or (B, T, S), besides causality; the default None is causal alone, and fast. `token_mask` (B, T): tokens
+        that are no padding, for the routers. With a `cache`, the T tokens follow those in it and are added.
+        """
+        B, T = input_ids.shape
+        start = cache.length if cache is not None else 0
+        if position_ids is None:
+            if start + T > self.config.max_position_embeddings:
+                raise UserError(f"{start + T} tokens exceed the context of max_position_embeddings="
+                                f"{self.config.max_position_embeddings}")
+            position_ids = torch.arange(start, start + T, device=input_ids.device)[None]
+        cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D / 2)
+        mask = self._mask(T, start + T, attention_mask)
+        x, balances = self.dropout(self.embed_tokens(input_ids)), []
+        for i, block in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, balance = recompute(block, x, cos, sin, mask, token_mask, use_reentrant=False)
+            else:
+                x, balance = block(x, cos, sin, mask, token_mask, cache, i)
+            balances.append(balance)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x), sum(balances) / len(balances)
+
+    def _mask(self, T: int, S: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of S keys each of the last T tokens sees, broadcasting to (B, H, T, S); None where a fast path says it."""
+        if attention_mask is None and T in (1, S):
+            return None
+        causal = torch.ones(T, S, dtype=torch.bool, device=self.cos.device).tril(S - T)
+        if attention_mask is None:
+            return causal
+        seen = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
+        itself = torch.eye(S, dtype=torch.bool, device=causal.device)[S - T:]
+        return causal & seen.bool() | itself  # a padding token sees itself: a row without any key would be NaN
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, C) -> logits (…, V)."""
+        return F.linear(hidden, self.output_weight)
+
+    def forward(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
+        """(B, T) int64 -> logits (B, T, V); options as in `hidden_states`."""
+        return self.logits(self.hidden_states(input_ids, **options)[0])
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, temperature: float = 0.0,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
+        """Continue (B, T) by the whole model over the whole text for every token: the slow oracle of TextGenerator.
+
+        Greedy at temperature 0, else sampling. Returns (B, T + max_new_tokens).
+        """
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(input_ids)[:, -1]  # (B, V)
+            if temperature > 0:
+                chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+            else:
+                chosen = logits.argmax(dim=-1, keepdim=True)
+            input_ids = torch.cat((input_ids, chosen), dim=1)
+        self.train(was_training)
+        return input_ids
+
+    def num_params(self, active: bool = False) -> int:
+        """Parameters; with `active` only those that a token uses (all of a dense model)."""
+        total = sum(p.numel() for p in self.parameters())
+        if active and self.config.num_experts:
+            idle = self.config.num_experts - self.config.num_experts_per_tok
+            one = 3 * self.config.hidden_size * self.config.moe_intermediate_size
+            total -= self.config.num_hidden_layers * idle * one
+        return total
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of forward and backward for a token of a row of `seq_len` (arXiv:2204.02311, app. B).
+
+        Six for each weight of a matrix product, and six for each element of the two products of causal attention, of
+        which the mask leaves half.
+        """
+        c = self.config
+        weights = self.num_params(active=True)
+        if not c.tie_word_embeddings:
+            weights -= c.vocab_size * c.hidden_size  # a look-up is no product
+        return 6 * weights + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
+
+
+# ======================================================================================================================
+# 5 Generation: one cached decoder under greedy search, sampling, streaming and chat; beam search beside it.
+# ======================================================================================================================
+
+
+def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """CTRL's penalty (arXiv:1909.05858): logits (B, V) of tokens that were `seen` (B, V) shrink, or sink if negative."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities after temperature, top-k, top-p and min-p, and their token ids, both (B, k), likeliest first.
+
+    top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082.
+    """
+    logits = logits.float() / config.temperature
+    V = logits.shape[-1]
+    values, ids = logits.topk(min(config.top_k or V, V), dim=-1)
+    probs = values.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # what the likelier tokens reach without this one
+    keep = (probs >= config.min_p * probs[:, :1])
+    if config.top_p < 1:
+        keep &= before < config.top_p
+    keep[:, 0] = True
+    probs = probs * keep
+    return probs / probs.sum(dim=-1, keepdim=True), ids
+
+
+class _Session:
+    """A batch of prompts in decoding: the cache, and positions and key masks where rows are padded on the left."""
+
+    def __init__(self, model: MiniGPT, input_ids: torch.Tensor, new_tokens: int, attention_mask: torch.Tensor | None
+                 ) -> None:
+        B, T = input_ids.shape
+        self.model, self.cache = model, KVCache(model, B, T + new_tokens)
+        self.mask = self.position_ids = None
+        if attention_mask is not None and not attention_mask.all():
+            self.mask = F.pad(attention_mask.bool(), (0, new_tokens), value=True)  # (B, T + new_tokens)
+            self.position_ids = (self.mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append ids (B, t) to every row -> logits (B, V) of what comes next."""
+        start = self.cache.length
+        end, padded = start + ids.shape[1], self.mask is not None
+        hidden, _ = self.model.hidden_states(
+            ids, position_ids=self.position_ids[:, start:end] if padded else None,
+            attention_mask=self.mask[:, :end] if padded else None, cache=self.cache)
+        return self.model.logits(hidden[:, -1])
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.cache.reorder(rows)
+        if self.mask is not None:
+            self.mask, self.position_ids = self.mask[rows], self.position_ids[rows]
+
+
+class TextGenerator:
+    """Continues text with a model. Tensor methods take prompts (B, T) and return prompt and continuation (B, ≤ T + new).
+
+    A row ends at EOS or <|im_end|>; after that it is padding. Rows of unequal length are padded on the left and come with
+    an `attention_mask` (B, T), 1 where a token is real. A continuation also ends where the model's context does.
+    """
+
+    def __init__(self, model: MiniGPT, tokenizer: BPETokenizer) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's vocab_size="
+                            f"{model.config.vocab_size}: they do not belong together")
+        self.model, self.tokenizer = model, tokenizer
+        self.stop_ids = (tokenizer.eos_id, tokenizer.im_end_id)
+
+    def greedy_search(self, input_ids: torch.Tensor, config: GenerationConfig | None = None,
+                      attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Always the likeliest token."""
+        return self._complete(input_ids, dataclasses.replace(config or GenerationConfig(), do_sample=False),
+                              attention_mask)
+
+    def sample_generate(self, input_ids: torch.Tensor, config: GenerationConfig | None = None,
+                        attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Draw each token from the distribution that temperature, top-k, top-p and min-p leave."""
+        return self._complete(input_ids, dataclasses.replace(config or GenerationConfig(), do_sample=True),
+                              attention_mask)
+
+    def generate(self, prompts: str | list[str], config: GenerationConfig | None = None) -> str | list[str]:
+        """The continuation of each prompt, without the prompt: a text for a text, a list for a list."""
+        config = config or GenerationConfig()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [self._prompt_ids(text) for text in texts]
+        if not rows:
+            return []
+        T = max(map(len, rows))
+        input_ids = torch.tensor([[self.tokenizer.pad_id] * (T - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+        if config.num_beams > 1:
+            output = self.beam_search(input_ids, config, mask)[:, T:].tolist()
+        else:
+            output = self._complete(input_ids, config, mask)[:, T:].tolist()
+        answers = [_clip_at_stop(self._text(row), config.stop or [])[0] for row in output]
+        return answers[0] if isinstance(prompts, str) else answers
+
+    def stream(self, prompt: str | list[dict], config: GenerationConfig | None = None) -> Iterator[str]:
+        """The continuation of a text, or the answer to chat messages, piece by piece; no piece ends inside a character."""
+        config = config or GenerationConfig()
+        if config.num_beams > 1:
+            raise UserError(f"num_beams={config.num_beams} can not stream: beams are only known at the end")
+        input_ids = torch.tensor([self._prompt_ids(prompt)])
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")  # holds back the bytes of an unfinished character
+        text, shown = "", 0
+        stops = config.stop or []
+        for token, _ in self._tokens(input_ids, config, None):
+            text += decoder.decode(self.tokenizer.decode_bytes(token.tolist()))
+            clipped, found = _clip_at_stop(text, stops)
+            # what may be the beginning of a stop text waits
+            held = max((n for s in stops for n in range(1, len(s)) if clipped.endswith(s[:n])), default=0)
+            end = len(clipped) if found else len(clipped) - held
+            if end > shown:
+                yield clipped[shown:end]
+                shown = end
+            if found:
+                return
+        if len(text) > shown:
+            yield text[shown:]
+
+    def chat(self, messages: list[dict], config: GenerationConfig | None = None) -> str:
+        """The assistant's answer to [{"role", "content"}, …]."""
+        return "".join(self.stream(messages, config))
+
+    def _prompt_ids(self, prompt: str | list[dict]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")  # a last character may be unfinished
+
+    def _new_tokens(self, input_ids: torch.Tensor, config: GenerationConfig) -> int:
+        """How many tokens fit behind the prompt; the prompt is checked."""
+        limit = self.model.config.max_position_embeddings
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise UserError(f"prompts must be a tensor (B, T) of at least one token, not {tuple(input_ids.shape)}")
+        T = input_ids.shape[1]
+        if T >= limit:
+            raise UserError(f"a prompt of {T} tokens leaves no room in the context of {limit}: shorten it")
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= self.model.config.vocab_size:
+            raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {self.model.config.vocab_size - 1}")
+        return min(config.new_tokens(T), limit - T)
+
+    def _forbid(self, logits: torch.Tensor, config: GenerationConfig, step: int, seen: torch.Tensor | None
+                ) -> torch.Tensor:
+        """Logits (B, V) in float32 without ids beyond the tokenizer's, early ends, and repetitions."""
+        logits = logits.float()
+        if seen is not None:
+            logits = penalise_repetition(logits, seen, config.repetition_penalty)
+        if logits.shape[-1] > self.tokenizer.vocab_size:
+            logits[:, self.tokenizer.vocab_size:] = -math.inf
+        if step < config.min_new_tokens:
+            logits[:, list(self.stop_ids)] = -math.inf
+        return logits
+
+    def _seen(self, input_ids: torch.Tensor, config: GenerationConfig, attention_mask: torch.Tensor | None
+              ) -> torch.Tensor | None:
+        """(B, V): which tokens a row holds already; None where nobody asks."""
+        if config.repetition_penalty == 1:
+            return None
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+        counts = torch.zeros(len(input_ids), self.model.config.vocab_size, dtype=torch.long, device=input_ids.device)
+        return counts.scatter_add_(1, input_ids, real) > 0
+
+    @torch.inference_mode()
+    def _tokens(self, input_ids: torch.Tensor, config: GenerationConfig, attention_mask: torch.Tensor | None
+                ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (tokens (B,), ended (B,)) step by step until all rows have ended; a caller may set `ended` itself."""
+        device = self.model.embed_tokens.weight.device
+        new_tokens = self._new_tokens(input_ids, config)
+        input_ids = input_ids.to(device)
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        generator = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            session = _Session(self.model, input_ids, new_tokens, attention_mask)
+            seen = self._seen(input_ids, config, attention_mask)
+            stop_ids = torch.tensor(self.stop_ids, device=device)
+            ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+            feed = input_ids
+            for step in range(new_tokens):
+                logits = self._forbid(session.feed(feed), config, step, seen)
+                if config.do_sample:
+                    probs, ids = sampling_probs(logits, config)
+                    tokens = ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+                else:
+                    tokens = logits.argmax(dim=-1)
+                tokens = tokens.masked_fill(ended, self.tokenizer.pad_id)
+                ended |= torch.isin(tokens, stop_ids)
+                yield tokens, ended
+                if ended.all():
+                    return
+                if seen is not None:
+                    seen.scatter_(1, tokens[:, None], True)
+                feed = tokens[:, None]
+        finally:
+            self.model.train(was_training)
+
+    def _complete(self, input_ids: torch.Tensor, config: GenerationConfig, attention_mask: torch.Tensor | None
+                  ) -> torch.Tensor:
+        """Prompt and continuation (B, ≤ T + new), rows ended at a stop text too."""
+        steps: list[torch.Tensor] = []
+        for tokens, ended in self._tokens(input_ids, config, attention_mask):
+            steps.append(tokens)
+            if config.stop:
+                for row, ids in enumerate(torch.stack(steps, dim=1).tolist()):
+                    ended[row] |= _clip_at_stop(self._text(ids), config.stop)[1]
+        return torch.cat((input_ids.to(self.model.embed_tokens.weight.device), *(s[:, None] for s in steps)), dim=1)
+
+    @torch.inference_mode()
+    def beam_search(self, input_ids: torch.Tensor, config: GenerationConfig | None = None,
+                    attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The best of `num_beams` hypotheses a row by log-probability / length ** length_penalty (arXiv:1609.08144).
+
+        The length is that of the continuation with its end. With as many beams as there are continuations it is exact.
+        """
+        config = config or GenerationConfig(num_beams=4)
+        device, (B, T), k = self.model.embed_tokens.weight.device, input_ids.shape, config.num_beams
+        new_tokens = self._new_tokens(input_ids, config)
+        input_ids = input_ids.to(device)
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        was_training = self.model.training
+        self.model.eval()
+        session = _Session(self.model, input_ids, new_tokens, attention_mask)
+        logits = session.feed(input_ids).repeat_interleave(k, dim=0)  # (B k, V)
+        first_rows = torch.arange(B, device=device).repeat_interleave(k)
+        session.reorder(first_rows)  # the prompt is computed once for all its beams
+        seen = self._seen(input_ids, config, attention_mask)
+        seen = None if seen is None else seen[first_rows]
+        scores = torch.full((B, k), -math.inf, device=device)
+        scores[:, 0] = 0.0  # at first all beams are the same: one of them counts
+        beams = torch.empty(B, k, 0, dtype=torch.long, device=device)
+        finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]  # best first, at most k a row
+        done = [False] * B
+        for step in range(new_tokens):
+            logprobs = self._forbid(logits, config, step, seen).log_softmax(dim=-1).view(B, k, -1)
+            V = logprobs.shape[-1]
+            # 2k candidates: even if k of them end, k go on
+            top, flat = (scores[..., None] + logprobs).view(B, -1).topk(min(3 * k, k * V), dim=-1)
+            parents, tokens = flat // V, flat % V
+            ends = torch.isin(tokens, torch.tensor(self.stop_ids, device=device))
+            for b in range(B):
+                for rank in ends[b, :k].nonzero()[:, 0].tolist():  # only an end among the best k counts
+                    if top[b, rank] > -math.inf and not done[b]:
+                        hypothesis = beams[b, parents[b, rank]].tolist() + [tokens[b, rank].item()]
+                        finished[b].append((top[b, rank].item() / (step + 1) ** config.length_penalty, hypothesis))
+                finished[b] = sorted(finished[b], key=lambda h: -h[0])[:k]
+            scores, keep = top.masked_fill(ends, -math.inf).topk(k, dim=-1)  # (B, k)
+            parents, tokens = parents.gather(1, keep), tokens.gather(1, keep)
+            beams = torch.cat((beams.gather(1, parents[..., None].expand(-1, -1, step)), tokens[..., None]), dim=-1)
+            for b in range(B):
+                if len(finished[b]) == k and not done[b]:
+                    # log-probabilities only fall, so a beam can reach at best today's sum over the best length
+                    length = new_tokens if config.length_penalty > 0 else step + 1
+                    reachable = scores[b, 0].item() / length ** config.length_penalty
+                    done[b] = config.early_stopping or finished[b][-1][0] >= reachable
+                done[b] = done[b] or scores[b, 0].item() == -math.inf
+            if all(done) or step == new_tokens - 1:
+                break
+            rows = (parents + torch.arange(B, device=device)[:, None] * k).flatten()
+            session.reorder(rows)
+            if seen is not None:
+                seen = seen[rows].scatter_(1, tokens.view(-1, 1), True)
+            logits = session.feed(tokens.view(-1, 1))
+        self.model.train(was_training)
+        best = []
+        for b in range(B):
+            running = [] if done[b] else [(s / beams.shape[-1] ** config.length_penalty, ids) for s, ids
+                                          in zip(scores[b].tolist(), beams[b].tolist(), strict=True) if s > -math.inf]
+            best.append(max(finished[b] + running, key=lambda h: h[0], default=(0.0, []))[1])
+        width = max(map(len, best))
+        best = [ids + [self.tokenizer.pad_id] * (width - len(ids)) for ids in best]
+        return torch.cat((input_ids, torch.tensor(best, dtype=torch.long, device=device).view(B, width)), dim=1)
+
+
+def _clip_at_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """`text` up to the first of the stop texts in it, and whether there was one."""
+    cut = min((i for i in map(text.find, stops) if i >= 0), default=-1)
+    return (text, False) if cut < 0 else (text[:cut], True)
+
+
+# ======================================================================================================================
+# 6 Losses: functions of tensors and numbers, each testable against a value worked out by hand.
+# ======================================================================================================================
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy whose gradients are made chunk by chunk in forward: (tokens x vocabulary) logits never exist at once."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
+        if torch.is_autocast_enabled(hidden.device.type):
+            half = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(half), weight.to(half)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        for start in range(0, len(labels), chunk):
+            h, y = hidden[start:start + chunk], labels[start:start + chunk]
+            keep = y != -100
+            y = y.clamp(min=0)[:, None]
+            logits = (h @ weight.T).to(wide)  # (chunk, V)
+            lse = logits.logsumexp(dim=-1)
+            loss += ((lse - logits.gather(1, y)[:, 0]) * keep).sum()
+            if need_hidden or need_weight:  # d loss / d logits = softmax - onehot, written over the logits
+                grad = logits.sub_(lse[:, None]).exp_()
+                grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide)).mul_(keep[:, None])
+                grad = grad.to(h.dtype)
+                if need_hidden:
+                    d_hidden[start:start + chunk] = grad @ weight
+                if need_weight:
+                    d_weight.addmm_(grad.T.to(wide), h.to(wide)) if wide == h.dtype else d_weight.add_(grad.T @ h)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (None if d_hidden is None else d_hidden.mul(grad.to(d_hidden.dtype)),
+                None if d_weight is None else d_weight.mul(grad), None, None)
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int = 2048
+                          ) -> torch.Tensor:
+    """Σ -log softmax(hidden · weightᵀ)[label], in nats, over the labels that are not -100.
+
+    hidden (…, C), weight (V, C), labels (…) int64 aligned with hidden: labels[i] is what follows hidden[i]. Holds
+    `chunk` x V logits at a time.
+    """
+    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk)
+
+
+# ======================================================================================================================
+# 7 Optimisation and memory: schedules, Muon and AdamW, devices and precision, what memory is in use.
+# ======================================================================================================================
+
+
+def learning_rate_at(step: int, progress: float, config: TrainConfig) -> float:
+    """The rate of update `step` (from 0) when `progress` (0 … 1) of the run is over: linear warm-up, then the schedule.
+
+    cosine falls all the way (arXiv:1608.03983); wsd stays at the peak, then falls in a line (arXiv:2404.06395).
+    """
+    low, high = config.min_learning_rate, config.learning_rate
+    if config.schedule == "cosine":
+        rate = low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    elif config.schedule == "wsd":
+        rate = low + (high - low) * min(1.0, (1 - min(progress, 1.0)) / config.decay_fraction)
+    else:
+        rate = high
+    return rate * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else rate
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Push the singular values of each matrix of (n, rows, cols) to about 1 by the Newton-Schulz iteration of Muon.
+
+    In bfloat16 on a GPU; in float32 elsewhere, since CPUs without bf16 units take many times as long in it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's quintic: steepest at 0, lands in [0.7, 1.2]
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for matrices (kellerjordan.github.io/posts/muon; arXiv:2502.16982).
+
+    The update's root mean square is made AdamW's (0.2), so that one learning rate suits both. A group's `rows` tell how
+    its weights are made of matrices one below the other (query, key and value, say), each of which is orthogonalised by
+    itself. Equal shapes go through the iteration together.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                for part, target in zip(update.split(group["rows"], dim=-2), p.split(group["rows"], dim=-2), strict=True):
+                    by_shape[part.shape[-2:]] += [(u, t, group["lr"]) for u, t in zip(
+                        part.reshape(-1, *part.shape[-2:]), target.view(-1, *part.shape[-2:])
+                        if target.is_contiguous() else [target] if target.dim() == 2 else target, strict=True)]
+        for shape, items in by_shape.items():
+            updates = orthogonalise(torch.stack([u for u, _, _ in items]))
+            for update, (_, target, lr) in zip(updates, items, strict=True):
+                target.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv:1711.05101), fused; with optimizer="muon", Muon beside it for the matrices inside the blocks."""
+    rows: dict[nn.Parameter, list[int]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            rows[module.qkv_proj.weight] = [module.H * module.D, module.K * module.D, module.K * module.D]
+        elif isinstance(module, (SwiGLU, MixtureOfExperts)):
+            weight = module.gate_up_proj if isinstance(module, MixtureOfExperts) else module.gate_up_proj.weight
+            rows[weight] = [weight.shape[-2] // 2] * 2
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            inside = p.dim() >= 2 and ".layers." in "." + name and not name.endswith("gate.weight")
+            (matrices if inside else others).append(p)
+    adam_groups = [{"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "adamw" and matrices:
+        adam_groups.append({"params": matrices, "weight_decay": config.weight_decay})
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(adam_groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)]
+    if config.optimizer == "muon" and matrices:
+        groups: dict[tuple, list] = defaultdict(list)
+        for p in matrices:
+            groups[tuple(rows.get(p, [p.shape[-2]]))].append(p)
+        optimizers.append(Muon([{"params": params, "rows": list(split)} for split, params in groups.items()],
+                               config.learning_rate, config.momentum, config.weight_decay))
+    return optimizers
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """auto is CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} can not be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: auto is bfloat16 on CUDA with bf16 units, float16 on older CUDA, else float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return getattr(torch, name)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, measured in about a tenth of a second."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory instead of giving it back to the system; other C libraries are left alone.
+
+    Tensors of megabytes are allocated and freed thousands of times a second; when each is a fresh mapping, a CPU step
+    spends a large part of its time on page faults. For drivers: it concerns the whole process.
+    """
+    if sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION"):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) \
+        or "can't allocate memory" in str(error)
+
+
+class MemoryMonitor:
+    """Memory in use: of a CUDA or MPS device, what torch holds there; on the CPU, the resident memory of the process."""
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self._highest = 0
+
+    def current_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
+        return self._status("VmRSS")
+
+    def peak_bytes(self) -> int:
+        """The most there ever was; MPS keeps no such record, so there it is the most that was asked for here."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            self._highest = max(self._highest, self.current_bytes())
+            return self._highest
+        return self._status("VmHWM")
+
+    def _status(self, field: str) -> int:
+        try:
+            with open("/proc/self/status") as file:  # getrusage's peak would include the parent's before exec
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+        except FileNotFoundError:
+            import resource  # macOS counts bytes and knows only the peak
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ======================================================================================================================
+# 8 Runs and checkpoints: a run directory holds checkpoint.pt, config.json, tokenizer.json and metrics.jsonl.
+# ======================================================================================================================
+
+
+def digest(state: object) -> str:
+    """SHA-256 over every tensor and value of nested dicts and lists: torch.load itself accepts a flipped bit."""
+    sha = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous()
+            if flat.numel():
+                sha.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                sha.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write `state` with its digest, whole or not at all; the checkpoint that was there becomes NAME.prev.pt."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path.with_name(path.stem + ".new.pt")) as file:
+        torch.save(state | {"digest": digest(state)}, file)
+    if path.exists():
+        os.replace(path, path.with_name(path.stem + ".prev.pt"))
+    os.replace(path.with_name(path.stem + ".new.pt"), path)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read what `save_checkpoint` wrote, without running anything in it; a damaged one gives way to the one before."""
+    path = Path(path)
+    problems = []
+    for candidate in (path, path.with_name(path.stem + ".prev.pt")):
+        try:
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or state.pop("digest", None) != digest(state):
+                raise ValueError("its digest is wrong")
+        except FileNotFoundError:
+            problems.append(f"{candidate} does not exist")
+        except Exception as error:  # a torn zip fails in many ways; whatever it is goes into the message
+            problems.append(f"{candidate} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+        else:
+            if problems:
+                warnings.warn(f"{problems[0]}: going on from {candidate}", stacklevel=2)
+            return state
+    raise UserError(f"no checkpoint can be read: {'; '.join(problems)}")
+
+
+def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[MiniGPT, BPETokenizer, dict]:
+    """The model (in eval mode), the tokenizer and the whole checkpoint of a run directory."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.json")
+    tokenizer = BPETokenizer.load(run_dir / "tokenizer.json")
+    state = load_checkpoint(run_dir / "checkpoint.pt")
+    model = MiniGPT(MiniGPTConfig(**state["config"]["model"]))
+    model.load_state_dict(state["model"])
+    if state["tokenizer_hash"] != tokenizer.content_hash():
+        raise UserError(f"{run_dir / 'tokenizer.json'} is not the tokenizer that the checkpoint was trained with")
+    return model.to(device).eval(), tokenizer, state
+
+
+def newest_run(out: str | Path = "out") -> Path:
+    """The run directory under `out` whose checkpoint is the latest."""
+    found = sorted(Path(out).glob("*/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no run in {out}/: train one with `python train.py --config tiny`, or name one with --run")
+    return found[-1].parent
+
+
+# ======================================================================================================================
+# 9 Trainers: one loop for all of them; a subclass says what its loss is.
+# ======================================================================================================================
+
+
+class ProgressLine:
+    """One line that lives: rewritten in place on a terminal, printed every few seconds into a file or pipe."""
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        self.live, self.every_s, self.last, self.width = sys.stdout.isatty(), every_s, -math.inf, 0
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if self.live:
+            print("\r" + text.ljust(self.width), end="", flush=True)
+            self.width = len(text)
+        elif now - self.last >= self.every_s:
+            print(text, flush=True)
+            self.last = now
+
+    def say(self, text: str) -> None:
+        """Print lines that stay."""
+        if self.live and self.width:
+            print("\r" + " " * self.width + "\r", end="")
+            self.width = 0
+        print(text, flush=True)
+
+
+class Trainer:
+    """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass gives `loss` and `weight`.
+
+    `config`: TrainConfig. `train_data`, `val_data`: iterables of batches (`fit` goes round train_data as often as it
+    takes; one with `state_dict` is resumed where it stood). `run_dir`: where `fit` keeps checkpoints and metrics.
+    `started`: the time.monotonic() from which `minutes` count. Precision, compilation and memory follow the config.
+    """
+
+    stage = ""
+
+    def __init__(self, model: nn.Module, tokenizer: BPETokenizer, device: str | torch.device = "cpu", *,
+                 config: TrainConfig | None = None, train_data: Iterable | None = None,
+                 val_data: Iterable | None = None, run_dir: str | Path | None = None,
+                 started: float | None = None) -> None:
+        self.device = pick_device(str(device))
+        self.config = config = config or TrainConfig()
+        self.model, self.tokenizer = model.to(self.device), tokenizer
+        self.train_data, self.val_data = train_data, val_data
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.optimizers = build_optimizers(model, config)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        model.gradient_checkpointing = config.gradient_checkpointing
+        long = config.minutes >= 10 or not config.minutes and config.max_steps >= 1000
+        if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and long:
+            for block in model.layers:
+                block.compile()
+        self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
+        self.step_count = self.tokens_seen = self.skipped = self.skipped_in_row = 0
+        self.micro_splits = 1  # into how many micro-batches a batch is cut, since memory ran out
+        self.best_loss = math.inf
+        self.started, self.elapsed_before = time.monotonic() if started is None else started, 0.0
+        self.reserve_s = 0.0  # what the evaluation, sample and checkpoint at the end will take
+        self.token_bytes = torch.tensor([len(b) for b in tokenizer.token_bytes], device=self.device)
+
+    # -- what a subclass says ------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Σ of the loss over what the batch trains on; its mean is that sum over `weight`."""
+        raise TypeError(f"{type(self).__name__} does not say what its loss is")
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        """How many terms `loss` sums up."""
+        raise TypeError(f"{type(self).__name__} does not say what its loss counts")
+
+    def samples(self) -> str:
+        """Text to show beside an evaluation."""
+        return ""
+
+    # -- one update ----------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def step(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """One update from `batches` together: the gradient of Σ loss / Σ weight, whatever their sizes."""
+        self.model.train()
+        rate = learning_rate_at(self.step_count, self.progress(), self.config)
+        while True:
+            try:
+                loss = self._accumulate([m for batch in batches for m in self._micro_batches(batch)])
+                break
+            except RuntimeError as error:
+                rows = max(-(-len(batch["input_ids"]) // self.micro_splits) for batch in batches)
+                if not is_out_of_memory(error) or not self.config.auto_micro_batch:
+                    raise
+                if rows <= 1:
+                    raise UserError("out of memory with one row at a time: try a smaller --seq-len or model, "
+                                    "--gradient-checkpointing, or --optimizer adamw") from error
+            # outside of except, where the error no longer holds on to the tensors of the failed attempt
+            self.micro_splits *= 2
+            self._zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.line.say(f"out of memory: going on with micro-batches of {-(-rows // 2)} rows, the same batch in all")
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf).item()
+        self._update(norm, loss)
+        self._zero_grad()
+        self.step_count += 1
+        return {"loss": loss, "grad_norm": norm, "lr": rate}
+
+    def _accumulate(self, micro_batches: list[dict[str, torch.Tensor]]) -> float:
+        """Add up the gradients of Σ loss / Σ weight over all micro-batches; returns that mean loss."""
+        total = sum(self.weight(batch) for batch in micro_batches)
+        if not total:
+            raise UserError("a batch holds nothing to train on: all of its labels are -100")
+        mean = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            with self.autocast():
+                part = self.loss({key: value.to(self.device) for key, value in batch.items()}) / total
+            self.scaler.scale(part).backward()
+            mean += part.detach()
+        return mean.item()
+
+    def _micro_batches(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        if self.micro_splits == 1:
+            return [batch]
+        parts = {key: value.chunk(self.micro_splits) for key, value in batch.items()}
+        return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+    def _update(self, norm: float, loss: float) -> None:
+        """Let the optimizers step, unless the gradient is not finite: then weights and moments stay as they are."""
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite or self.scaler.is_enabled():  # the scaler skips the step itself, and lowers its scale
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+        if self.skipped_in_row >= 20:
+            raise UserError(f"loss or gradient was not finite in 20 steps on end, up to step {self.step_count}: try a "
+                            "smaller --learning-rate, or --dtype float32")
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    # -- loops ---------------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, dataloader: Iterable[dict[str, torch.Tensor]]) -> float:
+        """One pass over any iterable of batches; returns the mean loss of what it trained on."""
+        total = weight = 0.0
+        batches = iter(dataloader)
+        while group := list(itertools.islice(batches, self.config.accumulation_steps)):
+            count = sum(map(self.weight, group))
+            total += self.step(group)["loss"] * count
+            weight += count
+        if not weight:
+            raise UserError("the dataloader gave no batch")
+        return total / weight
+
+    @torch.no_grad()
+    def evaluate(self, max_tokens: int | None = None) -> dict[str, float]:
+        """Mean loss over val_data, or its first `max_tokens`: {"loss" (nats), "bpb" (bits per byte), "tokens", "bytes"}."""
+        if self.val_data is None:
+            raise UserError("there is no validation data to evaluate on")
+        was_training = self.model.training
+        self.model.eval()
+        total, tokens, size = 0.0, 0, 0
+        for batch in self.val_data:
+            with self.autocast():
+                total += self.loss({key: value.to(self.device) for key, value in batch.items()}).item()
+            labels = batch["labels"][:, 1:]
+            labels = labels[labels != -100]
+            tokens += len(labels)
+            size += self.token_bytes[labels.to(self.device)].sum().item()
+            if max_tokens and tokens >= max_tokens:
+                break
+        if isinstance(self.val_data, PretrainDataLoader):
+            self.val_data.epoch = self.val_data.index = 0  # the next evaluation sees the same
+        self.model.train(was_training)
+        return {"loss": total / tokens, "bpb": total / math.log(2) / size, "tokens": tokens, "bytes": size}
+
+    def elapsed_s(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def progress(self) -> float:
+        """How much of the run is over, 0 … 1: by steps or by the clock, whichever is further."""
+        by_step = self.step_count / self.config.max_steps if self.config.max_steps else 0.0
+        budget = self.config.minutes * 60 - self.reserve_s
+        by_clock = self.elapsed_s() / max(budget, 1e-3) if self.config.minutes else 0.0
+        return max(by_step, by_clock)
+
+    def fit(self) -> dict[str, float]:
+        """Train until max_steps or minutes, evaluate, save. Ctrl-C or SIGTERM end it after the step, with a checkpoint.
+
+        Returns the last evaluation (empty without val_data) and, if it was interrupted, {"signal": number} too.
+        """
+        config, line = self.config, self.line
+        if self.train_data is None or self.run_dir is None:
+            raise UserError("fit() needs train_data and run_dir")
+        if not config.max_steps and not config.minutes:
+            raise UserError("a run needs an end: give max_steps or minutes")
+        if self.progress() >= 1:
+            raise UserError(f"this run is over already, at step {self.step_count} after {self.elapsed_s():.0f} s: to go "
+                            "on, resume with a larger --max-steps or --minutes")
+        self._open_run()
+        peak_flops = matmul_peak(self.device, self.dtype)
+        flops_per_token = 0
+        caught: list[int] = []
+        handlers = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        window = {"loss": 0.0, "steps": 0, "tokens": 0, "since": time.monotonic()}
+        batches, evaluated = self._endless(), {}
+        try:
+            while self.progress() < 1 and not caught:
+                group = list(itertools.islice(batches, config.accumulation_steps))
+                result = self.step(group)
+                count = sum(batch["input_ids"].numel() for batch in group)
+                flops_per_token = flops_per_token or self.model.flops_per_token(group[0]["input_ids"].shape[1])
+                self.tokens_seen += count
+                window["loss"] += result["loss"]
+                window["steps"] += 1
+                window["tokens"] += count
+                if self.step_count % config.log_every == 0 or self.step_count <= 1:
+                    seconds = time.monotonic() - window["since"]
+                    speed = window["tokens"] / seconds
+                    row = {**result, "loss": window["loss"] / window["steps"], "tok_per_s": speed,
+                           "mfu": speed * flops_per_token / peak_flops}
+                    self._log(row)
+                    self._show(row, evaluated)
+                    if not evaluated and self.val_data is not None:  # a guess until it has been timed
+                        self.reserve_s = 8 * config.eval_tokens / (2 * speed) + 2.0
+                    window = {"loss": 0.0, "steps": 0, "tokens": 0, "since": time.monotonic()}
+                over = self.progress() >= 1
+                if config.eval_every and self.step_count % config.eval_every == 0 and not over:
+                    pause = time.monotonic()
+                    evaluated = self._evaluate_and_show(config.eval_tokens)
+                    window["since"] += time.monotonic() - pause
+                if config.save_every and self.step_count % config.save_every == 0 and not over:
+                    self.save_checkpoint(self.run_dir / "checkpoint.pt")
+            if not caught and self.val_data is not None:
+                evaluated = self._evaluate_and_show(8 * config.eval_tokens)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self.save_checkpoint(self.run_dir / "checkpoint.pt")
+        return evaluated | ({"signal": caught[0]} if caught else {})
+
+    def _endless(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            found = False
+            for batch in self.train_data:
+                found = True
+                yield batch
+            if not found and self.step_count == 0:
+                raise UserError("train_data gives no batch")
+
+    def _evaluate_and_show(self, max_tokens: int) -> dict[str, float]:
+        start = time.monotonic()
+        result = self.evaluate(max_tokens)
+        spent = time.monotonic() - start
+        self._log({"val_loss": result["loss"], "val_bpb": result["bpb"]})
+        self.line.say(f"step {self.step_count}: validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte "
+                      f"({result['tokens']:,} tokens)")
+        start = time.monotonic()
+        if self.config.sample_tokens and (text := self.samples()):
+            self.line.say(text)
+        shown = time.monotonic() - start
+        self.reserve_s = 1.2 * (spent * 8 * self.config.eval_tokens / max(result["tokens"], 1) + shown) + 0.5
+        if result["loss"] < self.best_loss:
+            self.best_loss = result["loss"]
+            self.save_checkpoint(self.run_dir / "checkpoint.pt")
+            with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
+                shutil.copyfileobj(file, out)
+        return result
+
+    def _show(self, row: dict[str, float], evaluated: dict[str, float]) -> None:
+        done = max(self.progress(), 1e-6)
+        left = self.elapsed_s() * (1 - done) / done
+        val = f" | val {evaluated['bpb']:.3f} bpb" if evaluated else ""
+        self.line.show(f"step {self.step_count:>5} {min(done, 1):>4.0%} | eta {int(left) // 60}:{int(left) % 60:02} | loss "
+                       f"{row['loss']:.3f}{val} | {row['tok_per_s'] / 1e3:.1f}k tok/s | mfu {row['mfu']:.0%} | "
+                       f"{self.monitor.current_bytes() / 1e9:.2f} GB (peak {self.monitor.peak_bytes() / 1e9:.2f})")
+
+    # -- the run directory ---------------------------------------------------------------------------------------------
+
+    def _open_run(self) -> None:
+        """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will take again."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.run_dir / "config.json") as file:
+            file.write(json.dumps(self._config_dict(), indent=2).encode())
+        self.tokenizer.save(self.run_dir / "tokenizer.json")
+        metrics = self.run_dir / "metrics.jsonl"
+        kept = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")
+                and json.loads(row)["step"] <= self.step_count] if metrics.exists() else []
+        with atomic_write(metrics) as file:
+            file.write("".join(kept).encode())
+
+    def _log(self, row: dict[str, float]) -> None:
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step_count, **row, "tokens": self.tokens_seen, "skipped": self.skipped,
+                                   "peak_bytes": self.monitor.peak_bytes(), "elapsed_s": round(self.elapsed_s(), 2)}) + "\n")
+
+    def _config_dict(self) -> dict:
+        return {"stage": self.stage, "model": dataclasses.asdict(self.model.config),
+                "train": dataclasses.asdict(self.config)}
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Everything that going on needs: weights, moments, scaler, cursor, random states, counters, configuration."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            rng["mps"] = torch.mps.get_rng_state()
+        save_checkpoint(path, {
+            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(), "rng": rng, "config": self._config_dict(),
+            "data": self.train_data.state_dict() if hasattr(self.train_data, "state_dict") else None,
+            "tokenizer_hash": self.tokenizer.content_hash(), "step": self.step_count, "tokens": self.tokens_seen,
+            "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "micro_splits": self.micro_splits,
+            "best_loss": self.best_loss, "elapsed_s": self.elapsed_s()})
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Go on where `save_checkpoint` left off."""
+        state = load_checkpoint(path)
+        shape = dataclasses.asdict(self.model.config)
+        if state["config"]["model"] != shape:
+            other = {k: v for k, v in state["config"]["model"].items() if v != shape.get(k)}
+            raise UserError(f"{path} holds a model of another shape: there {other}, "
+                            f"here { {k: shape.get(k) for k in other} }")
+        if state["tokenizer_hash"] != self.tokenizer.content_hash():
+            raise UserError(f"{path} was trained with another tokenizer")
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise UserError(f"{path} was trained with --optimizer {state['config']['train']['optimizer']}")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        if state["data"] is not None and hasattr(self.train_data, "load_state_dict"):
+            self.train_data.load_state_dict(state["data"])
+        self.step_count, self.tokens_seen = state["step"], state["tokens"]
+        self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
+        self.micro_splits, self.best_loss = state["micro_splits"], state["best_loss"]
+        self.elapsed_before = state["elapsed_s"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        elif "mps" in state["rng"] and self.device.type == "mps":
+            torch.mps.set_rng_state(state["rng"]["mps"])
+
+
+class PreTrainer(Trainer):
+    """Next-token prediction on blocks of text: cross-entropy of token t+1 given tokens 0 … t, and the balance loss."""
+
+    stage = "pretrain"
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch["labels"][:, 1:]
+        mask = batch.get("attention_mask")  # padding is on the right, where causality already hides it
+        hidden, balance = self.model.hidden_states(batch["input_ids"][:, :-1],
+                                                   token_mask=None if mask is None else mask[:, :-1])
+        loss = chunked_cross_entropy(hidden, self.model.output_weight, labels)
+        return loss + self.model.config.router_aux_loss_coef * balance * self.weight(batch)
+
+    def samples(self) -> str:
+        """A Chinese and an English continuation of how held-out documents begin, as far as there are such documents."""
+        generator = TextGenerator(self.model, self.tokenizer)
+        settings = GenerationConfig(max_new_tokens=self.config.sample_tokens, temperature=0.7, seed=self.config.seed)
+        continuations = [(p, generator.generate(p, settings)) for p in self.prompts()]
+        return "\n".join("  " + f"{prompt}→{text}".replace("\n", "\n  ") for prompt, text in continuations)
+
+    def prompts(self, length: int = 8) -> list[str]:
+        """How a held-out document begins, one with Chinese characters and one without, where there are such."""
+        if not isinstance(self.val_data, PretrainDataLoader):
+            return ["Once upon a time", "从前"]
+        head = self.val_data.tokens[:100_000].long()
+        found: dict[bool, str] = {}
+        for i in (head == self.tokenizer.bos_id).nonzero()[:, 0].tolist():
+            ids = head[i + 1:i + 1 + length].tolist()
+            if self.tokenizer.eos_id not in ids:
+                text = self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
+                found.setdefault(bool(re.search(f"[{_HAN}]", text)), text)
+        return list(found.values()) or ["Once upon a time"]

@@ -1,0 +1,62 @@
+"""Let a trained model write: `python sample.py` continues a text with the newest run."""
+import sys
+import time
+
+import minillm as m
+
+PROMPTS = {"zh": "从前", "en": "Once upon a time"}
+
+
+def build_parser() -> m.FlagParser:
+    parser = m.FlagParser(prog="sample.py", description=__doc__)
+    parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
+    parser.add_argument("--out", default="out", metavar="DIR", help="where to look for the newest run [out]")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue [one Chinese, one English]")
+    parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), default="sample", help="[sample]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    m.add_flags(parser, m.GenerationConfig)
+    return parser
+
+
+def generation_config(args) -> m.GenerationConfig:
+    given = {"max_new_tokens": 200} if not hasattr(args, "max_length") else {}
+    given |= m.given_flags(args, m.GenerationConfig)
+    given["do_sample"] = args.strategy == "sample" and given.get("do_sample", True)
+    if args.strategy == "beam":
+        given.setdefault("num_beams", 4)
+    return m.GenerationConfig(**given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+        config = generation_config(args)
+        run_dir = args.run or m.newest_run(args.out)
+        model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device))
+        generator = m.TextGenerator(model, tokenizer)
+        print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)")
+        for prompt in args.prompt or PROMPTS.values():
+            write(generator, prompt, config)
+    except (m.UserError, OSError) as error:
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def write(generator: m.TextGenerator, prompt: str, config: m.GenerationConfig) -> None:
+    """Print the prompt and its continuation as it comes, then the speed."""
+    start, text = time.monotonic(), ""
+    pieces = [generator.generate(prompt, config)] if config.num_beams > 1 else generator.stream(prompt, config)
+    print(f"\n{prompt}", end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    count = len(generator.tokenizer.encode(text))
+    print(f"\n[{count} tokens, {count / (time.monotonic() - start):.0f} tok/s]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Train a language model: `python train.py --config tiny` learns Chinese and English in minutes on a laptop's CPU."""
+import time
+
+STARTED = time.monotonic()  # before torch is imported: --minutes count from here
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import shlex  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import minillm as m  # noqa: E402
+
+STAGES = ("tokenizer", "pretrain", "eval")
+DATA = Path(__file__).parent / "data"
+
+
+def build_parser() -> m.FlagParser:
+    parser = m.FlagParser(prog="train.py", description=__doc__, epilog="Runs land in OUT/CONFIG/STAGE.")
+    parser.add_argument("--config", choices=m.PRESETS, help="preset of the model's shape [tiny]")
+    parser.add_argument("--stage", choices=STAGES, default="pretrain", help="what to do [pretrain]; eval scores a run")
+    parser.add_argument("--data", nargs="+", metavar="PATH",
+                        help=".txt, .json, .jsonl(.gz) files or directories [the data/train that comes with MiniLLM]")
+    parser.add_argument("--val-data", nargs="+", metavar="PATH", help="validation data [data/val, or a tenth of --data]")
+    parser.add_argument("--init", metavar="RUN_DIR", help="run whose weights and tokenizer to start from, or to score")
+    parser.add_argument("--out", default="out", metavar="DIR", help="where runs and caches go [out]")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT/CONFIG/STAGE")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT/CONFIG/STAGE")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    m.add_flags(parser, m.TrainConfig)
+    m.add_flags(parser, m.MiniGPTConfig)
+    return parser
+
+
+def main(argv: list[str] | None = None, started: float | None = None) -> int:
+    """Run the command line `argv`; `started` is the time.monotonic() from which --minutes count (default: now)."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.argv = sys.argv[1:] if argv is None else argv
+        args.started = time.monotonic() if started is None else started
+        return {"tokenizer": train_tokenizer, "pretrain": pretrain, "eval": evaluate}[args.stage](args)
+    except (m.UserError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def data_paths(args) -> tuple[list, list | None]:
+    """Training paths, and validation paths or None: then validation is a tenth of the training data."""
+    if args.data is None:
+        return [DATA / "train"], args.val_data or [DATA / "val"]
+    return args.data, args.val_data
+
+
+def get_tokenizer(args, vocab_size: int) -> m.BPETokenizer:
+    data, val = data_paths(args)
+    chosen = Path(args.out) / (args.config or "tiny") / "tokenizer.json"
+    if args.stage != "tokenizer" and chosen.exists():
+        tokenizer = m.BPETokenizer.load(chosen)
+        if tokenizer.vocab_size > vocab_size:
+            raise m.UserError(f"{chosen} has {tokenizer.vocab_size} tokens, more than --vocab-size {vocab_size}")
+        print(f"tokenizer: {tokenizer.vocab_size} tokens, from {chosen}")
+        return tokenizer
+    start = time.monotonic()
+    tokenizer = m.TokenizerManager(Path(args.out) / "cache").get_or_train_tokenizer(
+        data, vocab_size, split="all" if val else "train", on_bad_record=train_config(args).on_bad_record)
+    print(f"tokenizer: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s")
+    return tokenizer
+
+
+def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
+    """The preset's (or base's) options with the user's in their place; a limit of the user's replaces the preset's."""
+    given = m.given_flags(args, m.TrainConfig)
+    if "max_steps" in given or "minutes" in given:
+        given = {"max_steps": 0, "minutes": 0.0} | given
+    return dataclasses.replace(base or m.get_train_config(args.config or "tiny"), **given)
+
+
+def model_config(args) -> m.MiniGPTConfig:
+    """The preset's shape with the user's values in their place; what depends on a changed one is worked out anew."""
+    base, given = m.get_config(args.config or "tiny"), m.given_flags(args, m.MiniGPTConfig)
+    if given.keys() & {"hidden_size", "num_attention_heads"}:
+        base.head_dim = base.num_key_value_heads = None
+    if "hidden_size" in given:
+        base.intermediate_size = base.moe_intermediate_size = None
+    return m.MiniGPTConfig(**dataclasses.asdict(base) | given)
+
+
+def train_tokenizer(args) -> int:
+    tokenizer = get_tokenizer(args, model_config(args).vocab_size)
+    path = Path(args.out) / (args.config or "tiny") / "tokenizer.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    text = "小模型也能训练。A small model can learn."
+    print(f"{path}: {text!r} is {len(text.encode())} bytes and {len(tokenizer.encode(text))} tokens")
+    return 0
+
+
+def prepare_run_dir(run_dir: Path, args) -> bool:
+    """Whether to go on from a checkpoint in run_dir; what may not be touched is an error."""
+    holds_run = (run_dir / "config.json").exists()
+    if args.resume and args.overwrite:
+        raise m.UserError("--resume and --overwrite exclude each other")
+    if args.resume and not run_dir.is_dir():
+        raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
+    if holds_run and args.overwrite:
+        shutil.rmtree(run_dir)
+    elif holds_run and not args.resume:
+        raise m.UserError(f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to replace it, "
+                          "or another --out")
+    return args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+
+
+def check_shape(args, shape: m.MiniGPTConfig) -> None:
+    """The shape comes from the weights: a --config or a flag that contradicts it is an error."""
+    wanted = dataclasses.asdict(m.get_config(args.config)) if args.config else {}
+    wanted |= m.given_flags(args, m.MiniGPTConfig)
+    wrong = [f"{k}={v} (there {getattr(shape, k)})" for k, v in wanted.items() if v != getattr(shape, k)]
+    if wrong:
+        raise m.UserError(f"--config or its flags contradict the model that is loaded: {', '.join(wrong)}: leave them out")
+
+
+def command(args) -> str:
+    words = [word for word in args.argv if word not in ("--resume", "--overwrite")]
+    return " ".join(["python train.py", *map(shlex.quote, words)])
+
+
+def pretrain(args) -> int:
+    m.keep_freed_memory()
+    train, device = train_config(args), m.pick_device(args.device)
+    run_dir = Path(args.out) / (args.config or "tiny") / "pretrain"
+    if resuming := prepare_run_dir(run_dir, args):
+        model, tokenizer, state = m.load_run(run_dir)
+        train = train_config(args, m.TrainConfig(**state["config"]["train"]))
+        check_shape(args, model.config)
+    elif args.init:
+        model, tokenizer, _ = m.load_run(args.init)
+        check_shape(args, model.config)
+    else:
+        config = model_config(args)
+        tokenizer = get_tokenizer(args, config.vocab_size)
+        m.torch.manual_seed(train.seed)
+        model = m.MiniGPT(config)
+    m.torch.manual_seed(train.seed)
+    train.seq_len = train.seq_len or model.config.max_position_embeddings
+    train_data, val_data = load_data(args, tokenizer, train)
+    trainer = m.PreTrainer(model, tokenizer, device, config=train, train_data=train_data, val_data=val_data,
+                           run_dir=run_dir, started=args.started)
+    if resuming:
+        trainer.load_checkpoint(run_dir / "checkpoint.pt")
+        print(f"resuming {run_dir} at step {trainer.step_count}")
+    active = f", {model.num_params(active=True) / 1e6:.1f} M active" if model.config.num_experts else ""
+    limits = [f"{train.minutes:g} minutes"] * bool(train.minutes) + [f"{train.max_steps} steps"] * bool(train.max_steps)
+    print(f"model: {model.num_params() / 1e6:.2f} M parameters{active}; {' or '.join(limits)} on {device} in "
+          f"{str(trainer.dtype).removeprefix('torch.')}", flush=True)
+    result = trainer.fit()
+    if "signal" in result:
+        print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
+        return 128 + result["signal"]
+    print(f"done: {result['bpb']:.4f} bits per byte on {result['bytes']:,} held-out bytes, {trainer.elapsed_s():.0f} s; "
+          f"saved in {run_dir}")
+    print(f'next:  python sample.py --run {shlex.quote(str(run_dir))} --prompt "{trainer.prompts()[0]}"')
+    return 0
+
+
+def load_data(args, tokenizer: m.BPETokenizer, train: m.TrainConfig) -> tuple[m.PretrainDataLoader, ...]:
+    start, (data, val) = time.monotonic(), data_paths(args)
+    options = {"batch_size": train.batch_size, "seq_len": train.seq_len, "seed": train.seed,
+               "cache_dir": Path(args.out) / "cache", "on_bad_record": train.on_bad_record}
+    train_data = m.PretrainDataLoader(data, tokenizer, split="all" if val else "train", **options)
+    val_data = m.PretrainDataLoader(val or data, tokenizer, split="all" if val else "val", shuffle=False, **options)
+    print(f"data: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, "
+          f"{time.monotonic() - start:.1f} s")
+    return train_data, val_data
+
+
+def evaluate(args) -> int:
+    """Score a run on --val-data, else on the validation part of --data; the last line is JSON."""
+    m.keep_freed_memory()
+    if not args.init:
+        raise m.UserError("--stage eval scores a run: name its directory with --init, for example "
+                          f"--init {args.out}/{args.config or 'tiny'}/pretrain")
+    model, tokenizer, state = m.load_run(args.init)
+    check_shape(args, model.config)
+    train = train_config(args, m.TrainConfig(**state["config"]["train"]))
+    data, val = data_paths(args)
+    val_data = m.PretrainDataLoader(
+        val or data, tokenizer, train.batch_size, train.seq_len, split="all" if val else "val", shuffle=False,
+        cache_dir=Path(args.out) / "cache", on_bad_record=train.on_bad_record)
+    trainer = m.PreTrainer(model, tokenizer, m.pick_device(args.device), config=train, val_data=val_data)
+    print(f"{args.init} at step {state['step']} on {', '.join(map(str, val or data))}")
+    print(json.dumps(trainer.evaluate()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(started=STARTED))
