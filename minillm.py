@@ -782,7 +782,7 @@ def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
                 return
         for line, text in enumerate(file, 1):
             if text.strip():
-                yield from parse(text, line)
+                yield from parse(text.rstrip(), line)
 
     with open_text(path) as file:
         for where, record in parse_all(file):
@@ -1252,8 +1252,9 @@ class MiniGPT(nn.Module):
         """Normal weights of variance 1 / fan-in keep the scale of activations from layer to layer.
 
         What writes to the residual stream (o_proj, down_proj) starts at zero: each block begins as the identity, so that
-        depth costs nothing at first and the gradient reaches every layer whole. The embedding has standard deviation
-        0.02, so that tied logits start small and the first loss is ln V.
+        depth costs nothing at first and the gradient reaches every layer whole. With tied weights such a model would
+        predict the token that it reads, with a logit of C · std: a standard deviation of 2.5 / C keeps that small, so
+        that the first loss is ln V.
         """
         for name, p in self.named_parameters():
             if p.dim() == 1:
@@ -1261,7 +1262,7 @@ class MiniGPT(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 p.zero_()
             elif name in ("embed_tokens.weight", "lm_head.weight"):
-                p.normal_(std=0.02)
+                p.normal_(std=2.5 / self.config.hidden_size)
             else:
                 p.normal_(std=p.shape[-1] ** -0.5)
 
@@ -1526,7 +1527,7 @@ class TextGenerator:
         counts = torch.zeros(len(input_ids), self.model.config.vocab_size, dtype=torch.long, device=input_ids.device)
         return counts.scatter_add_(1, input_ids, real) > 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _tokens(self, input_ids: torch.Tensor, config: GenerationConfig, attention_mask: torch.Tensor | None
                 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (tokens (B,), ended (B,)) step by step until all rows have ended; a caller may set `ended` itself."""
@@ -1572,7 +1573,7 @@ class TextGenerator:
                     ended[row] |= _clip_at_stop(self._text(ids), config.stop)[1]
         return torch.cat((input_ids.to(self.model.embed_tokens.weight.device), *(s[:, None] for s in steps)), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def beam_search(self, input_ids: torch.Tensor, config: GenerationConfig | None = None,
                     attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The best of `num_beams` hypotheses a row by log-probability / length ** length_penalty (arXiv:1609.08144).
@@ -1928,7 +1929,7 @@ def load_checkpoint(path: str | Path) -> dict:
         except FileNotFoundError:
             problems.append(f"{candidate} does not exist")
         except Exception as error:  # a torn zip fails in many ways; whatever it is goes into the message
-            problems.append(f"{candidate} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            problems.append(f"{candidate} is damaged ({repr(error)[:100]})")
         else:
             if problems:
                 warnings.warn(f"{problems[0]}: going on from {candidate}", stacklevel=2)
@@ -2192,7 +2193,7 @@ class Trainer:
                     self._log(row)
                     self._show(row, evaluated)
                     if not evaluated and self.val_data is not None:  # a guess until it has been timed
-                        self.reserve_s = 8 * config.eval_tokens / (2 * speed) + 2.0
+                        self.reserve_s = self._last_eval_tokens() / (2.5 * speed) + 2.0
                     window = {"loss": 0.0, "steps": 0, "tokens": 0, "since": time.monotonic()}
                 over = self.progress() >= 1
                 if config.eval_every and self.step_count % config.eval_every == 0 and not over:
@@ -2229,13 +2230,18 @@ class Trainer:
         if self.config.sample_tokens and (text := self.samples()):
             self.line.say(text)
         shown = time.monotonic() - start
-        self.reserve_s = 1.2 * (spent * 8 * self.config.eval_tokens / max(result["tokens"], 1) + shown) + 0.5
+        self.reserve_s = 1.1 * (spent * self._last_eval_tokens() / result["tokens"] + shown) + 0.5
         if result["loss"] < self.best_loss:
             self.best_loss = result["loss"]
             self.save_checkpoint(self.run_dir / "checkpoint.pt")
             with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
                 shutil.copyfileobj(file, out)
         return result
+
+    def _last_eval_tokens(self) -> int:
+        """How many tokens the evaluation at the end takes."""
+        most = 8 * self.config.eval_tokens
+        return min(most, len(self.val_data.tokens)) if isinstance(self.val_data, PretrainDataLoader) else most
 
     def _show(self, row: dict[str, float], evaluated: dict[str, float]) -> None:
         done = max(self.progress(), 1e-6)
