@@ -1024,7 +1024,28 @@ def test_importing_has_no_side_effects():
     assert out.stdout == "" and out.stderr == ""
 
 
+def test_the_diffs_of_the_readme_apply():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    diffs = [block.split("```")[0] for block in readme.split("```diff\n")[1:]]
+    assert len(diffs) == 3
+    for diff in diffs:
+        source = (HERE / "minillm.py").read_text(encoding="utf-8")
+        for hunk in diff.split("@@\n")[1:]:
+            lines = hunk.splitlines()
+            old = "\n".join(line[1:] for line in lines if line[:1] in " -")
+            new = "\n".join(line[1:] for line in lines if line[:1] in " +")
+            assert source.count(old) == 1, old
+            source = source.replace(old, new)
+        compile(source, "minillm.py", "exec")
+
+
 # -- benchmarks: run once as plain tests, timed by `pytest --benchmark-only` -------------------------------------------
+
+
+@pytest.fixture
+def benchmark(request, benchmark):
+    benchmark.disabled = not request.config.getoption("--benchmark-only")
+    return benchmark
 
 
 def test_benchmark_training_step(benchmark, tokenizer):

@@ -22,7 +22,7 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="what to do [pretrain]; eval scores a run")
     parser.add_argument("--data", nargs="+", metavar="PATH",
                         help=".txt, .json, .jsonl(.gz) files or directories [the data/train that comes with MiniLLM]")
-    parser.add_argument("--val-data", nargs="+", metavar="PATH", help="validation data [data/val, or a tenth of --data]")
+    parser.add_argument("--val-data", nargs="+", metavar="PATH", help="to validate on [data/val, or a tenth of --data]")
     parser.add_argument("--init", metavar="RUN_DIR", help="run whose weights and tokenizer to start from, or to score")
     parser.add_argument("--out", default="out", metavar="DIR", help="where runs and caches go [out]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT/CONFIG/STAGE")
@@ -117,7 +117,7 @@ def check_shape(args, shape: m.MiniGPTConfig) -> None:
     wanted |= m.given_flags(args, m.MiniGPTConfig)
     wrong = [f"{k}={v} (there {getattr(shape, k)})" for k, v in wanted.items() if v != getattr(shape, k)]
     if wrong:
-        raise m.UserError(f"--config or its flags contradict the model that is loaded: {', '.join(wrong)}: leave them out")
+        raise m.UserError(f"--config or its flags contradict the loaded model: {', '.join(wrong)}: leave them out")
 
 
 def command(args) -> str:
@@ -157,8 +157,8 @@ def pretrain(args) -> int:
     if "signal" in result:
         print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
         return 128 + result["signal"]
-    print(f"done: {result['bpb']:.4f} bits per byte on {result['bytes']:,} held-out bytes, {trainer.elapsed_s():.0f} s; "
-          f"saved in {run_dir}")
+    print(f"done: {result['bpb']:.4f} bits per byte on {result['bytes']:,} held-out bytes after "
+          f"{trainer.elapsed_s():.0f} s; saved in {run_dir}")
     print(f'next:  python sample.py --run {shlex.quote(str(run_dir))} --prompt "{trainer.prompts()[0]}"')
     return 0
 
