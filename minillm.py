@@ -445,12 +445,13 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
     >>> learn_merges({"low": 5, "lower": 2}, 2)
     [(b'l', b'o'), (b'lo', b'w')]
     """
-    byte_symbol = [chr(b) if b < 128 else chr(0x10F700 + b) for b in range(256)]
-    symbol_bytes = {s: bytes([b]) for b, s in enumerate(byte_symbol)}
     char_counts: Counter = Counter()
     for word, n in word_counts.items():
         for char in word:
             char_counts[char] += n
+    fresh = (chr(i) for i in range(0xF0000, sys.maxunicode) if chr(i) not in char_counts)  # symbols from private planes
+    byte_symbol = [chr(b) if b < 128 else next(fresh) for b in range(256)]
+    symbol_bytes = {s: bytes([b]) for b, s in enumerate(byte_symbol)}
     chars = {c: "".join(byte_symbol[b] for b in c.encode()) for c in char_counts}
     whole = {symbols: c for c, symbols in chars.items()}  # spelled in bytes -> the character
     words = [s for s in whole if len(s) > 1] + [w for w in word_counts if len(w) > 1]
@@ -467,7 +468,6 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
     heap = [(-n, min(where[pair]) >= n_chars, pair) for pair, n in pair_counts.items()]
     heapq.heapify(heap)
     merges: list[tuple[bytes, bytes]] = []
-    fresh = itertools.count(0xF0000)  # symbols for merged tokens, in a private plane
     while heap and len(merges) < count:
         n, between, pair = heapq.heappop(heap)
         if pair_counts[pair] != -n:  # older merges have eaten some of it: back into the queue with today's count
@@ -478,8 +478,8 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
         left, right = pair
         token = symbol_bytes[left] + symbol_bytes[right]
         spelled = "".join(byte_symbol[b] for b in token)
-        symbol = whole.get(spelled) if not between else None
-        symbol = symbol or chr(next(fresh))
+        symbol = None if between else whole.get(spelled)
+        symbol = symbol or next(fresh)
         merges.append((symbol_bytes[left], symbol_bytes[right]))
         symbol_bytes[symbol] = token
         born = set()
@@ -665,6 +665,7 @@ class BPETokenizer:
 # ======================================================================================================================
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]").search
 TOKENIZER_BYTES = 32_000_000  # a tokenizer learns from at most about so much text, evenly picked
 
 
@@ -692,7 +693,7 @@ def hash_file(path: Path) -> str:
 
 
 def content_key(files: list[Path], *rules: object) -> str:
-    """A name for what comes of the content of `files` by `rules`; source code among them lets a hack make itself felt."""
+    """A name for what `rules` make of the content of `files`; rules may be source code, so that a hack counts."""
     content = [(is_plain_text(path), hash_file(path)) for path in files]
     return hashlib.sha256(repr((content, rules)).encode()).hexdigest()[:24]
 
@@ -810,6 +811,8 @@ def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
                                "messages, conversations, instruction+output, prompt(+completion), chosen+rejected")
             elif kind == "text" and not isinstance(record["text"], str):
                 bad.add(where, f"\"text\" must be a string, not {type(record['text']).__name__}")
+            elif _LONE_SURROGATE(json.dumps(record, ensure_ascii=False)):
+                bad.add(where, "an escape \\ud800 … \\udfff without its other half is no character")
             else:
                 yield where, record
 
@@ -1811,11 +1814,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, measured in about a tenth of a second."""
+    """Floating-point operations a second of a large matrix product, measured in a fraction of a second."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - start)
@@ -2161,46 +2164,49 @@ class Trainer:
                             "go on, resume with a larger --max-steps or --minutes")
         self._open_run()
         peak_flops = matmul_peak(self.device, self.dtype)
-        flops_per_token = 0
         caught: list[int] = []
         handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
                     for number in (signal.SIGINT, signal.SIGTERM)}
-        window = {"loss": 0.0, "steps": 0, "tokens": 0, "since": time.monotonic()}
-        batches, evaluated = self._endless(), {}
+        batches, evaluated, is_best = self._endless(), {}, False
+        losses, tokens, since = [], 0, time.monotonic()  # since the last line of metrics
         try:
             while self.progress() < 1 and not caught:
                 group = list(itertools.islice(batches, config.accumulation_steps))
                 result = self.step(group)
+                losses.append(result["loss"])
                 count = sum(batch["input_ids"].numel() for batch in group)
-                flops_per_token = flops_per_token or self.model.flops_per_token(group[0]["input_ids"].shape[1])
-                self.tokens_seen += count
-                window["loss"] += result["loss"]
-                window["steps"] += 1
-                window["tokens"] += count
-                if self.step_count % config.log_every == 0 or self.step_count <= 1:
-                    seconds = time.monotonic() - window["since"]
-                    speed = window["tokens"] / seconds
-                    row = {**result, "loss": window["loss"] / window["steps"], "tok_per_s": speed,
-                           "mfu": speed * flops_per_token / peak_flops}
+                tokens, self.tokens_seen = tokens + count, self.tokens_seen + count
+                if self.step_count % config.log_every == 0 or self.step_count == 1:
+                    speed = tokens / (time.monotonic() - since)
+                    flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[1])
+                    row = {**result, "loss": sum(losses) / len(losses), "tok_per_s": speed, "mfu": flops / peak_flops}
                     self._log(row)
                     self._show(row, evaluated)
                     if not evaluated and self.val_data is not None:  # a guess until it has been timed
                         self.reserve_s = min(self._last_eval_tokens() / (2.5 * speed) + 2.0, 6.0 * config.minutes)
-                    window = {"loss": 0.0, "steps": 0, "tokens": 0, "since": time.monotonic()}
-                over = self.progress() >= 1
-                if config.eval_every and self.step_count % config.eval_every == 0 and not over:
+                    losses, tokens, since = [], 0, time.monotonic()
+                if self.progress() >= 1 or caught:
+                    break
+                if config.eval_every and self.step_count % config.eval_every == 0:
                     pause = time.monotonic()
-                    evaluated = self._evaluate_and_show(config.eval_tokens)
-                    window["since"] += time.monotonic() - pause
-                if config.save_every and self.step_count % config.save_every == 0 and not over:
-                    self.save_checkpoint(self.run_dir / "checkpoint.pt")
+                    evaluated, is_best = self._evaluate_and_show(config.eval_tokens)
+                    since += time.monotonic() - pause
+                if is_best or config.save_every and self.step_count % config.save_every == 0:
+                    self._save_run(is_best)
+                    is_best = False
             if not caught and self.val_data is not None:
-                evaluated = self._evaluate_and_show(8 * config.eval_tokens)
+                evaluated, is_best = self._evaluate_and_show(8 * config.eval_tokens)
+            self._save_run(is_best)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        self.save_checkpoint(self.run_dir / "checkpoint.pt")
         return evaluated | ({"signal": caught[0]} if caught else {})
+
+    def _save_run(self, is_best: bool) -> None:
+        self.save_checkpoint(self.run_dir / "checkpoint.pt")
+        if is_best:
+            with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
+                shutil.copyfileobj(file, out)
 
     def _endless(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
@@ -2211,7 +2217,8 @@ class Trainer:
             if not found and self.step_count == 0:
                 raise UserError("train_data gives no batch")
 
-    def _evaluate_and_show(self, max_tokens: int) -> dict[str, float]:
+    def _evaluate_and_show(self, max_tokens: int) -> tuple[dict[str, float], bool]:
+        """Evaluate, log, show a sample; also tells whether it is the best so far."""
         start = time.monotonic()
         result = self.evaluate(max_tokens)
         spent = time.monotonic() - start
@@ -2223,12 +2230,9 @@ class Trainer:
             self.line.say(text)
         shown = time.monotonic() - start
         self.reserve_s = 1.1 * (spent * self._last_eval_tokens() / result["tokens"] + shown) + 0.5
-        if result["loss"] < self.best_loss:
-            self.best_loss = result["loss"]
-            self.save_checkpoint(self.run_dir / "checkpoint.pt")
-            with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
-                shutil.copyfileobj(file, out)
-        return result
+        is_best = result["loss"] < self.best_loss
+        self.best_loss = min(result["loss"], self.best_loss)
+        return result, is_best
 
     def _last_eval_tokens(self) -> int:
         """How many tokens the evaluation at the end takes."""
@@ -2335,14 +2339,16 @@ class PreTrainer(Trainer):
         return "\n".join("  " + f"{prompt}→{text}".replace("\n", "\n  ") for prompt, text in continuations)
 
     def prompts(self, length: int = 8) -> list[str]:
-        """How a held-out document begins, one with Chinese characters and one without, where there are such."""
+        """How a held-out text begins, one with Chinese characters and one without, where there are such."""
         if not isinstance(self.val_data, PretrainDataLoader):
-            return ["Once upon a time", "从前"]
-        head = self.val_data.tokens[:100_000].long()
+            return ["Once there was"]
+        text = self.tokenizer.decode(self.val_data.tokens[:50_000].long(), skip_special_tokens=False)
+        starts = [document.strip().split("\n")[0] for document in text.split(SPECIAL_TOKENS[self.tokenizer.bos_id])]
+        if len(starts) < 10:  # long documents: begin with their lines
+            starts = text.split("\n")[1:]
         found: dict[bool, str] = {}
-        for i in (head == self.tokenizer.bos_id).nonzero()[:, 0].tolist():
-            ids = head[i + 1:i + 1 + length].tolist()
-            if self.tokenizer.eos_id not in ids:
-                text = self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
-                found.setdefault(bool(re.search(f"[{_HAN}]", text)), text)
-        return list(found.values()) or ["Once upon a time"]
+        for start in starts:
+            ids = self.tokenizer.encode(start)
+            if len(ids) > length:
+                found.setdefault(bool(re.search(f"[{_HAN}]", start)), self.tokenizer.decode(ids[:length]))
+        return list(found.values()) or ["Once there was"]

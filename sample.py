@@ -4,7 +4,7 @@ import time
 
 import minillm as m
 
-PROMPTS = {"zh": "从前", "en": "Once upon a time"}
+PROMPTS = ["从前，", "Once there was"]
 
 
 def build_parser() -> m.FlagParser:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device))
         generator = m.TextGenerator(model, tokenizer)
         print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)")
-        for prompt in args.prompt or PROMPTS.values():
+        for prompt in args.prompt or PROMPTS:
             write(generator, prompt, config)
     except (m.UserError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 `pytest` runs everything, the benchmarks once each as plain tests; `pytest --benchmark-only` times them.
 """
 import dataclasses
+import doctest
 import gzip
 import itertools
 import json
@@ -197,6 +198,10 @@ def test_training_is_deterministic_and_stops_cleanly(tokenizer, monkeypatch):
         m.BPETokenizer(vocab_size=10).train(["a"])
 
 
+def test_docstring_examples():
+    assert doctest.testmod(m) == (0, 4)
+
+
 def test_chat_template(tokenizer):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好<|im_end|>"}], add_generation_prompt=True)
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
@@ -292,7 +297,7 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2:9: not JSON"), ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: .*string"),
     ("a.jsonl", b'{"txt": "a"}\n', r"a.jsonl:1: unknown form of record \(txt\)"), ("a.jsonl", b"[1]\n", "a.jsonl:1: unknown"),
-    ("a.txt", b"abc\xff", "a.txt: byte 3 is not UTF-8"), ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
+    ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: an escape"), ("a.txt", b"abc\xff", "a.txt: byte 3 is not UTF-8"), ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
     ("a.txt", b"", "no text"), ("a.csv", b"a", "unknown kind of data file"), ("a.jsonl", b"", "no text"),
     ("a.jsonl", b'{"messages": []}\n', "no text to train on"), ("a.txt.gz", b"no gzip", "damaged .gz")])
 def test_bad_data_is_named_with_its_place(tmp_path, tokenizer, name, content, message):
@@ -329,7 +334,8 @@ def test_the_cursor_is_exact(tmp_path, corpus, tokenizer):
     epoch = len(loader())
     whole = batches(loader(), 2 * epoch + 9)
     in_order = m.PretrainDataLoader(corpus, tokenizer, batch_size=4, seq_len=16, shuffle=False, cache_dir=tmp_path)
-    rows, all_rows = (Counter(tuple(row) for b in batches(loader_, epoch) for row in b.tolist()) for loader_ in (loader(), in_order))
+    rows = Counter(tuple(row) for b in whole[:epoch] for row in b.tolist())
+    all_rows = Counter(tuple(row) for b in in_order for row in b["input_ids"].tolist())
     assert rows <= all_rows and rows.total() == 4 * epoch and not torch.equal(whole[0], whole[epoch])
     for stop in (1, 7, epoch - 1, epoch, epoch + 1, 2 * epoch + 2):
         first = loader()
