@@ -251,7 +251,7 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
     if stage != "pretrain":
         raise UserError(f"stage {stage!r} has no training defaults: choose pretrain")
     if preset == "tiny":
-        return TrainConfig(minutes=3, batch_size=8, learning_rate=1e-2, eval_every=500, save_every=500)
+        return TrainConfig(minutes=3, batch_size=4, learning_rate=1e-2, eval_every=500, save_every=500)
     steps = {"small": 10_000, "moe": 10_000, "medium": 20_000, "large": 50_000}[preset]
     return TrainConfig(batch_size=32, max_steps=steps, warmup_steps=200, learning_rate=2e-3, eval_every=500,
                        save_every=500, eval_tokens=131_072)
@@ -1023,7 +1023,7 @@ class LanguageModelingDataset(torch.utils.data.Dataset):
         if max_length < 2:
             raise UserError(f"max_length={max_length} is not possible: it must be 2 or more")
         rows = []
-        for text in texts:
+        for text in [texts] if isinstance(texts, str) else texts:
             ids = [*tokenizer.encode(text, add_special_tokens=True), tokenizer.eos_id]
             rows += [ids[i:i + max_length] for i in range(0, len(ids) - 1, max_length - 1)]
         self.input_ids = torch.full((len(rows), max_length), tokenizer.pad_id)
@@ -1433,10 +1433,9 @@ class _Session:
             raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {self.model.config.vocab_size - 1}")
         self.prompt_len, self.new_tokens = T, min(config.new_tokens(T), limit - T)
         self.cache = KVCache(self.model, B, T + self.new_tokens)
-        self.mask = self.position_ids = self.seen = None
-        if attention_mask is not None and not attention_mask.all():
+        self.mask = self.seen = None
+        if attention_mask is not None and not attention_mask.all():  # RoPE is relative: positions may stay as they are
             self.mask = F.pad(attention_mask.to(self.device).bool(), (0, self.new_tokens), value=True)  # (B, T + new)
-            self.position_ids = (self.mask.cumsum(dim=-1) - 1).clamp(min=0)
         if config.repetition_penalty != 1:
             self.seen = torch.zeros(B, self.model.config.vocab_size, dtype=torch.bool, device=self.device)
 
@@ -1444,8 +1443,7 @@ class _Session:
         """Append ids (B, t) to every row -> logits (B, V), in float32, of what comes next."""
         start, end = self.cache.length, self.cache.length + ids.shape[1]
         mask = None if self.mask is None else self.mask[:, :end]
-        positions = None if self.position_ids is None else self.position_ids[:, start:end]
-        hidden, _ = self.model.hidden_states(ids, position_ids=positions, attention_mask=mask, cache=self.cache)
+        hidden, _ = self.model.hidden_states(ids, attention_mask=mask, cache=self.cache)
         logits = self.model.logits(hidden[:, -1]).float()
         if self.seen is not None:  # padding is on the left: the last token of a row is a real one
             self.seen.scatter_(1, ids if mask is None else ids.where(mask[:, start:], ids[:, -1:]), True)
@@ -1458,8 +1456,7 @@ class _Session:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was; there may be more rows than before."""
         self.cache.reorder(rows)
-        self.mask, self.position_ids, self.seen = (None if x is None else x[rows] for x in (
-            self.mask, self.position_ids, self.seen))
+        self.mask, self.seen = (None if x is None else x[rows] for x in (self.mask, self.seen))
 
 
 class _Finished:

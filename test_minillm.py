@@ -993,7 +993,7 @@ def test_train_eval_sample_resume(tmp_path, corpus, capsys):
     assert train.main([*args, "--resume"]) == 2 and "over already" in capsys.readouterr().err
     assert train.main([*args, "--resume", "--hidden-size", "64"]) == 2 and "hidden_size=64 (there 32)" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
-    assert train.main([*args, "--resume", "--max-steps", "8"]) == 0 and "at step 6" in capsys.readouterr().out
+    assert train.main([*args, "--config", "tiny", "--resume", "--max-steps", "8"]) == 0 and "at step 6" in capsys.readouterr().out
     assert train.main([*args, "--overwrite", "--max-steps", "1"]) == 0
 
 

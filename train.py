@@ -8,6 +8,7 @@ import json  # noqa: E402
 import shlex  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
+import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import minillm as m  # noqa: E402
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.argv = sys.argv[1:] if argv is None else argv
         args.started = time.monotonic() if started is None else started
-        return {"tokenizer": train_tokenizer, "pretrain": pretrain, "eval": evaluate}[args.stage](args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"train.py: warning: {message}", file=sys.stderr)
+            return {"tokenizer": train_tokenizer, "pretrain": pretrain, "eval": evaluate}[args.stage](args)
     except (m.UserError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -113,8 +116,7 @@ def prepare_run_dir(run_dir: Path, args) -> bool:
 
 def check_shape(args, shape: m.MiniGPTConfig) -> None:
     """The shape comes from the weights: a --config or a flag that contradicts it is an error."""
-    wanted = dataclasses.asdict(m.get_config(args.config)) if args.config else {}
-    wanted |= m.given_flags(args, m.MiniGPTConfig)
+    wanted = dataclasses.asdict(model_config(args)) if args.config else m.given_flags(args, m.MiniGPTConfig)
     wrong = [f"{k}={v} (there {getattr(shape, k)})" for k, v in wanted.items() if v != getattr(shape, k)]
     if wrong:
         raise m.UserError(f"--config or its flags contradict the loaded model: {', '.join(wrong)}: leave them out")
