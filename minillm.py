@@ -38,9 +38,11 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import typing
 import warnings
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +54,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 # ======================================================================================================================
@@ -144,11 +147,14 @@ class MiniGPTConfig:
                 self.moe_intermediate_size = max(32, self.intermediate_size // active // 32 * 32)
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
-        if (scaling := self.rope_scaling) is not None:
-            ok = scaling.get("rope_type") == "yarn" and {"factor", "original_max_position_embeddings"} <= scaling.keys()
-            ok = ok and scaling["factor"] >= 1 and scaling["original_max_position_embeddings"] > 0
-            check(self, ok, "rope_scaling",
-                  'none or {"rope_type": "yarn", "factor": >= 1, "original_max_position_embeddings": > 0}')
+        if self.rope_scaling is not None:
+            numbers = {k: v for k, v in self.rope_scaling.items() if k != "rope_type"}
+            least = {"factor": 1, "original_max_position_embeddings": 1}
+            optional = {"beta_fast": 0, "beta_slow": 0, "attention_factor": 0}
+            ok = self.rope_scaling.get("rope_type") == "yarn" and least.keys() <= numbers.keys() <= {*least, *optional}
+            ok = ok and all(type(v) in (int, float) and v >= (least | optional)[k] for k, v in numbers.items())
+            check(self, ok, "rope_scaling", 'none or {"rope_type": "yarn", "factor": 1 or more, '
+                  f'"original_max_position_embeddings": 1 or more}}, with any of {", ".join(optional)}')
 
 
 def get_tiny_config() -> MiniGPTConfig:
@@ -226,9 +232,9 @@ class TrainConfig(MemoryConfig):
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 250  # steps between evaluations, each with a sample; 0 is only at the end
     save_every: int = 250  # steps between checkpoints; 0 is only at the end
-    eval_tokens: int = 32768  # validation tokens an evaluation; the one at the end takes up to 8 times as many
+    eval_tokens: int = 100_000  # validation tokens an evaluation, always the same ones
     sample_tokens: int = 48  # length of the samples shown during training; 0 is none
-    seed: int = 0  # of initialisation, data order and dropout
+    seed: int = 0  # of initialisation, data order and dropout, below 2 ** 32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: long runs on CUDA
     on_bad_record: Literal["stop", "skip"] = "stop"  # a malformed line of data ends the run, or is counted and skipped
 
@@ -237,6 +243,7 @@ class TrainConfig(MemoryConfig):
         check_least(self, 1, "batch_size", "accumulation_steps", "eval_tokens", "log_every", "seq_len")
         check_least(self, 0, "warmup_steps", "max_steps", "minutes", "eval_every", "save_every", "sample_tokens",
                     "weight_decay", "grad_clip", "min_learning_rate")
+        check(self, 0 <= self.seed < 2 ** 32, "seed", "in 0 … 2 ** 32 - 1")
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
         check(self, self.min_learning_rate <= self.learning_rate, "min_learning_rate",
               f"at most learning_rate={self.learning_rate}")
@@ -263,7 +270,7 @@ class GenerationConfig:
 
     max_new_tokens: int | None = None  # longest continuation (default: 128, or what max_length leaves)
     min_new_tokens: int = 0  # no end before so many
-    max_length: int | None = None  # longest prompt and continuation together; max_new_tokens wins
+    max_length: int | None = None  # longest prompt (with its padding) and continuation; max_new_tokens wins
     do_sample: bool = True  # draw from the distribution; off is greedy
     temperature: float = 0.8  # below 1 sharpens, above 1 flattens
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
@@ -280,12 +287,13 @@ class GenerationConfig:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         check_types(self)
         check_least(self, 1, "max_new_tokens", "max_length", "num_beams")
-        check_least(self, 0, "min_new_tokens", "top_k", "seed")
-        check(self, self.temperature > 0, "temperature", "above 0 (greedy is do_sample=False)")
+        check_least(self, 0, "min_new_tokens", "top_k")
+        check(self, self.seed is None or 0 <= self.seed < 2 ** 32, "seed", "in 0 … 2 ** 32 - 1")
+        check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more (greedy is do_sample=False)")
         check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(self, self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        check(self, self.stop is None or all(self.stop), "stop", "texts of at least one character")
+        check(self, all(isinstance(text, str) and text for text in self.stop or []), "stop", "texts that are not empty")
 
     def new_tokens(self, prompt_len: int) -> int:
         """How many tokens to add to a prompt of `prompt_len`."""
@@ -294,16 +302,22 @@ class GenerationConfig:
         return 128 if self.max_length is None else max(0, self.max_length - prompt_len)
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Give `parser` a flag for each field of the dataclass `cls`; the help is the comment on the field's line.
+def json_object(text: str) -> dict:
+    return dict(json.loads(text))
 
-    Only flags that the user gives appear in the parsed namespace, so that presets can supply the rest.
+
+def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, skip: tuple = ()) -> None:
+    """Give `parser` a flag for each field of a dataclass but `skip`; the help is the comment on the field's line.
+
+    `defaults` is an instance whose values the help shows. Only flags that the user gives appear in the parsed
+    namespace, so that presets can supply the rest.
     """
+    cls = type(defaults)
     hints, comments = typing.get_type_hints(cls), {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.M))
-    group = parser.add_argument_group(cls.__name__)
-    for field in dataclasses.fields(cls):
+    group = parser.add_argument_group(title)
+    for field in (f for f in dataclasses.fields(cls) if f.name not in skip):
         kind = next(t for t in typing.get_args(hints[field.name]) or [hints[field.name]] if t is not type(None))
         if typing.get_origin(hints[field.name]) is Literal:
             options = {"choices": typing.get_args(hints[field.name])}
@@ -312,8 +326,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         elif typing.get_origin(kind) is list:
             options = {"type": str, "nargs": "+", "metavar": "TEXT"}
         else:
-            options = {"type": json.loads if kind is dict else kind, "metavar": kind.__name__.upper()}
-        default = "" if field.default is None else f" [{field.default}]"
+            options = {"type": json_object if kind is dict else kind, "metavar": kind.__name__.upper()}
+        value = getattr(defaults, field.name)
+        default = "" if value is None else f" [{value}]"
         group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=comments[field.name].replace("%", "%%") + default, **options)
 
@@ -335,7 +350,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(args, namespace)
         for word in unknown:
-            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
             self.error(f"unknown argument {word}" + (f": did you mean {near[0]}?" if near else ""))
         return namespace
 
@@ -405,7 +420,8 @@ def parallel_map(fn: Callable, items: Iterable, size: int, setup: Callable | Non
             setup(*setup_args)
         yield from map(fn, items)
         return
-    with warnings.catch_warnings(), ProcessPoolExecutor(workers, get_context("fork"), setup, setup_args) as pool:
+    start = (_start_child, (setup, setup_args))
+    with warnings.catch_warnings(), ProcessPoolExecutor(workers, get_context("fork"), *start) as pool:
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use no torch
         waiting = deque()
         for item in items:
@@ -414,6 +430,12 @@ def parallel_map(fn: Callable, items: Iterable, size: int, setup: Callable | Non
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _start_child(setup: Callable | None, setup_args: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    if setup:
+        setup(*setup_args)
 
 
 def _count_words(texts: list[str]) -> Counter:
@@ -553,6 +575,8 @@ class BPETokenizer:
     def train(self, texts: Iterable[str]) -> None:
         """Learn `vocab_size` tokens from `texts`, or as many as there are pairs that occur twice."""
         floor = FIRST_MERGE
+        if self.requested_size > 1 << 17:
+            raise UserError(f"vocab_size={self.requested_size} is not possible: at most {1 << 17} can be learned")
         if self.requested_size < floor:
             warnings.warn(f"vocab_size={self.requested_size} is below the floor of {floor} (256 bytes and "
                           f"{len(SPECIAL_TOKENS)} special tokens): using {floor}", stacklevel=2)
@@ -721,7 +745,7 @@ def open_text(path: Path) -> Iterator[typing.TextIO]:
                                     "file, for example with iconv") from error
                 read += len(chunk)
         raise UserError(f"{path}: ends inside a UTF-8 character") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged .gz file ({error})") from error
 
 
@@ -781,16 +805,16 @@ def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{line}", json.loads(text)
         except json.JSONDecodeError as error:
             bad.add(f"{path}:{line + error.lineno - 1}:{error.colno}", f"not JSON: {error.msg}")
-        except RecursionError:
-            bad.add(f"{path}:{line}", "JSON nested too deeply")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+            bad.add(f"{path}:{line}", f"JSON that can not be read: {error}")
 
     def parse_all(file: typing.TextIO) -> Iterator[tuple[str, object]]:
         if ".jsonl" not in path.name:
             text = file.read()
             try:
                 whole = json.loads(text)
-            except json.JSONDecodeError as error:
-                if error.msg != "Extra data":  # several values one after another are lines of JSON, whatever the name
+            except (ValueError, RecursionError) as error:
+                if getattr(error, "msg", "") != "Extra data":  # values one after another are lines, whatever the name
                     yield from parse(text, 1)
                     return
                 file.seek(0)
@@ -841,24 +865,32 @@ def text_pieces(path: Path, split: str, alone: bool) -> Iterator[Piece]:
                 at += len(part)
 
 
-def documents(files: list[Path], split: str, on_bad_record: str) -> Iterator[Piece]:
-    """The pieces of every document of the text records and .txt files among `files`."""
-    bad, kinds = BadRecords(on_bad_record), Counter()
+def documents(files: list[Path], named: set[Path], split: str, on_bad_record: str) -> Iterator[Piece]:
+    """The pieces of every document of the text records and .txt files among `files`.
+
+    A file without any is an error if the user `named` it, and passed over if it only stands in a directory.
+    """
+    bad, total = BadRecords(on_bad_record), 0
     for path in files:
+        kinds: Counter = Counter()
         if is_plain_text(path):
             for piece in text_pieces(path, split, len(files) == 1):
                 kinds["text"] += 1
                 yield piece
-            continue
-        for _, record in read_records(path, bad):
-            kinds[record_kind(record)] += 1
-            if record_kind(record) == "text" and record["text"]:
-                target = "val" if split != "all" and in_validation(record["text"]) else "train"
-                yield target, record["text"], True, True
+        else:
+            for _, record in read_records(path, bad):
+                kinds[record_kind(record)] += 1
+                if record_kind(record) == "text" and record["text"]:
+                    target = "val" if split != "all" and in_validation(record["text"]) else "train"
+                    yield target, record["text"], True, True
+        total += kinds["text"]
+        if not kinds["text"] and path in named:
+            raise UserError(f"{path}: no text to train on, but {', '.join(kinds) or 'no'} records: pretraining takes "
+                            '.txt files and {"text": …} records')
     bad.report()
-    if not kinds["text"]:
-        raise UserError(f"{', '.join(map(str, files))}: no text to train on (found: {dict(kinds) or 'nothing'}): "
-                        'pretraining takes .txt files and {"text": …} records')
+    if not total:
+        raise UserError(f"no text to train on in {', '.join(map(str, files))}: pretraining takes .txt files and "
+                        '{"text": …} records')
 
 
 def sample_texts(files: list[Path], split: str, on_bad_record: str) -> Iterator[str]:
@@ -878,8 +910,10 @@ def sample_texts(files: list[Path], split: str, on_bad_record: str) -> Iterator[
                 yield from (text for target, text, _, _ in pieces if target == "train")
             else:
                 for _, record in read_records(path, bad):
-                    if split == "all" or record_kind(record) != "text" or not in_validation(record["text"]):
+                    if record_kind(record) != "text":
                         yield from strings(record)
+                    elif split == "all" or not in_validation(record["text"]):
+                        yield record["text"]
 
     size = sum(f.stat().st_size * (4 if f.name.endswith(".gz") else 1) for f in files)
     yield from itertools.islice(all_texts(), 0, None, max(1, round(size / TOKENIZER_BYTES)))
@@ -938,8 +972,10 @@ def encode_corpus(paths: str | Path | list, tokenizer: BPETokenizer, split: str 
     tenth of the characters of one .txt, otherwise the documents whose content hash says so), "all" takes it whole.
     """
     files, cache_dir = data_files(paths), Path(cache_dir)
-    key = content_key(files, split == "all", on_bad_record, tokenizer.content_hash(), *map(inspect.getsource, (
-        documents, text_pieces, read_text, read_records, in_validation, _encode_pieces)))
+    named = {Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])}
+    code = map(inspect.getsource, (documents, text_pieces, read_text, read_records, in_validation, _encode_pieces))
+    key = content_key(files, split == "all", [path in named for path in files], on_bad_record,
+                      tokenizer.content_hash(), *code)
     dtype = torch.uint16 if tokenizer.vocab_size <= 1 << 16 else torch.uint32
     targets = {s: cache_dir / f"{key}.{s}.{'u16' if dtype is torch.uint16 else 'u32'}" for s in ("train", "val")}
     if not all(t.exists() for t in targets.values()):
@@ -947,14 +983,14 @@ def encode_corpus(paths: str | Path | list, tokenizer: BPETokenizer, split: str 
         size = sum(f.stat().st_size for f in files)
         with contextlib.ExitStack() as stack:
             out = {s: stack.enter_context(atomic_write(target)) for s, target in targets.items()}
-            batches = _batched(documents(files, split, on_bad_record), lambda piece: len(piece[1]))
+            batches = _batched(documents(files, named, split, on_bad_record), lambda piece: len(piece[1]))
             for encoded in parallel_map(_encode_pieces, batches, size, _set_worker_tokenizer, (tokenizer,)):
                 for s, values in encoded.items():
                     out[s].write(values)
     path = targets["val" if split == "val" else "train"]
     if not path.stat().st_size:
-        raise UserError(f"{', '.join(map(str, files))}: the {split} part is empty, as there are too few documents to "
-                        "set a tenth aside: give validation data of its own with --val-data")
+        raise UserError(f"{', '.join(map(str, files))}: the {split} part is empty: there are too few documents to set "
+                        "a tenth of them aside: give validation data of its own with --val-data")
     return torch.from_file(str(path), size=path.stat().st_size // dtype.itemsize, dtype=dtype), path.stem
 
 
@@ -970,11 +1006,13 @@ class PretrainDataLoader:
                  split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
                  cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> None:
         self.tokens, self.corpus = encode_corpus(paths, tokenizer, split, cache_dir, on_bad_record)
+        paths = [str(Path(path).absolute()) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
+        self.source = {"paths": paths, "split": split}  # for config.json
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.shuffle = split != "val" if shuffle is None else shuffle
         self.epoch = self.index = 0  # blocks of this epoch that have been given out
         if len(self.tokens) < 2 or self.shuffle and len(self.tokens) <= seq_len:
-            raise UserError(f"{paths}: the {split} part holds {len(self.tokens)} tokens, fewer than seq_len="
+            raise UserError(f"{', '.join(paths)}: the {split} part holds {len(self.tokens)} tokens, fewer than seq_len="
                             f"{seq_len} and one: give more data, or a smaller --seq-len")
 
     def _starts(self) -> torch.Tensor:
@@ -1003,13 +1041,18 @@ class PretrainDataLoader:
         self.epoch, self.index = self.epoch + 1, 0
 
     def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "corpus": self.corpus}
+        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "seq_len": self.seq_len,
+                "corpus": self.corpus}
 
     def load_state_dict(self, state: dict) -> None:
         if state["corpus"] != self.corpus:
             raise UserError("the data, its split or the tokenizer are not those of the checkpoint: give the same "
                             "--data and --val-data as before")
-        self.epoch, self.index, self.seed = state["epoch"], state["index"], state["seed"]
+        for name in ("seed", "seq_len"):
+            if state[name] != getattr(self, name):
+                raise UserError(f"{name}={getattr(self, name)}, but the checkpoint stands in an epoch of blocks with "
+                                f"{name}={state[name]}: give that")
+        self.epoch, self.index = state["epoch"], state["index"]
 
 
 class LanguageModelingDataset(torch.utils.data.Dataset):
@@ -1067,6 +1110,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
@@ -1323,7 +1367,7 @@ class MiniGPT(nn.Module):
         mask = self._mask(T, start + T, attention_mask)
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for i, block in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
                 x, balance = recompute(block, x, cos, sin, mask, token_mask, use_reentrant=False)
             else:
                 x, balance = block(x, cos, sin, mask, token_mask, cache, i)
@@ -1425,6 +1469,10 @@ class _Session:
                  attention_mask: torch.Tensor | None) -> None:
         self.model, self.config, self.device = generator.model, config, generator.model.embed_tokens.weight.device
         self.stop_ids, self.vocab_size = list(generator.stop_ids), generator.tokenizer.vocab_size
+        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
+            raise UserError(f"prompts must be integers (B, T), not {input_ids.dtype} {tuple(input_ids.shape)}")
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise UserError("prompts of unequal length must be padded on the left, where attention_mask is 0")
         limit, (B, T) = self.model.config.max_position_embeddings, input_ids.shape
         if T >= limit:
             raise UserError(f"a prompt of {T} tokens leaves no room in the context of {limit}: shorten it")
@@ -1432,6 +1480,8 @@ class _Session:
         if low < 0 or high >= self.model.config.vocab_size:
             raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {self.model.config.vocab_size - 1}")
         self.prompt_len, self.new_tokens = T, min(config.new_tokens(T), limit - T)
+        if self.new_tokens < 1:
+            raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
         self.cache = KVCache(self.model, B, T + self.new_tokens)
         self.mask = self.seen = None
         if attention_mask is not None and not attention_mask.all():  # RoPE is relative: positions may stay as they are
@@ -1481,6 +1531,12 @@ class _Finished:
         return self.config.early_stopping or self.found[-1][0] >= reach
 
 
+def check_vocabulary(model: nn.Module, tokenizer: BPETokenizer) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's vocab_size="
+                        f"{model.config.vocab_size}: they do not belong together")
+
+
 class TextGenerator:
     """Continues text with a model. Tensor methods take prompts (B, T) and give prompt and continuation (B, ≤ T + new).
 
@@ -1489,9 +1545,7 @@ class TextGenerator:
     """
 
     def __init__(self, model: MiniGPT, tokenizer: BPETokenizer) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's vocab_size="
-                            f"{model.config.vocab_size}: they do not belong together")
+        check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids: tuple[int, ...] = (tokenizer.eos_id, tokenizer.im_end_id)
 
@@ -1661,7 +1715,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             h, y = hidden[start:start + chunk], labels[start:start + chunk]
             keep = y != -100
-            y = y.clamp(min=0)[:, None]
+            y = y.where(keep, 0)[:, None]
             logits = (h @ weight.T).to(wide)  # (chunk, V)
             lse = logits.logsumexp(dim=-1)
             loss += ((lse - logits.gather(1, y)[:, 0]) * keep).sum()
@@ -1677,6 +1731,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (None if d_hidden is None else d_hidden.mul(grad.to(d_hidden.dtype)),
@@ -1795,10 +1850,13 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        device = torch.device(name)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} can not be used here: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1811,9 +1869,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, measured in a fraction of a second."""
+    """Floating-point operations a second of a large matrix product, measured in a fraction of a second.
+
+    A CPU's is that of float32, since other types may be emulated.
+    """
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.ones(n, n, device=device, dtype=torch.float32 if device.type == "cpu" else dtype) for _ in range(2))
     best = math.inf
     for _ in range(10):
         start = time.perf_counter()
@@ -1904,15 +1965,22 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write `state` with its digest, whole or not at all; the checkpoint that was there becomes NAME.prev.pt."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path.with_name(path.stem + ".new.pt")) as file:
+    with atomic_write(path) as file:
         torch.save(state | {"digest": digest(state)}, file)
-    if path.exists():
-        os.replace(path, path.with_name(path.stem + ".prev.pt"))
-    os.replace(path.with_name(path.stem + ".new.pt"), path)
+        if path.exists():  # a second name for it, so that there is a whole checkpoint at every instant
+            previous = path.with_name(path.stem + ".prev.pt")
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:  # a file system without second names
+                shutil.copyfile(path, previous)
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read what `save_checkpoint` wrote, without running anything in it; a damaged one gives way to the one before."""
+def load_checkpoint(path: str | Path, repair: bool = False) -> dict:
+    """Read what `save_checkpoint` wrote, without running anything in it; a damaged one gives way to the one before.
+
+    With `repair` the one before takes the damaged one's place, lest the next save throw the good one out.
+    """
     path = Path(path)
     problems = []
     for candidate in (path, path.with_name(path.stem + ".prev.pt")):
@@ -1927,6 +1995,8 @@ def load_checkpoint(path: str | Path) -> dict:
         else:
             if problems:
                 warnings.warn(f"{problems[0]}: going on from {candidate}", stacklevel=2)
+                if repair:
+                    os.replace(candidate, path)
             return state
     raise UserError(f"no checkpoint can be read: {'; '.join(problems)}")
 
@@ -1958,6 +2028,11 @@ def newest_run(out: str | Path = "out") -> Path:
 # ======================================================================================================================
 
 
+def silence_stdout() -> None:
+    """After a broken pipe: let what is still printed go nowhere, and the interpreter end in peace."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class ProgressLine:
     """One line that lives: rewritten in place on a terminal, printed every few seconds into a file or pipe."""
 
@@ -1970,15 +2045,18 @@ class ProgressLine:
             print("\r" + text.ljust(self.width), end="", flush=True)
             self.width = len(text)
         elif now - self.last >= self.every_s:
-            print(text, flush=True)
+            self.say(text)
             self.last = now
 
     def say(self, text: str) -> None:
-        """Print lines that stay."""
-        if self.live and self.width:
-            print("\r" + " " * self.width + "\r", end="")
-            self.width = 0
-        print(text, flush=True)
+        """Print lines that stay. Whoever reads them may go away; training goes on."""
+        try:
+            if self.live and self.width:
+                print("\r" + " " * self.width + "\r", end="")
+                self.width = 0
+            print(text, flush=True)
+        except BrokenPipeError:
+            silence_stdout()
 
 
 class Trainer:
@@ -1995,6 +2073,7 @@ class Trainer:
                  config: TrainConfig | None = None, train_data: Iterable | None = None,
                  val_data: Iterable | None = None, run_dir: str | Path | None = None,
                  started: float | None = None) -> None:
+        check_vocabulary(model, tokenizer)
         self.device = pick_device(str(device))
         self.config = config = config or TrainConfig()
         self.model, self.tokenizer = model.to(self.device), tokenizer
@@ -2014,6 +2093,7 @@ class Trainer:
         self.best_loss = math.inf
         self.started, self.elapsed_before = time.monotonic() if started is None else started, 0.0
         self.reserve_s = 0.0  # what the evaluation, sample and checkpoint at the end will take
+        self.step_s = 0.0  # what a step takes of late, for the ETA
         self.token_bytes = torch.tensor([len(b) for b in tokenizer.token_bytes])
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
@@ -2075,10 +2155,13 @@ class Trainer:
         mean = torch.zeros((), device=self.device)
         for batch in micro_batches:
             with self.autocast():
-                part = self.loss({key: value.to(self.device) for key, value in batch.items()}) / total
+                part = self.loss(self._to_device(batch)) / total
             self.scaler.scale(part).backward()
             mean += part.detach()
         return mean.item()
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     def _micro_batches(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         if self.micro_splits == 1:
@@ -2089,10 +2172,10 @@ class Trainer:
     def _update(self, norm: float, loss: float) -> None:
         """Let the optimizers step, unless the gradient is not finite: then weights and moments stay as they are."""
         finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite or self.scaler.is_enabled():  # the scaler skips the step itself, and lowers its scale
+        if finite:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.scaler.update()
+        self.scaler.update()  # lowers the scale if unscaling met an infinity
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
         if self.skipped_in_row >= 20:
@@ -2125,7 +2208,7 @@ class Trainer:
         total, tokens, size = 0.0, 0, 0
         with eval_mode(self.model), self.autocast():
             for batch in self.val_data:
-                total += self.loss({key: value.to(self.device) for key, value in batch.items()}).item()
+                total += self.loss(self._to_device(batch)).item()
                 labels = batch["labels"][:, 1:]
                 labels = labels[labels != -100]
                 tokens += len(labels)
@@ -2134,6 +2217,8 @@ class Trainer:
                     break
         if isinstance(self.val_data, PretrainDataLoader):
             self.val_data.epoch = self.val_data.index = 0  # the next evaluation sees the same
+        if not size:
+            raise UserError("the validation data holds nothing to score")
         return {"loss": total / tokens, "bpb": total / math.log(2) / size, "tokens": tokens, "bytes": size}
 
     def elapsed_s(self) -> float:
@@ -2157,90 +2242,96 @@ class Trainer:
         if not config.max_steps and not config.minutes:
             raise UserError("a run needs an end: give max_steps or minutes")
         if self.progress() >= 1:
-            raise UserError(f"this run is over already, at step {self.step_count} after {self.elapsed_s():.0f} s: to "
-                            "go on, resume with a larger --max-steps or --minutes")
+            raise UserError(f"there is no time left to train: {self.elapsed_s():.0f} s have gone by, {self.step_count} "
+                            "steps are done: give a larger --max-steps or --minutes")
         self._open_run()
         peak_flops = matmul_peak(self.device, self.dtype)
-        caught: list[int] = []
-        handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
-                    for number in (signal.SIGINT, signal.SIGTERM)}
-        batches, evaluated, is_best = self._endless(), {}, False
+        batches, evaluated, caught = self._endless(), {}, []
         losses, tokens, since = [], 0, time.monotonic()  # since the last line of metrics
-        try:
+        with self._signals(caught):
             while self.progress() < 1 and not caught:
                 group = list(itertools.islice(batches, config.accumulation_steps))
                 result = self.step(group)
                 losses.append(result["loss"])
-                count = sum(batch["input_ids"].numel() for batch in group)
+                count = sum(map(self.weight, group))
                 tokens, self.tokens_seen = tokens + count, self.tokens_seen + count
                 if self.step_count % config.log_every == 0 or self.step_count == 1:
                     speed = tokens / (time.monotonic() - since)
-                    flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[1])
+                    self.step_s = (time.monotonic() - since) / len(losses)
+                    flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[1] - 1)
                     row = {**result, "loss": sum(losses) / len(losses), "tok_per_s": speed, "mfu": flops / peak_flops}
                     self._log(row)
                     self._show(row, evaluated)
                     if not evaluated and self.val_data is not None:  # a guess until it has been timed
-                        self.reserve_s = min(self._last_eval_tokens() / (2.5 * speed) + 2.0, 6.0 * config.minutes)
+                        size = len(self.val_data.tokens) if isinstance(self.val_data, PretrainDataLoader) else math.inf
+                        guess = min(config.eval_tokens, size) / (2.5 * speed) + 2.0
+                        self.reserve_s = min(guess, 6.0 * config.minutes)
                     losses, tokens, since = [], 0, time.monotonic()
                 if self.progress() >= 1 or caught:
                     break
+                pause = time.monotonic()
                 if config.eval_every and self.step_count % config.eval_every == 0:
-                    pause = time.monotonic()
-                    evaluated, is_best = self._evaluate_and_show(config.eval_tokens)
-                    since += time.monotonic() - pause
-                if is_best or config.save_every and self.step_count % config.save_every == 0:
-                    self._save_run(is_best)
-                    is_best = False
-            if not caught and self.val_data is not None:
-                evaluated, is_best = self._evaluate_and_show(8 * config.eval_tokens)
-            self._save_run(is_best)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return evaluated | ({"signal": caught[0]} if caught else {})
+                    evaluated = self._evaluate_and_save()
+                elif config.save_every and self.step_count % config.save_every == 0:
+                    self.save_checkpoint(self.run_dir / "checkpoint.pt")
+                since += time.monotonic() - pause
+            if self.progress() < 1:
+                self.save_checkpoint(self.run_dir / "checkpoint.pt")
+                return evaluated | {"signal": caught[0]}
+            return self._evaluate_and_save()
 
-    def _save_run(self, is_best: bool) -> None:
-        self.save_checkpoint(self.run_dir / "checkpoint.pt")
-        if is_best:
-            with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
-                shutil.copyfileobj(file, out)
+    @contextlib.contextmanager
+    def _signals(self, caught: list[int]) -> Iterator[None]:
+        """Note SIGINT and SIGTERM in `caught`; a second one interrupts at once."""
+        def note(number: int, _: object) -> None:
+            if caught:
+                raise KeyboardInterrupt
+            caught.append(number)
+
+        main = threading.current_thread() is threading.main_thread()  # signals are its alone
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _endless(self) -> Iterator[dict[str, torch.Tensor]]:
+        resumed = self.step_count > 0  # may stand at the very end of an epoch
         while True:
             found = False
             for batch in self.train_data:
                 found = True
                 yield batch
-            if not found and self.step_count == 0:
-                raise UserError("train_data gives no batch")
+            if not found and not resumed:
+                raise UserError("train_data gives no more batches: fit() needs data that can be iterated again")
+            resumed = False
 
-    def _evaluate_and_show(self, max_tokens: int) -> tuple[dict[str, float], bool]:
-        """Evaluate, log, show a sample; also tells whether it is the best so far."""
+    def _evaluate_and_save(self) -> dict[str, float]:
+        """Evaluate on the first `eval_tokens`, save, keep the best, show a sample; returns the evaluation."""
         start = time.monotonic()
-        result = self.evaluate(max_tokens)
-        spent = time.monotonic() - start
-        self._log({"val_loss": result["loss"], "val_bpb": result["bpb"]})
-        self.line.say(f"step {self.step_count}: validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per "
-                      f"byte ({result['tokens']:,} tokens)")
-        start = time.monotonic()
+        result, is_best = {}, False
+        if self.val_data is not None:
+            result = self.evaluate(self.config.eval_tokens)
+            is_best, self.best_loss = result["loss"] < self.best_loss, min(result["loss"], self.best_loss)
+            self._log({"val_loss": result["loss"], "val_bpb": result["bpb"]})
+            self.line.say(f"step {self.step_count}: validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per "
+                          f"byte ({result['tokens']:,} tokens)")
+        self.save_checkpoint(self.run_dir / "checkpoint.pt")
+        if is_best:
+            with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
+                shutil.copyfileobj(file, out)
         if self.config.sample_tokens and (text := self.samples()):
             self.line.say(text)
-        shown = time.monotonic() - start
-        self.reserve_s = 1.1 * (spent * self._last_eval_tokens() / result["tokens"] + shown) + 0.5
-        is_best = result["loss"] < self.best_loss
-        self.best_loss = min(result["loss"], self.best_loss)
-        return result, is_best
-
-    def _last_eval_tokens(self) -> int:
-        """How many tokens the evaluation at the end takes."""
-        most = 8 * self.config.eval_tokens
-        return min(most, len(self.val_data.tokens)) if isinstance(self.val_data, PretrainDataLoader) else most
+        self.reserve_s = 1.1 * (time.monotonic() - start) + 0.3
+        return result
 
     def _show(self, row: dict[str, float], evaluated: dict[str, float]) -> None:
-        done = max(self.progress(), 1e-6)
-        left = self.elapsed_s() * (1 - done) / done
+        by_step = (self.config.max_steps - self.step_count) * self.step_s if self.config.max_steps else math.inf
+        by_clock = self.config.minutes * 60 - self.elapsed_s() if self.config.minutes else math.inf
+        left = max(0, round(min(by_step, by_clock)))
         val = f" | val {evaluated['bpb']:.3f} bpb" if evaluated else ""
-        self.line.show(f"step {self.step_count:>5} {min(done, 1):>4.0%} | eta {int(left) // 60}:{int(left) % 60:02} | "
+        self.line.show(f"step {self.step_count:>5} {min(self.progress(), 1):>4.0%} | eta {left // 60}:{left % 60:02} | "
                        f"loss {row['loss']:.3f}{val} | {row['tok_per_s'] / 1e3:.1f}k tok/s | mfu {row['mfu']:.0%} | "
                        f"{self.monitor.current_bytes() / 1e9:.2f} GB (peak {self.monitor.peak_bytes() / 1e9:.2f})")
 
@@ -2248,6 +2339,8 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will take again."""
+        if self.step_count == 0 and (self.run_dir / "checkpoint.pt").exists():
+            raise UserError(f"{self.run_dir} holds a run already: load its checkpoint, or take another run_dir")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.run_dir / "config.json") as file:
             file.write(json.dumps(self._config_dict(), indent=2).encode())
@@ -2259,14 +2352,17 @@ class Trainer:
             file.write("".join(kept).encode())
 
     def _log(self, row: dict[str, float]) -> None:
+        row = {"step": self.step_count, **row, "tokens": self.tokens_seen, "skipped": self.skipped,
+               "peak_bytes": self.monitor.peak_bytes(), "elapsed_s": round(self.elapsed_s(), 2)}
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON knows no NaN
         with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({
-                "step": self.step_count, **row, "tokens": self.tokens_seen, "skipped": self.skipped,
-                "peak_bytes": self.monitor.peak_bytes(), "elapsed_s": round(self.elapsed_s(), 2)}) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def _config_dict(self) -> dict:
+        sources = {"train": self.train_data, "val": self.val_data}
         return {"stage": self.stage, "model": dataclasses.asdict(self.model.config),
-                "train": dataclasses.asdict(self.config)}
+                "train": dataclasses.asdict(self.config),
+                "data": {name: data.source for name, data in sources.items() if hasattr(data, "source")}}
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Everything that going on needs: weights, moments, scaler, cursor, random states, counters, configuration."""
@@ -2285,7 +2381,7 @@ class Trainer:
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Go on where `save_checkpoint` left off."""
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, repair=True)
         shape = dataclasses.asdict(self.model.config)
         if state["config"]["model"] != shape:
             other = {k: v for k, v in state["config"]["model"].items() if v != shape.get(k)}
@@ -2297,7 +2393,10 @@ class Trainer:
             raise UserError(f"{path} was trained with --optimizer {state['config']['train']['optimizer']}")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)  # moments as they were; settings as they are now
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(settings)
         self.scaler.load_state_dict(state["scaler"])
         if state["data"] is not None and hasattr(self.train_data, "load_state_dict"):
             self.train_data.load_state_dict(state["data"])
@@ -2347,5 +2446,6 @@ class PreTrainer(Trainer):
         for start in starts:
             ids = self.tokenizer.encode(start)
             if len(ids) > length:
-                found.setdefault(bool(re.search(f"[{_HAN}]", start)), self.tokenizer.decode(ids[:length]))
+                text = self.tokenizer.decode_bytes(ids[:length]).decode("utf-8", "ignore")  # no half characters
+                found.setdefault(bool(re.search(f"[{_HAN}]", text)), text)
         return list(found.values()) or ["Once there was"]

@@ -12,22 +12,26 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
     parser.add_argument("--out", default="out", metavar="DIR", help="where to look for the newest run [out]")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue [one Chinese, one English]")
-    parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), default="sample", help="[sample]")
+    parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    m.add_flags(parser, m.GenerationConfig)
+    m.add_flags(parser, m.GenerationConfig(max_new_tokens=200), "generation", skip=("do_sample",))
     return parser
 
 
 def generation_config(args) -> m.GenerationConfig:
     given = {"max_new_tokens": 200} if not hasattr(args, "max_length") else {}
     given |= m.given_flags(args, m.GenerationConfig)
-    given["do_sample"] = args.strategy == "sample" and given.get("do_sample", True)
-    if args.strategy == "beam":
+    strategy = args.strategy or ("beam" if given.get("num_beams", 1) > 1 else "sample")
+    if strategy == "beam":
         given.setdefault("num_beams", 4)
-    return m.GenerationConfig(**given)
+    elif given.get("num_beams", 1) > 1:
+        raise m.UserError(f"--num-beams {given['num_beams']} contradicts --strategy {strategy}")
+    return m.GenerationConfig(do_sample=strategy == "sample", **given)
 
 
 def main(argv: list[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ?
     try:
         args = build_parser().parse_args(argv)
         config = generation_config(args)
@@ -37,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)")
         for prompt in args.prompt or PROMPTS:
             write(generator, prompt, config)
+    except BrokenPipeError:
+        m.silence_stdout()
     except (m.UserError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         return 2

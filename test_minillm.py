@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_presets_have_their_size(name, low, high):
 
 def test_flags_come_from_the_dataclass():
     parser = m.FlagParser()
-    m.add_flags(parser, m.TrainConfig)
+    m.add_flags(parser, m.TrainConfig(), "training")
     help_text = parser.format_help()
     for field in dataclasses.fields(m.TrainConfig):
         assert "--" + field.name.replace("_", "-") in help_text
@@ -298,7 +299,8 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2:9: not JSON"), ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: .*string"),
     ("a.jsonl", b'{"txt": "a"}\n', r"a.jsonl:1: unknown form of record \(txt\)"), ("a.jsonl", b"[1]\n", "a.jsonl:1: unknown"),
     ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: an escape"), ("a.txt", b"abc\xff", "a.txt: byte 3 is not UTF-8"), ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
-    ("a.txt", b"", "no text"), ("a.csv", b"a", "unknown kind of data file"), ("a.jsonl", b"", "no text"),
+    ("a.txt", b"", "a.txt: no text to train on, but no records"), ("a.csv", b"a", "unknown kind of data file"), ("a.jsonl", b"", "no text"), ("a.json", b"[" * 100_000, "a.json:1: JSON that can not be read"),
+    ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1: JSON that can not be read"),
     ("a.jsonl", b'{"messages": []}\n', "no text to train on"), ("a.txt.gz", b"no gzip", "damaged .gz")])
 def test_bad_data_is_named_with_its_place(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -710,6 +712,12 @@ def test_limits_of_generation(generator, tokenizer):
         generator.greedy_search(random_ids(1, 64))
     with pytest.raises(m.UserError, match="prompt ids lie in"):
         generator.greedy_search(torch.tensor([[300]]))
+    with pytest.raises(m.UserError, match="max_length=6 leaves nothing"):
+        generator.beam_search(ids, m.GenerationConfig(max_length=6, num_beams=2))
+    with pytest.raises(m.UserError, match="padded on the left"):
+        generator.greedy_search(ids, attention_mask=torch.tensor([[1] * 6, [1] * 5 + [0]]))
+    with pytest.raises(m.UserError, match="integers"):
+        generator.greedy_search(ids.float())
     with pytest.raises(m.UserError, match="can not stream"):
         next(generator.stream("x", settings(num_beams=2)))
     large = m.TextGenerator(random_model(shape(vocab_size=2000)), tokenizer)  # ids that the tokenizer does not have
@@ -836,6 +844,13 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, m
 
 def test_float16_with_the_scaler_skips_overflow_and_learns(tokenizer):
     trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
+    trainer.step([lm_batch(4, 20)])
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    hook = trainer.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: grad * math.inf)
+    trainer.step([lm_batch(4, 20)])  # one bad matrix, which only Muon sees, must stop AdamW as well
+    assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
+    hook.remove()
+    trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 28)  # overflows at first
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.step([lm_batch(4, 20)])
@@ -891,6 +906,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     (tmp_path / "checkpoint.prev.pt").write_bytes(b"")
     with pytest.raises(m.UserError, match="no checkpoint can be read"):
         m.load_checkpoint(path)
+
+
+def test_fit_from_python_guards_the_run_and_its_data(tmp_path, tokenizer):
+    config = m.TrainConfig(max_steps=4, warmup_steps=0, sample_tokens=0)
+    with pytest.raises(m.UserError, match="no more batches"):  # a generator can be gone through once
+        trainer_for(tokenizer, config, train_data=(lm_batch(2, 8) for _ in range(3)), run_dir=tmp_path / "a").fit()
+    trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "b").fit()
+    with pytest.raises(m.UserError, match="holds a run already"):
+        trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "b").fit()
+    with pytest.raises(m.UserError, match="do not belong together"):
+        m.PreTrainer(m.MiniGPT(shape(vocab_size=200)), tokenizer)
+
+
+def test_an_interrupt_ends_after_the_step_with_a_checkpoint(tmp_path, tokenizer):
+    trainer = trainer_for(tokenizer, m.TrainConfig(max_steps=50, sample_tokens=0), train_data=[lm_batch(2, 8)], run_dir=tmp_path)
+    plain_step = trainer.step
+    def step(batches):
+        if trainer.step_count == 3:
+            signal.raise_signal(signal.SIGINT)
+        return plain_step(batches)
+    trainer.step = step
+    assert trainer.fit()["signal"] == signal.SIGINT and m.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_checkpoints_run_no_code(tmp_path):
@@ -980,7 +1018,7 @@ def test_train_eval_sample_resume(tmp_path, corpus, capsys):
     rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
     assert {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "peak_bytes", "elapsed_s"} <= rows[0].keys()
     assert {"val_loss", "val_bpb"} <= rows[-1].keys()
-    assert train.main(["--stage", "eval", "--init", str(run), "--data", str(corpus), "--out", out]) == 0
+    assert train.main(["--stage", "eval", "--init", str(run), "--out", out]) == 0  # on the run's own data
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["bpb"] == pytest.approx(rows[-1]["val_bpb"], rel=1e-6)
     assert sample.main(["--out", out, "--prompt", "第", "The", "--max-new-tokens", "5", "--seed", "1"]) == 0
@@ -990,8 +1028,10 @@ def test_train_eval_sample_resume(tmp_path, corpus, capsys):
         assert sample.main(["--run", str(run), "--prompt", "第", "--max-new-tokens", "5", "--strategy", strategy]) == 0
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     assert train.main(args) == 2 and "holds a run already" in capsys.readouterr().err
-    assert train.main([*args, "--resume"]) == 2 and "over already" in capsys.readouterr().err
+    assert train.main([*args, "--resume"]) == 2 and "no time left to train" in capsys.readouterr().err
     assert train.main([*args, "--resume", "--hidden-size", "64"]) == 2 and "hidden_size=64 (there 32)" in capsys.readouterr().err
+    assert train.main([*args, "--overwrite", "--data", "/no/such"]) == 2 and "/no/such" in capsys.readouterr().err
+    assert train.main([*args, "--resume", "--max-steps", "9", "--seed", "5"]) == 2 and "seed=5" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
     assert train.main([*args, "--config", "tiny", "--resume", "--max-steps", "8"]) == 0 and "at step 6" in capsys.readouterr().out
     assert train.main([*args, "--overwrite", "--max-steps", "1"]) == 0
@@ -1001,7 +1041,9 @@ def test_train_eval_sample_resume(tmp_path, corpus, capsys):
     (["--confg", "tiny"], "did you mean --config"), (["--stage", "pretran"], "invalid choice"), (["--config", "huge"], "invalid choice"),
     (["--learning-rate", "-1"], "learning_rate=-1.0"), (["--batch-size", "x"], "invalid int"), (["--data", "/no/such/file"], "/no/such/file"),
     (["--resume"], "no run directory"), (["--stage", "eval"], "--init"), (["--stage", "eval", "--init", "/nowhere"], "no run directory"),
-    (["--device", "tpu9"], "tpu9"), (["--num-attention-heads", "5"], "num_attention_heads=5"), (["--dtype", "fp8"], "invalid choice")])
+    (["--device", "tpu9"], "tpu9"), (["--device", "meta"], "meta"), (["--vocab-size", "100"], "--vocab-size 100"), (["--seq-len", "999"], "--seq-len 999"),
+    (["--max-steps", "0"], "needs an end"), (["--seed", "99999999999999999999"], "seed="), (["--rope-scaling", "{a"], "rope-scaling"),
+    (["--rope-scaling", '{"rope_type": "yarn", "factor": "4"}'], "rope_scaling="), (["--num-attention-heads", "5"], "num_attention_heads=5"), (["--dtype", "fp8"], "invalid choice")])
 def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
     assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err

@@ -29,13 +29,17 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT/CONFIG/STAGE")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT/CONFIG/STAGE")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    m.add_flags(parser, m.TrainConfig)
-    m.add_flags(parser, m.MiniGPTConfig)
+    m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of --config tiny]")
+    m.add_flags(parser, m.get_config("tiny"), "shape of a new model [defaults of --config tiny]",
+                skip=("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer's, always
     return parser
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line `argv`; `started` is the time.monotonic() from which --minutes count (default: now)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ? and training goes on
     try:
         args = build_parser().parse_args(argv)
         args.argv = sys.argv[1:] if argv is None else argv
@@ -43,7 +47,15 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"train.py: warning: {message}", file=sys.stderr)
             return {"tokenizer": train_tokenizer, "pretrain": pretrain, "eval": evaluate}[args.stage](args)
-    except (m.UserError, OSError) as error:
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        m.silence_stdout()
+        return 0
+    except (m.UserError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
+            raise
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
@@ -76,6 +88,8 @@ def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
     given = m.given_flags(args, m.TrainConfig)
     if "max_steps" in given or "minutes" in given:
         given = {"max_steps": 0, "minutes": 0.0} | given
+        if not given["max_steps"] and not given["minutes"]:
+            raise m.UserError("a run needs an end: give --max-steps or --minutes above 0")
     return dataclasses.replace(base or m.get_train_config(args.config or "tiny"), **given)
 
 
@@ -86,6 +100,9 @@ def model_config(args) -> m.MiniGPTConfig:
         base.head_dim = base.num_key_value_heads = None
     if "hidden_size" in given:
         base.intermediate_size = base.moe_intermediate_size = None
+    if given.get("vocab_size", m.FIRST_MERGE) < m.FIRST_MERGE:
+        raise m.UserError(f"--vocab-size {given['vocab_size']} is not possible: bytes and special tokens alone are "
+                          f"{m.FIRST_MERGE}")
     return m.MiniGPTConfig(**dataclasses.asdict(base) | given)
 
 
@@ -99,19 +116,17 @@ def train_tokenizer(args) -> int:
     return 0
 
 
-def prepare_run_dir(run_dir: Path, args) -> bool:
-    """Whether to go on from a checkpoint in run_dir; what may not be touched is an error."""
-    holds_run = (run_dir / "config.json").exists()
+def can_resume(run_dir: Path, args) -> bool:
+    """Whether there is a checkpoint to go on from; what may not be touched is an error. Changes nothing."""
+    holds_run = any((run_dir / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
     if args.resume and args.overwrite:
         raise m.UserError("--resume and --overwrite exclude each other")
     if args.resume and not run_dir.is_dir():
         raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
-    if holds_run and args.overwrite:
-        shutil.rmtree(run_dir)
-    elif holds_run and not args.resume:
+    if holds_run and not args.resume and not args.overwrite:
         raise m.UserError(f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to replace it, "
                           "or another --out")
-    return args.resume and any((run_dir / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+    return args.resume and holds_run
 
 
 def check_shape(args, shape: m.MiniGPTConfig) -> None:
@@ -131,21 +146,24 @@ def pretrain(args) -> int:
     m.keep_freed_memory()
     train, device = train_config(args), m.pick_device(args.device)
     run_dir = Path(args.out) / (args.config or "tiny") / "pretrain"
-    if resuming := prepare_run_dir(run_dir, args):
+    saved = None
+    if resuming := can_resume(run_dir, args):
         model, tokenizer, state = m.load_run(run_dir)
-        train = train_config(args, m.TrainConfig(**state["config"]["train"]))
+        train, saved = train_config(args, m.TrainConfig(**state["config"]["train"])), state["config"]["data"]
         check_shape(args, model.config)
     elif args.init:
         model, tokenizer, _ = m.load_run(args.init)
         check_shape(args, model.config)
     else:
         config = model_config(args)
+        check_seq_len(train, config)
         tokenizer = get_tokenizer(args, config.vocab_size)
         m.torch.manual_seed(train.seed)
         model = m.MiniGPT(config)
     m.torch.manual_seed(train.seed)
-    train.seq_len = train.seq_len or model.config.max_position_embeddings
-    train_data, val_data = load_data(args, tokenizer, train)
+    check_seq_len(train, model.config)
+    train_data, val_data = (load_data(args, part, tokenizer, train, saved) for part in ("train", "val"))
+    print(f"data: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate on")
     trainer = m.PreTrainer(model, tokenizer, device, config=train, train_data=train_data, val_data=val_data,
                            run_dir=run_dir, started=args.started)
     if resuming:
@@ -155,29 +173,39 @@ def pretrain(args) -> int:
     limits = [f"{train.minutes:g} minutes"] * bool(train.minutes) + [f"{train.max_steps} steps"] * bool(train.max_steps)
     print(f"model: {model.num_params() / 1e6:.2f} M parameters{active}; {' or '.join(limits)} on {device} in "
           f"{str(trainer.dtype).removeprefix('torch.')}", flush=True)
+    if args.overwrite and run_dir.exists():  # not before all that can go wrong has gone well
+        shutil.rmtree(run_dir)
     result = trainer.fit()
     if "signal" in result:
         print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
         return 128 + result["signal"]
     print(f"done: {result['bpb']:.4f} bits per byte on {result['bytes']:,} held-out bytes after "
           f"{trainer.elapsed_s():.0f} s; saved in {run_dir}")
-    print(f'next:  python sample.py --run {shlex.quote(str(run_dir))} --prompt "{trainer.prompts()[0]}"')
+    print(f"next:  python sample.py --run {shlex.quote(str(run_dir))} --prompt {shlex.quote(trainer.prompts()[0])}")
     return 0
 
 
-def load_data(args, tokenizer: m.BPETokenizer, train: m.TrainConfig) -> tuple[m.PretrainDataLoader, ...]:
-    start, (data, val) = time.monotonic(), data_paths(args)
-    options = {"batch_size": train.batch_size, "seq_len": train.seq_len, "seed": train.seed,
-               "cache_dir": Path(args.out) / "cache", "on_bad_record": train.on_bad_record}
-    train_data = m.PretrainDataLoader(data, tokenizer, split="all" if val else "train", **options)
-    val_data = m.PretrainDataLoader(val or data, tokenizer, split="all" if val else "val", shuffle=False, **options)
-    print(f"data: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, "
-          f"{time.monotonic() - start:.1f} s")
-    return train_data, val_data
+def check_seq_len(train: m.TrainConfig, shape: m.MiniGPTConfig) -> None:
+    train.seq_len = train.seq_len or shape.max_position_embeddings
+    if train.seq_len > shape.max_position_embeddings:
+        raise m.UserError(f"--seq-len {train.seq_len} exceeds the context, max_position_embeddings="
+                          f"{shape.max_position_embeddings}")
+
+
+def load_data(args, part: str, tokenizer: m.BPETokenizer, train: m.TrainConfig, saved: dict | None = None
+              ) -> m.PretrainDataLoader:
+    """The "train" or "val" batches of the flags' data; without such flags, those that a run has `saved`."""
+    data, val = data_paths(args)
+    source = {"paths": val if val and part == "val" else data, "split": "all" if val else part}
+    if saved and args.data is None and args.val_data is None:
+        source = saved[part]
+    return m.PretrainDataLoader(
+        source["paths"], tokenizer, train.batch_size, train.seq_len, source["split"], shuffle=part == "train",
+        seed=train.seed, cache_dir=Path(args.out) / "cache", on_bad_record=train.on_bad_record)
 
 
 def evaluate(args) -> int:
-    """Score a run on --val-data, else on the validation part of --data; the last line is JSON."""
+    """Score a run on --val-data, else on the validation part of --data or of its own data; the last line is JSON."""
     m.keep_freed_memory()
     if not args.init:
         raise m.UserError("--stage eval scores a run: name its directory with --init, for example "
@@ -185,13 +213,12 @@ def evaluate(args) -> int:
     model, tokenizer, state = m.load_run(args.init)
     check_shape(args, model.config)
     train = train_config(args, m.TrainConfig(**state["config"]["train"]))
-    data, val = data_paths(args)
-    val_data = m.PretrainDataLoader(
-        val or data, tokenizer, train.batch_size, train.seq_len, split="all" if val else "val", shuffle=False,
-        cache_dir=Path(args.out) / "cache", on_bad_record=train.on_bad_record)
+    check_seq_len(train, model.config)
+    val_data = load_data(args, "val", tokenizer, train, state["config"]["data"])
     trainer = m.PreTrainer(model, tokenizer, m.pick_device(args.device), config=train, val_data=val_data)
-    print(f"{args.init} at step {state['step']} on {', '.join(map(str, val or data))}")
-    print(json.dumps(trainer.evaluate()))
+    print(f"{args.init} at step {state['step']} on {', '.join(map(str, val_data.source['paths']))} "
+          f"({val_data.source['split']})")
+    print(json.dumps(trainer.evaluate(vars(args).get("eval_tokens"))))
     return 0
 
 
