@@ -258,7 +258,8 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
     if stage != "pretrain":
         raise UserError(f"stage {stage!r} has no training defaults: choose pretrain")
     if preset == "tiny":
-        return TrainConfig(minutes=3, batch_size=4, learning_rate=1e-2, eval_every=500, save_every=500)
+        return TrainConfig(minutes=3, batch_size=8, learning_rate=1e-2, schedule="wsd", decay_fraction=0.6,
+                           eval_every=250, save_every=250)
     steps = {"small": 10_000, "moe": 10_000, "medium": 20_000, "large": 50_000}[preset]
     return TrainConfig(batch_size=32, max_steps=steps, warmup_steps=200, learning_rate=2e-3, eval_every=500,
                        save_every=500, eval_tokens=131_072)
@@ -2447,5 +2448,6 @@ class PreTrainer(Trainer):
             ids = self.tokenizer.encode(start)
             if len(ids) > length:
                 text = self.tokenizer.decode_bytes(ids[:length]).decode("utf-8", "ignore")  # no half characters
-                found.setdefault(bool(re.search(f"[{_HAN}]", text)), text)
+                chinese = bool(re.search(f"[{_HAN}]", text))
+                found.setdefault(chinese, text if chinese else text.rpartition(" ")[0] or text)  # nor half words
         return list(found.values()) or ["Once there was"]

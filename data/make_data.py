@@ -41,8 +41,8 @@ LANGS = ("en", "zh")
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary.  English and Chinese stand side by side, so that one row is one thing in both languages.
 
-PEOPLE = """Tom 小明 m, Lily 小红 f, Ben 小刚 m, Anna 小丽 f, Max 冬冬 m, Mia 兰兰 f, Sam 强强 m, Lucy 月月 f,
-Jack 小华 m, Emma 小芳 f, Leo 乐乐 m, Nora 妞妞 f"""
+PEOPLE = """Tom 小明 m, Lily 小红 f, Ben 小刚 m, Anna 小丽 f, Max 大勇 m, Mia 小兰 f, Sam 阿强 m, Lucy 月儿 f,
+Jack 小华 m, Emma 小芳 f, Leo 天乐 m, Nora 安妮 f"""
 ANIMAL_CAST = """bear 小熊 m, rabbit 小兔 f, fox 小狐狸 m, duck 小鸭 f, cat 小猫 f, pig 小猪 m, monkey 小猴 m,
 mouse 小老鼠 f, deer 小鹿 f, dog 小狗 m"""
 ADULTS = "Mum 妈妈 f, Dad 爸爸 m, Grandma 奶奶 f, Grandpa 爷爷 m"
@@ -912,7 +912,7 @@ DESCRIPTIONS_ZH = """
 = pet human
 @a 猫;只;鱼 / 狗;只;骨头 / 兔子;只;胡萝卜 / 鸭子;只;菜叶 / 母鸡;只;玉米 / 鹦鹉;只;瓜子 / 乌龟;只;小虾 / 小马;匹;青草 /
   仓鼠;只;豆子
-@n 雪球 / 豆豆 / 可可 / 点点 / 毛毛 / 球球 / 奇奇 / 米米 / 花花 / 旺旺
+@n 雪球 / 豆包 / 可乐 / 汤圆 / 毛豆 / 布丁 / 团子 / 小米 / 花生 / 来福
 {A}养了一{a.b}[黑色|白色|棕色|灰色]的{a}，[名叫{n}|给它起名叫{n}]。(({n}今年{days}岁了。 ~ {n}最爱吃{a.c}。 ~ {n}睡在[
 篮子里|桌子下面|旧围巾上|火炉旁边]。 ~ [每天早上|放学以后|傍晚]，{A}[给{n}喂食|和{n}一起玩|给{n}换水]。 ~ {n}有一个
 {col2}的[小球|小碗|铃铛]。 ~ {B}也喜欢{n}，[{day}常来看它|有时带{f}来|也想养一{a.b}{a}]。 ~ {n}[很安静|很活泼|很聪明|很
