@@ -1,8 +1,11 @@
 """Let a trained model write: `python sample.py` continues a text with the newest run."""
 import sys
 import time
+import warnings
 
-import minillm as m
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
+
+import minillm as m  # noqa: E402
 
 PROMPTS = ["从前，", "Once there was"]
 

@@ -11,6 +11,8 @@ import sys  # noqa: E402
 import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
+
 import minillm as m  # noqa: E402
 
 STAGES = ("tokenizer", "pretrain", "eval")
