@@ -2426,7 +2426,9 @@ class PreTrainer(Trainer):
         hidden, balance = self.model.hidden_states(batch["input_ids"][:, :-1],
                                                    token_mask=None if mask is None else mask[:, :-1])
         loss = chunked_cross_entropy(hidden, self.model.output_weight, labels)
-        return loss + self.model.config.router_aux_loss_coef * balance * self.weight(batch)
+        if self.model.config.num_experts:
+            loss = loss + self.model.config.router_aux_loss_coef * balance * self.weight(batch)
+        return loss
 
     def samples(self) -> str:
         """A Chinese and an English continuation of how held-out documents begin, as far as there are such documents."""

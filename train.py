@@ -199,7 +199,7 @@ def load_data(args, part: str, tokenizer: m.BPETokenizer, train: m.TrainConfig, 
     """The "train" or "val" batches of the flags' data; without such flags, those that a run has `saved`."""
     data, val = data_paths(args)
     source = {"paths": val if val and part == "val" else data, "split": "all" if val else part}
-    if saved and args.data is None and args.val_data is None:
+    if saved and part in saved and args.data is None and args.val_data is None:
         source = saved[part]
     return m.PretrainDataLoader(
         source["paths"], tokenizer, train.batch_size, train.seq_len, source["split"], shuffle=part == "train",
