@@ -691,7 +691,7 @@ class BPETokenizer:
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]").search
-TOKENIZER_BYTES = 32_000_000  # a tokenizer learns from at most about so much text, evenly picked
+TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from at most about so much text, evenly picked
 
 
 def data_files(paths: str | Path | list) -> list[Path]:
@@ -2444,7 +2444,7 @@ class PreTrainer(Trainer):
         text = self.tokenizer.decode(self.val_data.tokens[:50_000].long(), skip_special_tokens=False)
         starts = [document.strip().split("\n")[0] for document in text.split(SPECIAL_TOKENS[self.tokenizer.bos_id])]
         if len(starts) < 10:  # long documents: begin with their lines
-            starts = text.split("\n")[1:]
+            starts = text.split("\n")[1:] or starts
         found: dict[bool, str] = {}
         for start in starts:
             ids = self.tokenizer.encode(start)

@@ -1,7 +1,8 @@
-"""Tests of MiniLLM: against oracles (transformers, tokenizers, float64, brute force), for equivalences, faults and learning.
+"""Tests of MiniLLM against oracles (transformers, tokenizers, float64, brute force); equivalences, faults, learning.
 
 `pytest` runs everything, the benchmarks once each as plain tests; `pytest --benchmark-only` times them.
 """
+
 import dataclasses
 import doctest
 import gzip
@@ -27,18 +28,35 @@ import sample
 import train
 
 HERE = Path(__file__).parent
-TEXTS = ["你好，世界！小模型也能训练。", "Hello, world! It's a small model; don't panic.", "def f(x):\n    return x + 1\n",
-         "小猫看见一条鱼，小猫很高兴。小狗也看见一条鱼。", "1 + 12 = 13。The cat has 3 apples  and\t2 pears.\r\n", "café naïve Ωμέγα 日本語のテスト 😀👍"] * 3
+TEXTS = [
+    "你好，世界！小模型也能训练。",
+    "Hello, world! It's a small model; don't panic.",
+    "def f(x):\n    return x + 1\n",
+    "小猫看见一条鱼，小猫很高兴。小狗也看见一条鱼。",
+    "1 + 12 = 13。The cat has 3 apples  and\t2 pears.\r\n",
+    "café naïve Ωμέγα 日本語のテスト 😀👍",
+] * 3
 
 
 def shape(**changes) -> m.MiniGPTConfig:
-    return m.MiniGPTConfig(**{"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                              "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, **changes})
+    return m.MiniGPTConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+            **changes,
+        }
+    )
 
 
 def moe_shape(**changes) -> m.MiniGPTConfig:
-    return shape(**{"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 24,
-                    **changes})
+    return shape(
+        **{"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 24, **changes}
+    )
 
 
 def random_model(config: m.MiniGPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> m.MiniGPT:
@@ -67,31 +85,60 @@ def tokenizer() -> m.BPETokenizer:
 def corpus(tmp_path: Path) -> Path:
     """A file of 60 documents."""
     path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": f"第{i}天，小猫吃了{i % 7}条鱼。The cat ate {i % 7} fish on day {i}."},
-                                       ensure_ascii=False) + "\n" for i in range(60)), encoding="utf-8")
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"text": f"第{i}天，小猫吃了{i % 7}条鱼。The cat ate {i % 7} fish on day {i}."}, ensure_ascii=False
+            )
+            + "\n"
+            for i in range(60)
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
 # -- config and flags --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cls", "field", "value"), [
-    (m.MiniGPTConfig, "vocab_size", 0), (m.MiniGPTConfig, "hidden_size", -1), (m.MiniGPTConfig, "num_attention_heads", 3),
-    (m.MiniGPTConfig, "num_key_value_heads", 3), (m.MiniGPTConfig, "head_dim", 7), (m.MiniGPTConfig, "dropout", 1.0),
-    (m.MiniGPTConfig, "rope_theta", 0.5), (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 2}),
-    (m.MiniGPTConfig, "eos_token_id", 4096), (m.MiniGPTConfig, "num_experts", -1), (m.MiniGPTConfig, "rms_norm_eps", 0),
-    (m.TrainConfig, "batch_size", 0), (m.TrainConfig, "learning_rate", math.nan), (m.TrainConfig, "beta2", 1.0),
-    (m.TrainConfig, "min_learning_rate", 1.0), (m.TrainConfig, "schedule", "cosinus"), (m.TrainConfig, "minutes", -1),
-    (m.TrainConfig, "dtype", "float8"), (m.TrainConfig, "grad_clip", math.inf), (m.GenerationConfig, "temperature", 0),
-    (m.GenerationConfig, "top_p", 0.0), (m.GenerationConfig, "num_beams", 0), (m.GenerationConfig, "max_new_tokens", 0),
-    (m.GenerationConfig, "stop", [""])])
+@pytest.mark.parametrize(
+    ("cls", "field", "value"),
+    [
+        (m.MiniGPTConfig, "vocab_size", 0),
+        (m.MiniGPTConfig, "hidden_size", -1),
+        (m.MiniGPTConfig, "num_attention_heads", 3),
+        (m.MiniGPTConfig, "num_key_value_heads", 3),
+        (m.MiniGPTConfig, "head_dim", 7),
+        (m.MiniGPTConfig, "dropout", 1.0),
+        (m.MiniGPTConfig, "rope_theta", 0.5),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 2}),
+        (m.MiniGPTConfig, "eos_token_id", 4096),
+        (m.MiniGPTConfig, "num_experts", -1),
+        (m.MiniGPTConfig, "rms_norm_eps", 0),
+        (m.TrainConfig, "batch_size", 0),
+        (m.TrainConfig, "learning_rate", math.nan),
+        (m.TrainConfig, "beta2", 1.0),
+        (m.TrainConfig, "min_learning_rate", 1.0),
+        (m.TrainConfig, "schedule", "cosinus"),
+        (m.TrainConfig, "minutes", -1),
+        (m.TrainConfig, "dtype", "float8"),
+        (m.TrainConfig, "grad_clip", math.inf),
+        (m.GenerationConfig, "temperature", 0),
+        (m.GenerationConfig, "top_p", 0.0),
+        (m.GenerationConfig, "num_beams", 0),
+        (m.GenerationConfig, "max_new_tokens", 0),
+        (m.GenerationConfig, "stop", [""]),
+    ],
+)
 def test_config_names_the_bad_field(cls, field, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         cls(**{field: value})
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("tiny", 1e6, 2e6), ("small", 22e6, 28e6), ("medium", 70e6, 90e6),
-                                                   ("large", 320e6, 380e6), ("moe", 60e6, 90e6)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("tiny", 1e6, 2e6), ("small", 22e6, 28e6), ("medium", 70e6, 90e6), ("large", 320e6, 380e6), ("moe", 60e6, 90e6)],
+)
 def test_presets_have_their_size(name, low, high):
     with torch.device("meta"):
         model = m.MiniGPT(m.get_config(name))
@@ -108,8 +155,12 @@ def test_flags_come_from_the_dataclass():
         assert "--" + field.name.replace("_", "-") in help_text
     assert "largest norm of the whole gradient" in help_text and "on out-of-memory" in help_text
     args = parser.parse_args(["--learning-rate", "0.1", "--seq-len", "7", "--no-auto-micro-batch", "--schedule", "wsd"])
-    assert m.given_flags(args, m.TrainConfig) == {"learning_rate": 0.1, "seq_len": 7, "auto_micro_batch": False,
-                                                  "schedule": "wsd"}
+    assert m.given_flags(args, m.TrainConfig) == {
+        "learning_rate": 0.1,
+        "seq_len": 7,
+        "auto_micro_batch": False,
+        "schedule": "wsd",
+    }
     with pytest.raises(m.UserError, match="did you mean --learning-rate"):
         parser.parse_args(["--learing-rate", "1"])
     with pytest.raises(m.UserError, match="invalid choice"):
@@ -121,10 +172,22 @@ def test_flags_come_from_the_dataclass():
 
 def nasty_texts() -> list[str]:
     draw = random.Random(0)
-    pools = ["abc xyz'sdtllvere", "你好世界中国人𠮷々", " \t\n\r\u3000\xa0", "0123456789", "，。！？“”…—.,!?'\"-_()[]^\\", "éßЖωあ한😀👍🏽\u200d\u0301"]
+    pools = [
+        "abc xyz'sdtllvere",
+        "你好世界中国人𠮷々",
+        " \t\n\r\u3000\xa0",
+        "0123456789",
+        "，。！？“”…—.,!?'\"-_()[]^\\",
+        "éßЖωあ한😀👍🏽\u200d\u0301",
+    ]
     mixed = ["".join(draw.choice(draw.choice(pools)) for _ in range(draw.randrange(40))) for _ in range(3000)]
-    any_char = ["".join(chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000), draw.randrange(256)]))
-                        for _ in range(20)) for _ in range(3000)]
+    any_char = [
+        "".join(
+            chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000), draw.randrange(256)]))
+            for _ in range(20)
+        )
+        for _ in range(3000)
+    ]
     return [*mixed, *any_char, "我" * 2000, "abc" * 700, " " * 50, "", *m.SPECIAL_TOKENS, "x<|eos|>y", *TEXTS]
 
 
@@ -154,9 +217,12 @@ def test_ids_equal_huggingface_tokenizers(tmp_path):
         assert theirs.token_to_id(special) == i and i not in ours.encode(special)
 
 
-@pytest.mark.parametrize("texts", [TEXTS, ["low lower lowest newest widest"] * 2, ["哈哈哈哈 中国人民中国人 aaaaaaa"] * 3])
+@pytest.mark.parametrize(
+    "texts", [TEXTS, ["low lower lowest newest widest"] * 2, ["哈哈哈哈 中国人民中国人 aaaaaaa"] * 3]
+)
 def test_every_merge_is_the_most_frequent_pair(texts):
     """Against a textbook BPE that counts all pairs anew for every merge."""
+
     def whole(token: bytes) -> bool:
         return token.decode("utf-8", "ignore").encode() == token
 
@@ -178,7 +244,7 @@ def test_every_merge_is_the_most_frequent_pair(texts):
             i = 0
             while i < len(tokens) - 1:
                 if (tokens[i], tokens[i + 1]) == chosen:
-                    tokens[i:i + 2] = [chosen[0] + chosen[1]]
+                    tokens[i : i + 2] = [chosen[0] + chosen[1]]
                 i += 1
 
 
@@ -206,7 +272,8 @@ def test_docstring_examples():
 def test_chat_template(tokenizer):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好<|im_end|>"}], add_generation_prompt=True)
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
-        "<|im_start|>user\n你好<|im_end|><|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>user\n你好<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
     assert ids.count(tokenizer.im_end_id) == 1 and ids.count(tokenizer.im_start_id) == 2
 
 
@@ -224,8 +291,18 @@ def test_tokenizer_manager_trains_once_for_each_content(tmp_path, monkeypatch):
     assert len(trained) == 3
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"merges": [["a"]]}}', '{"model": {"merges": [["Ġ", "§§"]]}}',
-                                     "\x00", '{"model": {"merges": []}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"model": {"merges": [["a"]]}}',
+        '{"model": {"merges": [["Ġ", "§§"]]}}',
+        "\x00",
+        '{"model": {"merges": []}}',
+    ],
+)
 def test_foreign_tokenizer_files_are_refused(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(m.UserError, match="t.json"):
@@ -268,7 +345,7 @@ def test_a_lone_text_gives_its_last_tenth_of_characters(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("chunk", [7, 50, 333])
 def test_cutting_a_text_into_pieces_changes_no_id(tmp_path, tokenizer, chunk):
-    text = ("你好，世界！  def f( x ):\n\n    return 'x'\t \n 中文，没有空格。" * 20 + "\u3000　多  空 格\n" * 20)
+    text = "你好，世界！  def f( x ):\n\n    return 'x'\t \n 中文，没有空格。" * 20 + "\u3000　多  空 格\n" * 20
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     pieces = list(m.read_text(tmp_path / "t.txt", chunk))
     assert "".join(pieces) == text and len(pieces) > 3
@@ -283,7 +360,9 @@ def test_splits_are_disjoint_complete_and_independent_of_order(tmp_path, corpus,
         assert (f"<|bos|>{doc}<|eos|>" in train_text) != (f"<|bos|>{doc}<|eos|>" in val_text)
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
     corpus.write_text("".join(reversed(lines)), encoding="utf-8")
-    assert sorted(encode(corpus, tokenizer, "val", tmp_path / "c").split("<|eos|>")) == sorted(val_text.split("<|eos|>"))
+    assert sorted(encode(corpus, tokenizer, "val", tmp_path / "c").split("<|eos|>")) == sorted(
+        val_text.split("<|eos|>")
+    )
 
 
 def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
@@ -295,13 +374,25 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
     assert torch.equal(parallel.long(), m.encode_corpus(path, tokenizer, "train", tmp_path / "b")[0].long())
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2:9: not JSON"), ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: .*string"),
-    ("a.jsonl", b'{"txt": "a"}\n', r"a.jsonl:1: unknown form of record \(txt\)"), ("a.jsonl", b"[1]\n", "a.jsonl:1: unknown"),
-    ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: an escape"), ("a.txt", b"abc\xff", "a.txt: byte 3 is not UTF-8"), ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
-    ("a.txt", b"", "a.txt: no text to train on, but no records"), ("a.csv", b"a", "unknown kind of data file"), ("a.jsonl", b"", "no text"), ("a.json", b"[" * 100_000, "a.json:1: JSON that can not be read"),
-    ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1: JSON that can not be read"),
-    ("a.jsonl", b'{"messages": []}\n', "no text to train on"), ("a.txt.gz", b"no gzip", "damaged .gz")])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2:9: not JSON"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: .*string"),
+        ("a.jsonl", b'{"txt": "a"}\n', r"a.jsonl:1: unknown form of record \(txt\)"),
+        ("a.jsonl", b"[1]\n", "a.jsonl:1: unknown"),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: an escape"),
+        ("a.txt", b"abc\xff", "a.txt: byte 3 is not UTF-8"),
+        ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
+        ("a.txt", b"", "a.txt: no text to train on, but no records"),
+        ("a.csv", b"a", "unknown kind of data file"),
+        ("a.jsonl", b"", "no text"),
+        ("a.json", b"[" * 100_000, "a.json:1: JSON that can not be read"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1: JSON that can not be read"),
+        ("a.jsonl", b'{"messages": []}\n', "no text to train on"),
+        ("a.txt.gz", b"no gzip", "damaged .gz"),
+    ],
+)
 def test_bad_data_is_named_with_its_place(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(m.UserError, match=message):
@@ -384,15 +475,33 @@ def load_huggingface(model: m.MiniGPT, state: dict[str, torch.Tensor]) -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-@pytest.mark.parametrize(("kind", "tied", "yarn"), [
-    ("Llama", True, False), ("Llama", False, False), ("Llama", True, True), ("Qwen3", True, False), ("Qwen3", False, True),
-    ("Qwen3Moe", True, False), ("Qwen3Moe", False, False)])
+@pytest.mark.parametrize(
+    ("kind", "tied", "yarn"),
+    [
+        ("Llama", True, False),
+        ("Llama", False, False),
+        ("Llama", True, True),
+        ("Qwen3", True, False),
+        ("Qwen3", False, True),
+        ("Qwen3Moe", True, False),
+        ("Qwen3Moe", False, False),
+    ],
+)
 def test_logits_equal_transformers(kind, tied, yarn):
     transformers = pytest.importorskip("transformers")
     config = (moe_shape if kind == "Qwen3Moe" else shape)(
-        head_dim=16, qk_norm=kind != "Llama", tie_word_embeddings=tied, max_position_embeddings=128,
-        rope_scaling=YARN if yarn else None, **({"num_shared_experts": 0} if kind == "Qwen3Moe" else {}))
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("qk_norm", "dropout", "rope_scaling", "rope_theta")}
+        head_dim=16,
+        qk_norm=kind != "Llama",
+        tie_word_embeddings=tied,
+        max_position_embeddings=128,
+        rope_scaling=YARN if yarn else None,
+        **({"num_shared_experts": 0} if kind == "Qwen3Moe" else {}),
+    )
+    options = {
+        k: v
+        for k, v in dataclasses.asdict(config).items()
+        if k not in ("qk_norm", "dropout", "rope_scaling", "rope_theta")
+    }
     options["rope_parameters"] = {"rope_theta": config.rope_theta, **(YARN if yarn else {"rope_type": "default"})}
     theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
     torch.manual_seed(0)
@@ -412,12 +521,15 @@ def test_nothing_looks_ahead():
         x = model.embed_tokens(ids).detach().requires_grad_()
         model.embed_tokens.forward = lambda _, x=x: x
         for t in range(12):
-            grad, = torch.autograd.grad(model(ids)[0, t].square().sum(), x)
-            assert (grad[0, t + 1:] == 0).all() and (grad[0, :t + 1].abs().sum(-1) > 0).all()
+            (grad,) = torch.autograd.grad(model(ids)[0, t].square().sum(), x)
+            assert (grad[0, t + 1 :] == 0).all() and (grad[0, : t + 1].abs().sum(-1) > 0).all()
 
 
 def test_rms_norm_against_torch_and_finite_differences():
-    x, w = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), torch.rand(5, 8, dtype=torch.float64, requires_grad=True)
+    x, w = (
+        torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True),
+        torch.rand(5, 8, dtype=torch.float64, requires_grad=True),
+    )
     torch.testing.assert_close(m.rms_norm(x, w, 1e-6), F.rms_norm(x, (8,), eps=1e-6) * w)
     assert torch.autograd.gradcheck(lambda x, w: m.rms_norm(x, w, 1e-6), (x, w))
 
@@ -428,7 +540,9 @@ def test_grouped_query_attention_with_all_heads_is_plain_attention():
     for name, value in state.items():
         if "qkv_proj" in name:
             q, k, v = value.split((32, 16, 16))
-            state[name] = torch.cat([q, *(part.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for part in (k, v))])
+            state[name] = torch.cat(
+                [q, *(part.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for part in (k, v))]
+            )
     plain.load_state_dict(state)
     ids = random_ids(2, 20)
     torch.testing.assert_close(grouped(ids), plain(ids))
@@ -444,7 +558,7 @@ def test_cached_equals_uncached_for_every_split(config):
             parts = [model(ids[:, :split], cache=cache), model(ids[:, split:], cache=cache)]
             torch.testing.assert_close(torch.cat(parts, dim=1), whole)
         cache = m.KVCache(model, 2, 14)
-        torch.testing.assert_close(torch.cat([model(ids[:, t:t + 1], cache=cache) for t in range(14)], dim=1), whole)
+        torch.testing.assert_close(torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(14)], dim=1), whole)
 
 
 def test_padding_on_either_side_changes_nothing():
@@ -487,7 +601,9 @@ def test_balance_loss(k):
         moe.gate.weight.normal_()
     weights, experts, loss = moe.route(x[0], None)
     share = torch.bincount(experts.flatten(), minlength=4) / (8 * k)
-    assert loss.item() == pytest.approx(4 * (share * (x[0] @ moe.gate.weight.T).softmax(-1).mean(0)).sum().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        4 * (share * (x[0] @ moe.gate.weight.T).softmax(-1).mean(0)).sum().item(), rel=1e-5
+    )
     padded = torch.cat((x, torch.randn(1, 3, 32)), dim=1)
     real = torch.tensor([[1] * 8 + [0] * 3])
     assert moe(padded, real)[1].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -533,7 +649,9 @@ def test_chunked_cross_entropy_equals_plain(chunk):
     plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
     loss = m.chunked_cross_entropy(hidden, weight, labels, chunk)
     torch.testing.assert_close(loss, plain)
-    for a, b in zip(torch.autograd.grad(3 * loss, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(3 * loss, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(m.chunked_cross_entropy(hidden, weight, labels, chunk), plain)
@@ -587,15 +705,17 @@ def test_rows_after_their_end_are_padding_and_touch_nobody(generator, tokenizer)
     assert len({row.index(stop, 5) for row in free if stop in row[5:]}) > 0
     for row, whole in zip(rows, free, strict=True):
         end = row.index(stop, 5) if stop in row[5:] else len(row) - 1
-        assert row[:end + 1] == whole[:end + 1] and set(row[end + 1:]) <= {tokenizer.pad_id}
+        assert row[: end + 1] == whole[: end + 1] and set(row[end + 1 :]) <= {tokenizer.pad_id}
         assert stop not in whole[5:end]
 
 
 def test_sampling_filters_by_hand():
     logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+
     def kept(**changes):
         probs, ids = m.sampling_probs(logits, settings(**changes))
         return {i: round(p, 4) for i, p in zip(ids[0].tolist(), probs[0].tolist(), strict=True) if p > 0}
+
     assert kept() == {0: 0.4, 2: 0.3, 3: 0.2, 1: 0.1}
     assert kept(top_k=2) == {0: 0.5714, 2: 0.4286}
     assert kept(top_p=0.5) == {0: 0.5714, 2: 0.4286}  # the token that crosses p stays
@@ -604,8 +724,9 @@ def test_sampling_filters_by_hand():
     assert kept(top_k=3, top_p=0.75) == {0: 0.5714, 2: 0.4286}  # of what top-k left, 4/9 and 3/9 reach 0.75
     assert kept(temperature=0.5) == {0: 0.5333, 2: 0.3, 3: 0.1333, 1: 0.0333}
     seen = torch.tensor([[True, False, True, False]])
-    torch.testing.assert_close(m.penalise_repetition(torch.tensor([[2.0, 2.0, -2.0, -2.0]]), seen, 2.0),
-                               torch.tensor([[1.0, 2.0, -4.0, -2.0]]))
+    torch.testing.assert_close(
+        m.penalise_repetition(torch.tensor([[2.0, 2.0, -2.0, -2.0]]), seen, 2.0), torch.tensor([[1.0, 2.0, -4.0, -2.0]])
+    )
 
 
 def test_sampling_draws_from_the_distribution(generator):
@@ -626,7 +747,7 @@ def all_continuations(generator, ids, length) -> list[tuple[list[int], float]]:
     with torch.no_grad():
         for tokens in itertools.product(range(generator.model.config.vocab_size), repeat=length):
             ends = [i for i, t in enumerate(tokens) if t in generator.stop_ids]
-            if ends and any(tokens[ends[0] + 1:]):
+            if ends and any(tokens[ends[0] + 1 :]):
                 continue  # one of many spellings of the same ended text: keep the one padded with 0
             n = ends[0] + 1 if ends else length
             rows.append((list(tokens[:n]), n))
@@ -647,7 +768,7 @@ def test_beam_search_equals_exhaustive_search(penalty, early):
         generator = m.TextGenerator(random_model(config, seed), tokenizer)
         ids = torch.tensor([[1, 3]])
         best = max(all_continuations(generator, ids, 4), key=lambda c: c[1] / len(c[0]) ** penalty)
-        beams = settings(max_new_tokens=4, num_beams=5 ** 4, length_penalty=penalty, early_stopping=early)
+        beams = settings(max_new_tokens=4, num_beams=5**4, length_penalty=penalty, early_stopping=early)
         assert generator.beam_search(ids, beams)[0, 2:].tolist() == best[0]
 
 
@@ -655,10 +776,12 @@ def test_one_beam_is_greedy_and_more_are_likelier(generator):
     ids = random_ids(4, 6)
     config = settings(min_new_tokens=12)
     assert torch.equal(generator.beam_search(ids, config), generator.greedy_search(ids, config))
+
     def logp(out):
         with torch.no_grad():
             lp = generator.model(out)[:, 5:-1].log_softmax(-1)
         return lp.gather(2, out[:, 6:, None]).sum()
+
     wide = dataclasses.replace(config, num_beams=8)
     assert logp(generator.beam_search(ids, wide)) > logp(generator.greedy_search(ids, config))
 
@@ -697,7 +820,12 @@ def test_streaming_never_splits_a_character_and_stops_at_stop_texts(tokenizer):
         cut = dataclasses.replace(config, max_new_tokens=n)
         shown = "".join(generator.stream("x", cut))
         assert text.startswith(shown) and shown == generator.generate("x", cut)
-    for stop, want in ((["STOP"], "龘靐齉😀，你好"), (["OPq", "再见"], "龘靐齉😀，你好STOP"), (["😀"], "龘靐齉"), (["zzz"], text)):
+    for stop, want in (
+        (["STOP"], "龘靐齉😀，你好"),
+        (["OPq", "再见"], "龘靐齉😀，你好STOP"),
+        (["😀"], "龘靐齉"),
+        (["zzz"], text),
+    ):
         with_stop = dataclasses.replace(config, stop=stop)
         pieces = list(generator.stream("x", with_stop))
         assert "".join(pieces) == want == generator.generate("x", with_stop) and all(pieces)
@@ -707,7 +835,10 @@ def test_streaming_never_splits_a_character_and_stops_at_stop_texts(tokenizer):
 def test_limits_of_generation(generator, tokenizer):
     ids = random_ids(2, 6)
     assert generator.greedy_search(ids, m.GenerationConfig(max_length=10, min_new_tokens=9)).shape == (2, 10)
-    assert generator.greedy_search(ids, settings(max_new_tokens=500, min_new_tokens=500)).shape == (2, 64)  # the context
+    assert generator.greedy_search(ids, settings(max_new_tokens=500, min_new_tokens=500)).shape == (
+        2,
+        64,
+    )  # the context
     with pytest.raises(m.UserError, match="a prompt of 64 tokens leaves no room"):
         generator.greedy_search(random_ids(1, 64))
     with pytest.raises(m.UserError, match="prompt ids lie in"):
@@ -721,7 +852,9 @@ def test_limits_of_generation(generator, tokenizer):
     with pytest.raises(m.UserError, match="can not stream"):
         next(generator.stream("x", settings(num_beams=2)))
     large = m.TextGenerator(random_model(shape(vocab_size=2000)), tokenizer)  # ids that the tokenizer does not have
-    out = large.sample_generate(random_ids(64, 4, V=2000), settings(min_new_tokens=8, max_new_tokens=8, temperature=5.0))
+    out = large.sample_generate(
+        random_ids(64, 4, V=2000), settings(min_new_tokens=8, max_new_tokens=8, temperature=5.0)
+    )
     assert out[:, 4:].max() < 300
     penalised = generator.greedy_search(ids, settings(repetition_penalty=1e9, min_new_tokens=12))
     assert all(len(set(row[6:])) == 12 and not set(row[6:]) & set(row[:6]) for row in penalised.tolist())
@@ -771,8 +904,10 @@ def test_muon_against_its_definition():
             update = 0.05 * grads[n] + 0.95 * momentum[n]
             rows = {"qkv_proj.weight": [32, 16, 16], "gate_up_proj": [24, 24], "gate_up_proj.weight": [24, 24]}
             rows = next((r for suffix, r in rows.items() if n.endswith(suffix)), [update.shape[-2]])
-            parts = [m.orthogonalise(part.reshape(-1, *part.shape[-2:])).view_as(part) * 0.2 * max(part.shape[-2:]) ** 0.5
-                     for part in update.split(rows, dim=-2)]
+            parts = [
+                m.orthogonalise(part.reshape(-1, *part.shape[-2:])).view_as(part) * 0.2 * max(part.shape[-2:]) ** 0.5
+                for part in update.split(rows, dim=-2)
+            ]
             before[n] = before[n] * (1 - 0.1 * 0.5) - 0.1 * torch.cat(parts, dim=-2)
             torch.testing.assert_close(dict(model.named_parameters())[n].detach(), before[n], rtol=1e-4, atol=1e-5)
 
@@ -782,7 +917,7 @@ def lm_batch(B: int, T: int, seed: int = 0, ragged: bool = False) -> dict[str, t
     labels = ids.clone()
     if ragged:
         for row in range(B):
-            labels[row, 2 + (row * 5) % (T - 2):] = -100
+            labels[row, 2 + (row * 5) % (T - 2) :] = -100
     return {"input_ids": ids, "labels": labels}
 
 
@@ -799,13 +934,17 @@ def gradients(trainer, batches) -> dict[str, torch.Tensor]:
 def test_accumulation_is_weighted_by_tokens(tokenizer):
     rows = lm_batch(8, 20, ragged=True)
     one = gradients(trainer_for(tokenizer, dtype=torch.float64), [rows])
-    eight = gradients(trainer_for(tokenizer, dtype=torch.float64), [{k: v[i:i + 1] for k, v in rows.items()} for i in range(8)])
+    eight = gradients(
+        trainer_for(tokenizer, dtype=torch.float64), [{k: v[i : i + 1] for k, v in rows.items()} for i in range(8)]
+    )
     for name, grad in one.items():
         torch.testing.assert_close(eight[name], grad, rtol=0, atol=1e-10)
     trainer = trainer_for(tokenizer, dtype=torch.float64)
     logits = trainer.model(rows["input_ids"])[:, :-1]
     plain = F.cross_entropy(logits.flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=-100)
-    for (name, p), grad in zip(trainer.model.named_parameters(), torch.autograd.grad(plain, list(trainer.model.parameters())), strict=True):
+    for (name, p), grad in zip(
+        trainer.model.named_parameters(), torch.autograd.grad(plain, list(trainer.model.parameters())), strict=True
+    ):
         torch.testing.assert_close(one[name], grad, rtol=0, atol=1e-10, msg=name)
         assert p.grad is None
 
@@ -823,11 +962,13 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, m
     batch = lm_batch(6, 20, ragged=True)
     calm, pressed = (trainer_for(tokenizer, dtype=torch.float64) for _ in range(2))
     plain_loss = m.PreTrainer.loss
+
     def cramped(self, batch):
         if len(batch["input_ids"]) > 2:
             plain_loss(self, batch).backward()  # a gradient that must not survive
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain_loss(self, batch)
+
     calm.step([batch])
     monkeypatch.setattr(m.PreTrainer, "loss", cramped)
     pressed.step([batch])
@@ -851,7 +992,7 @@ def test_float16_with_the_scaler_skips_overflow_and_learns(tokenizer):
     assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
     hook.remove()
     trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 28)  # overflows at first
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28)  # overflows at first
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.step([lm_batch(4, 20)])
     assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
@@ -875,8 +1016,10 @@ def test_a_step_that_is_not_finite_touches_nothing(tokenizer):
 
 
 def test_the_monitor_agrees_with_the_operating_system():
-    code = ("import torch, resource, minillm as m; x = torch.ones(60_000_000); del x; monitor = m.MemoryMonitor(); "
-            "print(monitor.peak_bytes(), monitor.current_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    code = (
+        "import torch, resource, minillm as m; x = torch.ones(60_000_000); del x; monitor = m.MemoryMonitor(); "
+        "print(monitor.peak_bytes(), monitor.current_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
     # a shell between: after exec, ru_maxrss still counts the memory of the process that it was forked from
     out = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}'; true"], cwd=HERE, capture_output=True, text=True)
     peak, current, os_peak = map(int, out.stdout.split())
@@ -896,7 +1039,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     at = whole.index(struct.pack("<2f", 500.0, 502.0))
     flipped = bytearray(whole)
     flipped[at] ^= 1
-    for damaged in (bytes(flipped), whole[:len(whole) // 2], b"", b"not a checkpoint"):
+    for damaged in (bytes(flipped), whole[: len(whole) // 2], b"", b"not a checkpoint"):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match="checkpoint.pt is damaged.*checkpoint.prev.pt"):
             assert m.load_checkpoint(path)["step"] == 1
@@ -920,12 +1063,16 @@ def test_fit_from_python_guards_the_run_and_its_data(tmp_path, tokenizer):
 
 
 def test_an_interrupt_ends_after_the_step_with_a_checkpoint(tmp_path, tokenizer):
-    trainer = trainer_for(tokenizer, m.TrainConfig(max_steps=50, sample_tokens=0), train_data=[lm_batch(2, 8)], run_dir=tmp_path)
+    trainer = trainer_for(
+        tokenizer, m.TrainConfig(max_steps=50, sample_tokens=0), train_data=[lm_batch(2, 8)], run_dir=tmp_path
+    )
     plain_step = trainer.step
+
     def step(batches):
         if trainer.step_count == 3:
             signal.raise_signal(signal.SIGINT)
         return plain_step(batches)
+
     trainer.step = step
     assert trainer.fit()["signal"] == signal.SIGINT and m.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -942,18 +1089,35 @@ def test_checkpoints_run_no_code(tmp_path):
 def test_interrupted_and_resumed_equals_straight(tmp_path, corpus, tokenizer, optimizer, config):
     def run(name: str, steps: int, resume: bool = False) -> m.PreTrainer:
         torch.manual_seed(7)
-        settings = m.TrainConfig(batch_size=4, seq_len=16, max_steps=20, warmup_steps=3, optimizer=optimizer, eval_every=4,
-                                 save_every=3, eval_tokens=200, sample_tokens=4, accumulation_steps=2)
-        data, val = (m.PretrainDataLoader(corpus, tokenizer, 4, 16, split, cache_dir=tmp_path / "c") for split in ("train", "val"))
-        trainer = m.PreTrainer(m.MiniGPT(config), tokenizer, config=settings, train_data=data, val_data=val, run_dir=tmp_path / name)
+        settings = m.TrainConfig(
+            batch_size=4,
+            seq_len=16,
+            max_steps=20,
+            warmup_steps=3,
+            optimizer=optimizer,
+            eval_every=4,
+            save_every=3,
+            eval_tokens=200,
+            sample_tokens=4,
+            accumulation_steps=2,
+        )
+        data, val = (
+            m.PretrainDataLoader(corpus, tokenizer, 4, 16, split, cache_dir=tmp_path / "c")
+            for split in ("train", "val")
+        )
+        trainer = m.PreTrainer(
+            m.MiniGPT(config), tokenizer, config=settings, train_data=data, val_data=val, run_dir=tmp_path / name
+        )
         if resume:
             torch.manual_seed(99)  # whatever the new process has drawn so far
             trainer.load_checkpoint(tmp_path / name / "checkpoint.pt")
         plain_step = trainer.step
+
         def step(batches):
             if trainer.step_count == steps:
                 raise KeyboardInterrupt
             return plain_step(batches)
+
         trainer.step = step
         try:
             trainer.fit()
@@ -965,13 +1129,19 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, corpus, tokenizer, op
     run("broken", 11)  # the last checkpoint is that of step 9
     resumed = run("broken", 20, resume=True)
     assert straight.step_count == resumed.step_count == 20
-    for part in (lambda t: t.model.state_dict(), lambda t: [o.state_dict() for o in t.optimizers],
-                 lambda t: t.train_data.state_dict()):
+    for part in (
+        lambda t: t.model.state_dict(),
+        lambda t: [o.state_dict() for o in t.optimizers],
+        lambda t: t.train_data.state_dict(),
+    ):
         assert m.digest(part(straight)) == m.digest(part(resumed))
     states = [m.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("straight", "broken")]
     assert m.digest(states[0]["rng"]) == m.digest(states[1]["rng"])
     assert torch.equal(batches(straight.train_data, 1)[0], batches(resumed.train_data, 1)[0])
-    steps = [[json.loads(line)["step"] for line in open(tmp_path / name / "metrics.jsonl")] for name in ("straight", "broken")]
+    steps = [
+        [json.loads(line)["step"] for line in open(tmp_path / name / "metrics.jsonl")]
+        for name in ("straight", "broken")
+    ]
     assert steps[0] == steps[1]
     assert len(list((tmp_path / "broken").glob("*.pt"))) == 3
 
@@ -979,32 +1149,72 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, corpus, tokenizer, op
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [shape(), moe_shape(), shape(tie_word_embeddings=False)], ids=["dense", "moe", "untied"])
+@pytest.mark.parametrize(
+    "config", [shape(), moe_shape(), shape(tie_word_embeddings=False)], ids=["dense", "moe", "untied"]
+)
 def test_training_improves_held_out_text(tmp_path, corpus, tokenizer, config):
-    data, val = (m.PretrainDataLoader(corpus, tokenizer, 8, 32, split, cache_dir=tmp_path / "c") for split in ("train", "val"))
-    settings = m.TrainConfig(batch_size=8, seq_len=32, max_steps=80, warmup_steps=5, learning_rate=1e-2, eval_every=0, save_every=0, sample_tokens=4)
+    data, val = (
+        m.PretrainDataLoader(corpus, tokenizer, 8, 32, split, cache_dir=tmp_path / "c") for split in ("train", "val")
+    )
+    settings = m.TrainConfig(
+        batch_size=8,
+        seq_len=32,
+        max_steps=80,
+        warmup_steps=5,
+        learning_rate=1e-2,
+        eval_every=0,
+        save_every=0,
+        sample_tokens=4,
+    )
     torch.manual_seed(0)
-    trainer = m.PreTrainer(m.MiniGPT(config), tokenizer, config=settings, train_data=data, val_data=val, run_dir=tmp_path / "run")
+    trainer = m.PreTrainer(
+        m.MiniGPT(config), tokenizer, config=settings, train_data=data, val_data=val, run_dir=tmp_path / "run"
+    )
     before = trainer.evaluate()
     after = trainer.fit()
     assert before["bpb"] > 3 and after["bpb"] < 0.75
-    assert after["bytes"] == len(encode(corpus, tokenizer, "val", tmp_path / "c").replace("<|bos|>", "").replace("<|eos|>", "").encode())
+    assert after["bytes"] == len(
+        encode(corpus, tokenizer, "val", tmp_path / "c").replace("<|bos|>", "").replace("<|eos|>", "").encode()
+    )
     assert after["bpb"] == pytest.approx(after["loss"] * after["tokens"] / math.log(2) / after["bytes"])
 
 
 def test_the_snippet_of_the_readme(tmp_path):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     snippet = next(block.split("```")[0] for block in readme.split("```python\n")[1:] if "train_epoch" in block)
-    out = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1"},
-                         capture_output=True, text=True, check=True, encoding="utf-8")
-    assert out.stdout.startswith("epoch loss: ") and "Mini-LLM" in out.stdout and out.stderr.count("below the floor") == 1
+    out = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+    )
+    assert (
+        out.stdout.startswith("epoch loss: ") and "Mini-LLM" in out.stdout and out.stderr.count("below the floor") == 1
+    )
     assert not list(tmp_path.iterdir())
 
 
 # -- drivers -----------------------------------------------------------------------------------------------------------
 
-SMALL = ["--hidden-size", "32", "--num-attention-heads", "2", "--num-hidden-layers", "2", "--vocab-size", "300", "--seq-len",
-         "32", "--batch-size", "4", "--max-position-embeddings", "64"]
+SMALL = [
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "2",
+    "--num-hidden-layers",
+    "2",
+    "--vocab-size",
+    "300",
+    "--seq-len",
+    "32",
+    "--batch-size",
+    "4",
+    "--max-position-embeddings",
+    "64",
+]
 
 
 def test_train_eval_sample_resume(tmp_path, corpus, capsys):
@@ -1014,9 +1224,18 @@ def test_train_eval_sample_resume(tmp_path, corpus, capsys):
     shown = capsys.readouterr().out
     assert "bits per byte" in shown and "next:  python sample.py" in shown and "→" in shown
     run = tmp_path / "out/tiny/pretrain"
-    assert {p.name for p in run.iterdir()} == {"checkpoint.pt", "checkpoint.prev.pt", "best.pt", "config.json", "tokenizer.json", "metrics.jsonl"}
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoint.pt",
+        "checkpoint.prev.pt",
+        "best.pt",
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+    }
     rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    assert {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "peak_bytes", "elapsed_s"} <= rows[0].keys()
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "peak_bytes", "elapsed_s"} <= rows[
+        0
+    ].keys()
     assert {"val_loss", "val_bpb"} <= rows[-1].keys()
     assert train.main(["--stage", "eval", "--init", str(run), "--out", out]) == 0  # on the run's own data
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -1029,21 +1248,46 @@ def test_train_eval_sample_resume(tmp_path, corpus, capsys):
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     assert train.main(args) == 2 and "holds a run already" in capsys.readouterr().err
     assert train.main([*args, "--resume"]) == 2 and "no time left to train" in capsys.readouterr().err
-    assert train.main([*args, "--resume", "--hidden-size", "64"]) == 2 and "hidden_size=64 (there 32)" in capsys.readouterr().err
+    assert (
+        train.main([*args, "--resume", "--hidden-size", "64"]) == 2
+        and "hidden_size=64 (there 32)" in capsys.readouterr().err
+    )
     assert train.main([*args, "--overwrite", "--data", "/no/such"]) == 2 and "/no/such" in capsys.readouterr().err
-    assert train.main([*args, "--resume", "--max-steps", "9", "--seed", "5"]) == 2 and "seed=5" in capsys.readouterr().err
+    assert (
+        train.main([*args, "--resume", "--max-steps", "9", "--seed", "5"]) == 2 and "seed=5" in capsys.readouterr().err
+    )
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
-    assert train.main([*args, "--config", "tiny", "--resume", "--max-steps", "8"]) == 0 and "at step 6" in capsys.readouterr().out
+    assert (
+        train.main([*args, "--config", "tiny", "--resume", "--max-steps", "8"]) == 0
+        and "at step 6" in capsys.readouterr().out
+    )
     assert train.main([*args, "--overwrite", "--max-steps", "1"]) == 0
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--confg", "tiny"], "did you mean --config"), (["--stage", "pretran"], "invalid choice"), (["--config", "huge"], "invalid choice"),
-    (["--learning-rate", "-1"], "learning_rate=-1.0"), (["--batch-size", "x"], "invalid int"), (["--data", "/no/such/file"], "/no/such/file"),
-    (["--resume"], "no run directory"), (["--stage", "eval"], "--init"), (["--stage", "eval", "--init", "/nowhere"], "no run directory"),
-    (["--device", "tpu9"], "tpu9"), (["--device", "meta"], "meta"), (["--vocab-size", "100"], "--vocab-size 100"), (["--seq-len", "999"], "--seq-len 999"),
-    (["--max-steps", "0"], "needs an end"), (["--seed", "99999999999999999999"], "seed="), (["--rope-scaling", "{a"], "rope-scaling"),
-    (["--rope-scaling", '{"rope_type": "yarn", "factor": "4"}'], "rope_scaling="), (["--num-attention-heads", "5"], "num_attention_heads=5"), (["--dtype", "fp8"], "invalid choice")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--confg", "tiny"], "did you mean --config"),
+        (["--stage", "pretran"], "invalid choice"),
+        (["--config", "huge"], "invalid choice"),
+        (["--learning-rate", "-1"], "learning_rate=-1.0"),
+        (["--batch-size", "x"], "invalid int"),
+        (["--data", "/no/such/file"], "/no/such/file"),
+        (["--resume"], "no run directory"),
+        (["--stage", "eval"], "--init"),
+        (["--stage", "eval", "--init", "/nowhere"], "no run directory"),
+        (["--device", "tpu9"], "tpu9"),
+        (["--device", "meta"], "meta"),
+        (["--vocab-size", "100"], "--vocab-size 100"),
+        (["--seq-len", "999"], "--seq-len 999"),
+        (["--max-steps", "0"], "needs an end"),
+        (["--seed", "99999999999999999999"], "seed="),
+        (["--rope-scaling", "{a"], "rope-scaling"),
+        (["--rope-scaling", '{"rope_type": "yarn", "factor": "4"}'], "rope_scaling="),
+        (["--num-attention-heads", "5"], "num_attention_heads=5"),
+        (["--dtype", "fp8"], "invalid choice"),
+    ],
+)
 def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
     assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
@@ -1052,8 +1296,12 @@ def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
 
 
 def test_sample_reports_mistakes(tmp_path, capsys):
-    for argv, message in ((["--out", str(tmp_path)], "no run in"), (["--temperature", "0"], "temperature=0.0"), (["--tempreture", "1"], "--temperature"),
-                          (["--run", str(tmp_path)], "no run directory")):
+    for argv, message in (
+        (["--out", str(tmp_path)], "no run in"),
+        (["--temperature", "0"], "temperature=0.0"),
+        (["--tempreture", "1"], "--temperature"),
+        (["--run", str(tmp_path)], "no run directory"),
+    ):
         assert sample.main(argv) == 2 and message in capsys.readouterr().err
 
 
@@ -1066,8 +1314,10 @@ def test_help_says_what_every_flag_does(capsys):
 
 
 def test_importing_has_no_side_effects():
-    code = ("import torch, sys; state, threads = torch.get_rng_state(), torch.get_num_threads(); import minillm; "
-            "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()")
+    code = (
+        "import torch, sys; state, threads = torch.get_rng_state(), torch.get_num_threads(); import minillm; "
+        "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
     assert out.stdout == "" and out.stderr == ""
 

@@ -145,7 +145,6 @@ def command(args) -> str:
 
 
 def pretrain(args) -> int:
-    m.keep_freed_memory()
     train, device = train_config(args), m.pick_device(args.device)
     run_dir = Path(args.out) / (args.config or "tiny") / "pretrain"
     saved = None
@@ -166,6 +165,7 @@ def pretrain(args) -> int:
     check_seq_len(train, model.config)
     train_data, val_data = (load_data(args, part, tokenizer, train, saved) for part in ("train", "val"))
     print(f"data: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate on")
+    m.keep_freed_memory()  # from here on; what the tokenizer and the encoder took goes back first
     trainer = m.PreTrainer(model, tokenizer, device, config=train, train_data=train_data, val_data=val_data,
                            run_dir=run_dir, started=args.started)
     if resuming:
