@@ -456,6 +456,11 @@ def _batched(items: Iterable, size: Callable[[object], int], limit: int = 1 << 1
         yield batch
 
 
+def joinable(word: str, between: bool) -> Iterable[str]:
+    """The pairs of a word's symbols that may merge; inside a character only the first, as it grows from the left."""
+    return map(str.__add__, word, word[1:]) if between else [word[:2]] if len(word) > 1 else []
+
+
 def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, bytes]]:
     """The `count` most useful merges of byte-level BPE (arXiv:1508.07909), fewer if no pair occurs twice any more.
 
@@ -484,8 +489,7 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
     pair_counts: dict[str, int] = defaultdict(int)
     where: dict[str, set[int]] = defaultdict(set)
     for i, (word, n) in enumerate(zip(words, counts, strict=True)):
-        # inside a character only its first two symbols can join: the pair grows from the left
-        for pair in [word[:2]] if i < n_chars else map(str.__add__, word, word[1:]):
+        for pair in joinable(word, i >= n_chars):
             pair_counts[pair] += n
             where[pair].add(i)
     heap = [(-n, min(where[pair]) >= n_chars, pair) for pair, n in pair_counts.items()]
@@ -498,12 +502,10 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
             continue
         if -n < 2:
             break
-        left, right = pair
-        token = symbol_bytes[left] + symbol_bytes[right]
+        token = symbol_bytes[pair[0]] + symbol_bytes[pair[1]]
         spelled = "".join(byte_symbol[b] for b in token)
-        symbol = None if between else whole.get(spelled)
-        symbol = symbol or next(fresh)
-        merges.append((symbol_bytes[left], symbol_bytes[right]))
+        symbol = (None if between else whole.get(spelled)) or next(fresh)
+        merges.append((symbol_bytes[pair[0]], symbol_bytes[pair[1]]))
         symbol_bytes[symbol] = token
         born = set()
         for i in where.pop(pair):
@@ -511,10 +513,9 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
             new = words[i] = old.replace(pair, symbol)
             if new == old:
                 continue
-            if between:
-                for p in map(str.__add__, old, old[1:]):
-                    pair_counts[p] -= n
-            for p in map(str.__add__, new, new[1:]) if between else [new[:2]] if len(new) > 1 else []:
+            for p in joinable(old, between):
+                pair_counts[p] -= n
+            for p in joinable(new, between):
                 pair_counts[p] += n
                 if symbol in p:
                     where[p].add(i)
