@@ -695,10 +695,14 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]").search
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from at most about so much text, evenly picked
 
 
+def path_list(paths: str | Path | list) -> list[Path]:
+    return [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
+
+
 def data_files(paths: str | Path | list) -> list[Path]:
     """The data files that `paths` name: files as they are, of directories every .txt/.json/.jsonl(.gz), sorted."""
     files: list[Path] = []
-    for path in map(Path, paths if isinstance(paths, (list, tuple)) else [paths]):
+    for path in path_list(paths):
         if path.is_dir():
             found = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
             if not found:
@@ -974,7 +978,7 @@ def encode_corpus(paths: str | Path | list, tokenizer: BPETokenizer, split: str 
     tenth of the characters of one .txt, otherwise the documents whose content hash says so), "all" takes it whole.
     """
     files, cache_dir = data_files(paths), Path(cache_dir)
-    named = {Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])}
+    named = set(path_list(paths))
     code = map(inspect.getsource, (documents, text_pieces, read_text, read_records, in_validation, _encode_pieces))
     key = content_key(files, split == "all", [path in named for path in files], on_bad_record,
                       tokenizer.content_hash(), *code)
@@ -1008,7 +1012,7 @@ class PretrainDataLoader:
                  split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
                  cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> None:
         self.tokens, self.corpus = encode_corpus(paths, tokenizer, split, cache_dir, on_bad_record)
-        paths = [str(Path(path).absolute()) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
+        paths = [str(path.absolute()) for path in path_list(paths)]
         self.source = {"paths": paths, "split": split}  # for config.json
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.shuffle = split != "val" if shuffle is None else shuffle
@@ -2450,7 +2454,7 @@ class PreTrainer(Trainer):
         for start in starts:
             ids = self.tokenizer.encode(start)
             if len(ids) > length:
-                text = self.tokenizer.decode_bytes(ids[:length]).decode("utf-8", "ignore")  # no half characters
-                chinese = bool(re.search(f"[{_HAN}]", text))
-                found.setdefault(chinese, text if chinese else text.rpartition(" ")[0] or text)  # nor half words
+                prompt = self.tokenizer.decode_bytes(ids[:length]).decode("utf-8", "ignore")  # no half characters
+                chinese = bool(re.search(f"[{_HAN}]", prompt))
+                found.setdefault(chinese, prompt if chinese else prompt.rpartition(" ")[0] or prompt)  # nor half words
         return list(found.values()) or ["Once there was"]

@@ -11,7 +11,8 @@ PROMPTS = ["从前，", "Once there was"]
 
 
 def build_parser() -> m.FlagParser:
-    parser = m.FlagParser(prog="sample.py", description=__doc__)
+    parser = m.FlagParser(prog="sample.py", description=__doc__,
+                          usage="sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]")
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
     parser.add_argument("--out", default="out", metavar="DIR", help="where to look for the newest run [out]")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue [one Chinese, one English]")

@@ -20,7 +20,8 @@ DATA = Path(__file__).parent / "data"
 
 
 def build_parser() -> m.FlagParser:
-    parser = m.FlagParser(prog="train.py", description=__doc__, epilog="Runs land in OUT/CONFIG/STAGE.")
+    parser = m.FlagParser(prog="train.py", description=__doc__, epilog="Runs land in OUT/CONFIG/STAGE.",
+                          usage="train.py [--config NAME] [--stage STAGE] [--data PATH ...] [any flag below]")
     parser.add_argument("--config", choices=m.PRESETS, help="preset of the model's shape [tiny]")
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="what to do [pretrain]; eval scores a run")
     parser.add_argument("--data", nargs="+", metavar="PATH",
