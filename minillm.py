@@ -10,7 +10,9 @@ Text goes in at the top and a talking model comes out at the bottom; every secti
     6 Losses            pure functions of tensors
     7 Optimisation      schedules, Muon, AdamW, precision, memory
     8 Runs              checkpoints that survive crashes, run directories
-    9 Trainers          one loop: accumulate -> clip -> step -> log -> evaluate -> save
+    9 Trainers          one loop: accumulate -> clip -> step -> log -> evaluate -> save; pretraining, SFT, DPO, rewards
+   10 Reinforcement     rollouts, PPO and GRPO
+   11 RLHF pipeline     a stage from its parent's run; SFT -> reward model -> PPO in one resumable go
 
 Contract: importing this file does nothing but define names. A mistake of the user's raises UserError (a ValueError),
 whose message says what, where, found, allowed and what to do. Weights follow the Hugging Face Llama/Qwen3 conventions.
@@ -23,12 +25,14 @@ import argparse
 import array
 import codecs
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
 import gzip
 import hashlib
 import heapq
+import importlib.util
 import inspect
 import itertools
 import json
@@ -208,13 +212,16 @@ class MemoryConfig:
     accumulation_steps: int = 1  # batches whose gradients are added up before one update
     gradient_checkpointing: bool = False  # keep only each block's input and recompute the rest in backward
     auto_micro_batch: bool = True  # on out-of-memory go on with smaller micro-batches of the same total
+    lora_rank: int = 0  # train low-rank updates of the blocks' matrices alone (LoRA); 0 trains everything
+    lora_alpha: float = 16.0  # LoRA's updates are scaled by alpha / rank
 
 
 @dataclass
 class TrainConfig(MemoryConfig):
     """Every knob of training. `max_steps` or `minutes` ends a run; with both, whichever comes first."""
 
-    batch_size: int = 16  # rows of a batch
+    batch_size: int = 16  # rows, pairs or prompts of a batch
+    packing: bool = True  # several conversations a row, blind to each other; off is one a row
     seq_len: int | None = None  # tokens of a row (default: the model's max_position_embeddings)
     learning_rate: float = 3e-3  # peak, for Muon's matrices and AdamW's vectors alike
     min_learning_rate: float = 0.0  # where the schedule ends
@@ -233,6 +240,8 @@ class TrainConfig(MemoryConfig):
     eval_every: int = 250  # steps between evaluations, each with a sample; 0 is only at the end
     save_every: int = 250  # steps between checkpoints; 0 is only at the end
     eval_tokens: int = 100_000  # validation tokens an evaluation, always the same ones
+    eval_prompts: int = 200  # validation questions that an evaluation lets the model answer
+    answer_tokens: int = 48  # longest answer to them, and in the rollouts of PPO and GRPO
     sample_tokens: int = 48  # length of the samples shown during training; 0 is none
     seed: int = 0  # of initialisation, data order and dropout, below 2 ** 32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: long runs on CUDA
@@ -240,11 +249,13 @@ class TrainConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_least(self, 1, "batch_size", "accumulation_steps", "eval_tokens", "log_every", "seq_len")
-        check_least(self, 0, "warmup_steps", "max_steps", "minutes", "eval_every", "save_every", "sample_tokens",
-                    "weight_decay", "grad_clip", "min_learning_rate")
+        check_least(self, 1, "batch_size", "accumulation_steps", "eval_tokens", "eval_prompts", "answer_tokens",
+                    "log_every", "seq_len")
+        check_least(self, 0, "lora_rank", "warmup_steps", "max_steps", "minutes", "eval_every", "save_every",
+                    "sample_tokens", "weight_decay", "grad_clip", "min_learning_rate")
         check(self, 0 <= self.seed < 2 ** 32, "seed", "in 0 … 2 ** 32 - 1")
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        check(self, self.lora_alpha > 0, "lora_alpha", "above 0")
         check(self, self.min_learning_rate <= self.learning_rate, "min_learning_rate",
               f"at most learning_rate={self.learning_rate}")
         check(self, 0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]")
@@ -252,17 +263,75 @@ class TrainConfig(MemoryConfig):
             check(self, 0 <= getattr(self, field) < 1, field, "in [0, 1)")
 
 
+STAGES = ("pretrain", "sft", "dpo", "reward", "ppo", "grpo")  # in the order of a model's life
+
+
 def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConfig:
     """The training defaults of a preset and a stage."""
     get_config(preset)
-    if stage != "pretrain":
-        raise UserError(f"stage {stage!r} has no training defaults: choose pretrain")
+    if stage not in STAGES:
+        raise UserError(f"stage {stage!r} has no training defaults: choose from {', '.join(STAGES)}")
     if preset == "tiny":
-        return TrainConfig(minutes=3, batch_size=8, learning_rate=1e-2, schedule="wsd", decay_fraction=0.6,
-                           eval_every=250, save_every=250)
+        return TrainConfig(**{
+            "pretrain": {"minutes": 3, "batch_size": 8, "learning_rate": 1e-2, "schedule": "wsd",
+                         "decay_fraction": 0.6},
+            "sft": {"minutes": 3, "max_steps": 600, "batch_size": 8, "learning_rate": 3e-3, "schedule": "wsd"},
+            "dpo": {"minutes": 3, "max_steps": 250, "batch_size": 32, "learning_rate": 1e-4, "optimizer": "adamw"},
+            "reward": {"minutes": 4, "max_steps": 600, "batch_size": 32, "learning_rate": 1e-3},
+            "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 64, "learning_rate": 1e-4, "optimizer": "adamw",
+                    "schedule": "constant", "log_every": 1, "eval_every": 25, "save_every": 25},
+            "grpo": {"minutes": 6, "max_steps": 100, "batch_size": 16, "learning_rate": 1e-4, "optimizer": "adamw",
+                     "schedule": "constant", "log_every": 1, "eval_every": 25, "save_every": 25},
+        }[stage])
     steps = {"small": 10_000, "moe": 10_000, "medium": 20_000, "large": 50_000}[preset]
-    return TrainConfig(batch_size=32, max_steps=steps, warmup_steps=200, learning_rate=2e-3, eval_every=500,
-                       save_every=500, eval_tokens=131_072)
+    common = {"eval_every": 500, "save_every": 500, "eval_tokens": 131_072}
+    return TrainConfig(**common | {
+        "pretrain": {"batch_size": 32, "max_steps": steps, "warmup_steps": 200, "learning_rate": 2e-3},
+        "sft": {"batch_size": 32, "max_steps": 3000, "warmup_steps": 100, "learning_rate": 5e-4},
+        "dpo": {"batch_size": 32, "max_steps": 1000, "learning_rate": 1e-5, "optimizer": "adamw"},
+        "reward": {"batch_size": 32, "max_steps": 1000, "learning_rate": 1e-4, "optimizer": "adamw"},
+        "ppo": {"batch_size": 64, "max_steps": 300, "learning_rate": 1e-5, "optimizer": "adamw",
+                "schedule": "constant", "log_every": 1, "eval_every": 25, "save_every": 25},
+        "grpo": {"batch_size": 16, "max_steps": 300, "learning_rate": 1e-5, "optimizer": "adamw",
+                 "schedule": "constant", "log_every": 1, "eval_every": 25, "save_every": 25},
+    }[stage])
+
+
+@dataclass
+class RLHFConfig:
+    """What only learning from preferences and rewards needs. `kl` always means divergence from the reference model."""
+
+    dpo_beta: float = 0.1  # DPO: how much staying near the reference counts
+    dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
+    dpo_sft_coef: float = 0.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
+    reward_center_coef: float = 0.01  # reward model: weight of (chosen + rejected)², which keeps scores around 0
+    temperature: float = 1.0  # PPO, GRPO: of the rollouts' sampling
+    missing_end_penalty: float = 1.0  # PPO, GRPO: taken off the score of an answer that does not end
+    minibatch_size: int = 64  # PPO, GRPO: answers of an update
+    update_epochs: int = 2  # PPO, GRPO: passes over a rollout
+    clip_range: float = 0.2  # PPO, GRPO: how far the ratio of probabilities counts, 1 ± this
+    stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates when the policy has moved so far (nats a token); 0 is off
+    kl_coef: float = 0.05  # PPO: penalty on each token's KL, taken off its reward; GRPO: weight of KL in the loss
+    kl_target: float = 0.0  # PPO: adapt kl_coef to keep the KL of an answer (nats) near this; 0 keeps kl_coef
+    kl_horizon: int = 2000  # PPO: answers over which kl_coef adapts
+    gamma: float = 1.0  # PPO: discount of later rewards
+    gae_lambda: float = 0.95  # PPO: generalised advantage estimation, 0 trusts the critic, 1 the rewards
+    value_clip: float = 0.2  # PPO: how far the critic's estimate may move in a rollout's updates
+    value_coef: float = 0.5  # PPO: weight of the critic's loss
+    group_size: int = 8  # GRPO: answers to each prompt, each compared with the others
+    advantage_kind: Literal["dr_grpo", "grpo"] = "dr_grpo"  # GRPO: grpo divides by the group's deviation, too
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_least(self, 1, "minibatch_size", "update_epochs", "kl_horizon")
+        check_least(self, 2, "group_size")
+        check_least(self, 0, "dpo_sft_coef", "reward_center_coef", "missing_end_penalty", "stop_kl", "kl_coef",
+                    "kl_target", "value_coef")
+        for field in ("dpo_beta", "clip_range", "value_clip"):
+            check(self, getattr(self, field) > 0, field, "above 0")
+        check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more")
+        for field in ("gamma", "gae_lambda"):
+            check(self, 0 <= getattr(self, field) <= 1, field, "in [0, 1]")
 
 
 @dataclass
@@ -635,11 +704,27 @@ class BPETokenizer:
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
         """ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` a message; the generation prompt opens the assistant's."""
-        newline, ids = self.encode("\n"), []
-        for message in messages:
-            ids += [self.im_start_id, *self.encode(message["role"] + "\n"), *self.encode(message["content"]),
-                    self.im_end_id, *newline]
+        ids = self.encode_chat(messages)[0]
         return ids + [self.im_start_id, *self.encode("assistant\n")] if add_generation_prompt else ids
+
+    def encode_chat(self, messages: list[dict], first: int = 0) -> tuple[list[int], list[bool]]:
+        """The template's ids, and which are the assistant's own (content and end-of-turn) from message `first` on."""
+        newline, ids, own = self.encode("\n"), [], []
+        for i, message in enumerate(messages):
+            head = [self.im_start_id, *self.encode(message["role"] + "\n")]
+            body = [*self.encode(message["content"]), self.im_end_id]
+            ids += head + body + newline
+            own += [False] * len(head) + [message["role"] == "assistant" and i >= first] * len(body)
+            own += [False] * len(newline)
+        return ids, own
+
+    def decode_chat(self, ids: list[int]) -> list[dict]:
+        """The messages that `apply_chat_template` made into `ids`; a generation prompt is left out."""
+        starts = [i for i, token in enumerate(ids) if token == self.im_start_id]
+        turns = [ids[start + 1:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+        parts = [self.decode(turn[:turn.index(self.im_end_id)]).partition("\n") for turn in turns
+                 if self.im_end_id in turn]
+        return [{"role": role, "content": content} for role, _, content in parts]
 
     def to_json(self) -> str:
         """The Hugging Face `tokenizer.json`. Equal tokenizers give equal text."""
@@ -847,6 +932,110 @@ def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
                 yield where, record
 
 
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "tool": "tool", "observation": "tool"}
+
+
+def as_messages(value: object, role: str) -> list[dict]:
+    """A text said by `role`, one message or a list of them ({role, content} or {from, value}), as {role, content}."""
+    messages = []
+    for item in value if isinstance(value, list) else [value]:
+        item = {"role": role, "content": item} if isinstance(item, str) else item
+        if not isinstance(item, dict):
+            raise ValueError(f"a message must be an object with role and content, not {type(item).__name__}")
+        who, said = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if who not in ROLES or not isinstance(said, str):
+            raise ValueError(f"a message needs a role (or from), one of {', '.join(ROLES)}, and a content (or value) "
+                             f"of type string: found {str(item)[:80]}")
+        messages.append({"role": ROLES[who], "content": said})
+    return messages
+
+
+def with_system(record: dict, messages: list[dict]) -> list[dict]:
+    """Messages behind the record's own system prompt, if it has one; their order is checked."""
+    messages = as_messages(record.get("system") or [], "system") + messages
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise ValueError("a system message may only come first")
+    for a, b in itertools.pairwise(roles):
+        if a == b != "tool":
+            raise ValueError(f"roles out of order: two {a} messages one after the other")
+    return messages
+
+
+def chat_messages(record: dict) -> list[dict]:
+    """The messages of a chat record in any of its forms; a ValueError says what is wrong with it."""
+    if "messages" in record or "conversations" in record:
+        messages = as_messages(record.get("messages", record.get("conversations")), "user")
+    elif "completion" in record and "prompt" in record:
+        messages = as_messages(record["prompt"], "user") + as_messages(record["completion"], "assistant")
+    else:
+        history = [turn for pair in record.get("history") or [] for turn in zip(("user", "assistant"), pair,
+                                                                                strict=True)]
+        ask = [record.get("instruction"), record.get("input")]
+        said = [*history, ("user", "\n".join(text for text in ask if text)), ("assistant", record["output"])]
+        messages = [message for role, text in said for message in as_messages(text, role)]
+    messages = with_system(record, messages)
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError("a conversation without an assistant message holds nothing to train on")
+    return messages
+
+
+def preference_messages(record: dict) -> tuple[list[dict], list[dict], list[dict]]:
+    """(prompt, chosen, rejected) of a preference record. What both sides begin with belongs to the prompt."""
+    prompt, sides = record.get("prompt") or [], [record["chosen"], record["rejected"]]
+    if all(isinstance(side, str) for side in sides):
+        if isinstance(prompt, str) and all(len(prompt) < len(side) and side.startswith(prompt) for side in sides):
+            sides = [side[len(prompt):] for side in sides]
+        elif not prompt and all(re.match(r"\s*Human: ", side) for side in sides):  # Anthropic's transcripts
+            sides = [[{"from": {"Human": "human", "Assistant": "gpt"}[who], "value": said.strip()} for who, said in
+                      re.findall(r"(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", side, re.S)]
+                     for side in sides]
+    prompt, (chosen, rejected) = as_messages(prompt, "user"), (as_messages(side, "assistant") for side in sides)
+    if prompt and chosen[:len(prompt)] == rejected[:len(prompt)] == prompt:
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    while chosen and rejected and chosen[0] == rejected[0]:
+        prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side or side[-1]["role"] != "assistant":
+            raise ValueError(f"\"{name}\" must end with an answer of the assistant that the other side does not share")
+        with_system(record, prompt + side)
+    return with_system(record, prompt), chosen, rejected
+
+
+def prompt_messages(record: dict) -> list[dict]:
+    """What the assistant has to answer: a record's prompt, or a conversation less its last assistant turn."""
+    if record_kind(record) == "prompt":
+        messages = with_system(record, as_messages(record["prompt"], "user"))
+    else:
+        messages = chat_messages(record)
+        messages = messages[:max(i for i, message in enumerate(messages) if message["role"] == "assistant")]
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ValueError("a prompt must end with a message to answer")
+    return messages
+
+
+def checkable_answer(record: dict) -> str:
+    """The record's "answer" or "gt": a text, a number, or a list of answers that count, one a line; "" without one."""
+    answer = record.get("answer", record.get("gt"))
+    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
+    if not all(isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in answers):
+        raise ValueError(f"\"answer\" must be a text, a number or a list of them, not {str(answer)[:80]}")
+    return "\n".join(map(str, answers))
+
+
+def answer_matches(reply: str, answer: str) -> bool:
+    """Whether the reply's first sentence is the answer (one of the lines of `answer`), in any case.
+
+    >>> answer_matches("Tom. I hope that helps!", "tom"), answer_matches("是小明。", "小明"), answer_matches("3.5", "3")
+    (True, False, False)
+    """
+    def plain(text: str) -> str:
+        sentence = re.split(r"[。！？!?\n]|\.(?![0-9])", text.strip(), maxsplit=1)[0]
+        return " ".join(sentence.lower().split())
+    return plain(reply) in map(plain, answer.split("\n"))
+
+
 def in_validation(key: str) -> bool:
     """Whether a document is one of the tenth set aside for validation: its content alone decides."""
     return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16) % 10 == 0
@@ -871,32 +1060,51 @@ def text_pieces(path: Path, split: str, alone: bool) -> Iterator[Piece]:
                 at += len(part)
 
 
-def documents(files: list[Path], named: set[Path], split: str, on_bad_record: str) -> Iterator[Piece]:
-    """The pieces of every document of the text records and .txt files among `files`.
+WANTED = {"text": 'text: .txt files and {"text": …}', "chat": 'conversations: {"messages": […]} and its kin',
+          "preference": 'pairs: {"prompt", "chosen", "rejected"}', "prompt": '{"prompt"} records or conversations'}
+
+
+def select(files: list[Path], named: set[Path], kind: str, bad: BadRecords) -> Iterator[tuple[Path, str, dict | None]]:
+    """(file, file:line, record) for the records of a kind; (file, "", None) for a .txt file, if that kind is text.
 
     A file without any is an error if the user `named` it, and passed over if it only stands in a directory.
     """
-    bad, total = BadRecords(on_bad_record), 0
+    total = 0
     for path in files:
         kinds: Counter = Counter()
-        if is_plain_text(path):
-            for piece in text_pieces(path, split, len(files) == 1):
-                kinds["text"] += 1
-                yield piece
-        else:
-            for _, record in read_records(path, bad):
-                kinds[record_kind(record)] += 1
-                if record_kind(record) == "text" and record["text"]:
-                    target = "val" if split != "all" and in_validation(record["text"]) else "train"
-                    yield target, record["text"], True, True
-        total += kinds["text"]
-        if not kinds["text"] and path in named:
-            raise UserError(f"{path}: no text to train on, but {', '.join(kinds) or 'no'} records: pretraining takes "
-                            '.txt files and {"text": …} records')
+        records = [("", None)] if is_plain_text(path) else read_records(path, bad)
+        for where, record in records:
+            found = "text" if record is None else record_kind(record)
+            kinds[found] += 1
+            if found == kind:
+                yield path, where, record
+        total += kinds[kind]
+        if not kinds[kind] and path in named:
+            raise UserError(f"{path}: nothing for this stage, but {', '.join(kinds) or 'no'} records: it takes "
+                            f"{WANTED[kind]}")
     bad.report()
     if not total:
-        raise UserError(f"no text to train on in {', '.join(map(str, files))}: pretraining takes .txt files and "
-                        '{"text": …} records')
+        raise UserError(f"nothing for this stage in {', '.join(map(str, files))}: it takes {WANTED[kind]}")
+
+
+def kinds_of(paths: str | Path | list) -> dict[str, int]:
+    """How many records of each kind the files hold."""
+    kinds: Counter = Counter()
+    for path in data_files(paths):
+        if is_plain_text(path):
+            kinds["text"] += 1
+        else:
+            kinds.update(record_kind(record) for _, record in read_records(path, BadRecords("skip")))
+    return dict(kinds)
+
+
+def documents(files: list[Path], named: set[Path], split: str, on_bad_record: str) -> Iterator[Piece]:
+    """The pieces of every document of the text records and .txt files among `files`."""
+    for path, _, record in select(files, named, "text", BadRecords(on_bad_record)):
+        if record is None:
+            yield from text_pieces(path, split, len(files) == 1)
+        elif record["text"]:
+            yield "val" if split != "all" and in_validation(record["text"]) else "train", record["text"], True, True
 
 
 def sample_texts(files: list[Path], split: str, on_bad_record: str) -> Iterator[str]:
@@ -969,38 +1177,137 @@ def _encode_pieces(pieces: list[Piece]) -> dict[str, bytes]:
     return {split: values.tobytes() for split, values in ids.items()}
 
 
+def encode_once(files: list[Path], rules: tuple, names: tuple[str, ...], items: Iterable, encode: Callable,
+                size: Callable[[object], int], tokenizer: BPETokenizer, cache_dir: str | Path) -> list[Path]:
+    """The files KEY.NAME under `cache_dir` for each of `names`, keyed by the content of `files`, `rules` and tokenizer.
+
+    Made once, in parallel and in pieces: `encode` turns a list of `items` into {name: bytes to append}.
+    """
+    cache_dir = Path(cache_dir)
+    key = content_key(files, rules, tokenizer.content_hash(), *map(inspect.getsource, (
+        text_pieces, read_text, read_records, select, in_validation, encode)))
+    targets = [cache_dir / f"{key}.{name}" for name in names]
+    if not all(target.exists() for target in targets):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            out = {name: stack.enter_context(atomic_write(target)) for name, target in zip(names, targets, strict=True)}
+            work = sum(f.stat().st_size for f in files)
+            for encoded in parallel_map(encode, _batched(items, size), work, _set_worker_tokenizer, (tokenizer,)):
+                for name, values in encoded.items():
+                    out[name].write(values)
+    return targets
+
+
+def open_encoded(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """A file of numbers as a memory-mapped (N,) tensor."""
+    size = path.stat().st_size // dtype.itemsize
+    return torch.from_file(str(path), size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+
+
+def check_part(part: torch.Tensor, files: list[Path], split: str) -> None:
+    if not len(part):
+        raise UserError(f"{', '.join(map(str, files))}: the {split} part is empty: there is too little to set a tenth "
+                        "of it aside: give validation data of its own with --val-data")
+
+
 def encode_corpus(paths: str | Path | list, tokenizer: BPETokenizer, split: str = "train",
                   cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> tuple[torch.Tensor, str]:
     """The token ids of a split of a corpus, as one memory-mapped (N,) tensor of uint16 or uint32, and the corpus's key.
 
-    Encoded once, in parallel and in pieces, into a file under `cache_dir` keyed by the content of the data and the
-    tokenizer. Every document stands between BOS and EOS. `split`: "train" and "val" share a corpus (val is the last
-    tenth of the characters of one .txt, otherwise the documents whose content hash says so), "all" takes it whole.
+    Encoded once into a file under `cache_dir`. Every document stands between BOS and EOS. `split`: "train" and "val"
+    share a corpus (val is the last tenth of the characters of one .txt, otherwise the documents whose content hash says
+    so), "all" takes it whole.
     """
-    files, cache_dir = data_files(paths), Path(cache_dir)
-    named = set(path_list(paths))
-    code = map(inspect.getsource, (documents, text_pieces, read_text, read_records, in_validation, _encode_pieces))
-    key = content_key(files, split == "all", [path in named for path in files], on_bad_record,
-                      tokenizer.content_hash(), *code)
-    dtype = torch.uint16 if tokenizer.vocab_size <= 1 << 16 else torch.uint32
-    targets = {s: cache_dir / f"{key}.{s}.{'u16' if dtype is torch.uint16 else 'u32'}" for s in ("train", "val")}
-    if not all(t.exists() for t in targets.values()):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        size = sum(f.stat().st_size for f in files)
-        with contextlib.ExitStack() as stack:
-            out = {s: stack.enter_context(atomic_write(target)) for s, target in targets.items()}
-            batches = _batched(documents(files, named, split, on_bad_record), lambda piece: len(piece[1]))
-            for encoded in parallel_map(_encode_pieces, batches, size, _set_worker_tokenizer, (tokenizer,)):
-                for s, values in encoded.items():
-                    out[s].write(values)
-    path = targets["val" if split == "val" else "train"]
-    if not path.stat().st_size:
-        raise UserError(f"{', '.join(map(str, files))}: the {split} part is empty: there are too few documents to set "
-                        "a tenth of them aside: give validation data of its own with --val-data")
-    return torch.from_file(str(path), size=path.stat().st_size // dtype.itemsize, dtype=dtype), path.stem
+    files, named = data_files(paths), set(path_list(paths))
+    rules = (split == "all", [path in named for path in files], on_bad_record, inspect.getsource(documents))
+    train, val = encode_once(files, rules, ("train", "val"), documents(files, named, split, on_bad_record),
+                             _encode_pieces, lambda piece: len(piece[1]), tokenizer, cache_dir)
+    path = val if split == "val" else train
+    tokens = open_encoded(path, torch.uint16 if tokenizer.vocab_size <= 1 << 16 else torch.uint32)
+    check_part(tokens, files, split)
+    return tokens, path.name
 
 
-class PretrainDataLoader:
+Example = tuple[str, list]  # (train or val, three sequences, each a text or (messages, first message to train on))
+
+
+def examples(files: list[Path], named: set[Path], kind: str, split: str, on_bad_record: str) -> Iterator[Example]:
+    """Every record of a kind as three sequences.
+
+    chat: conversation, answer, category; preference: prompt with chosen, prompt with rejected, category; prompt: the
+    messages to answer, answer, category. A prompt decides the split, so that no question is on both sides.
+    """
+    bad = BadRecords(on_bad_record)
+    as_chat = kind == "prompt" and "prompt" not in kinds_of(files)
+    for _, where, record in select(files, named, "chat" if as_chat else kind, bad):
+        try:
+            category = str(record.get("category", ""))
+            if kind == "preference":
+                prompt, chosen, rejected = preference_messages(record)
+                parts = [(prompt + chosen, len(prompt)), (prompt + rejected, len(prompt)), category]
+            elif kind == "chat":
+                prompt = prompt_messages(record)
+                parts = [(chat_messages(record), 0), checkable_answer(record), category]
+            else:
+                prompt = prompt_messages(record)
+                parts = [(prompt, None), checkable_answer(record), category]
+        except (ValueError, TypeError) as error:
+            bad.add(where, str(error))
+            continue
+        target = "val" if split != "all" and in_validation(json.dumps(prompt, ensure_ascii=False)) else "train"
+        yield target, parts
+
+
+def _encode_examples(batch: list[Example]) -> dict[str, bytes]:
+    """Each split's ids, twice the id and one more where it is trained, and the length of each sequence."""
+    tokenizer, encoded = _worker_tokenizer, {}
+    for split in ("train", "val"):
+        tokens, lengths = array.array("i"), array.array("i")
+        for sequence in (part for target, parts in batch if target == split for part in parts):
+            if isinstance(sequence, str):
+                values = [2 * i for i in tokenizer.encode(sequence)]
+            elif sequence[1] is None:
+                values = [2 * i for i in tokenizer.apply_chat_template(sequence[0], add_generation_prompt=True)]
+            else:
+                values = [2 * i + own for i, own in zip(*tokenizer.encode_chat(*sequence), strict=True)]
+            tokens.extend(values)
+            lengths.append(len(values))
+        encoded |= {split: tokens.tobytes(), split + ".lengths": lengths.tobytes()}
+    return encoded
+
+
+class BatchLoader:
+    """What all loaders share: batches in an order that seed and epoch decide, and the exact cursor as `state_dict`."""
+
+    def __init__(self, paths: str | Path | list, corpus: str, batch_size: int, seq_len: int, split: str,
+                 shuffle: bool | None, seed: int) -> None:
+        self.corpus, self.batch_size, self.seq_len, self.seed = corpus, batch_size, seq_len, seed
+        self.source = {"paths": [str(path.absolute()) for path in path_list(paths)], "split": split}  # for config.json
+        self.shuffle = split != "val" if shuffle is None else shuffle
+        self.epoch = self.index = 0  # items of this epoch that have been given out
+
+    def generator(self) -> torch.Generator:
+        """This epoch's source of chance."""
+        return torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+
+    def rewind(self) -> None:
+        self.epoch = self.index = 0
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("epoch", "index", "seed", "seq_len", "corpus")}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["corpus"] != self.corpus:
+            raise UserError("the data, its split or the tokenizer are not those of the checkpoint: give the same "
+                            "--data and --val-data as before")
+        for name in ("seed", "seq_len"):
+            if state[name] != getattr(self, name):
+                raise UserError(f"{name}={getattr(self, name)}, but the checkpoint stands in an epoch with "
+                                f"{name}={state[name]}: give that")
+        self.epoch, self.index = state["epoch"], state["index"]
+
+
+class PretrainDataLoader(BatchLoader):
     """Batches of blocks of `seq_len` + 1 consecutive tokens; neighbours share a token, so that each is predicted once.
 
     Iterating gives {"input_ids", "labels"}, both (B, seq_len + 1) int64 and equal, until the epoch ends; the next
@@ -1011,22 +1318,18 @@ class PretrainDataLoader:
     def __init__(self, paths: str | Path | list, tokenizer: BPETokenizer, batch_size: int = 16, seq_len: int = 256,
                  split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
                  cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> None:
-        self.tokens, self.corpus = encode_corpus(paths, tokenizer, split, cache_dir, on_bad_record)
-        paths = [str(path.absolute()) for path in path_list(paths)]
-        self.source = {"paths": paths, "split": split}  # for config.json
-        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.shuffle = split != "val" if shuffle is None else shuffle
-        self.epoch = self.index = 0  # blocks of this epoch that have been given out
+        self.tokens, corpus = encode_corpus(paths, tokenizer, split, cache_dir, on_bad_record)
+        super().__init__(paths, corpus, batch_size, seq_len, split, shuffle, seed)
         if len(self.tokens) < 2 or self.shuffle and len(self.tokens) <= seq_len:
-            raise UserError(f"{', '.join(paths)}: the {split} part holds {len(self.tokens)} tokens, fewer than seq_len="
-                            f"{seq_len} and one: give more data, or a smaller --seq-len")
+            raise UserError(f"{', '.join(self.source['paths'])}: the {split} part holds {len(self.tokens)} tokens, "
+                            f"fewer than seq_len={seq_len} and one: give more data, or a smaller --seq-len")
 
     def _starts(self) -> torch.Tensor:
         """Where this epoch's blocks start, in the order in which they are given out."""
         T, n = self.seq_len, len(self.tokens)
         if not self.shuffle:
             return torch.arange(0, n - 1, T)
-        draw = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        draw = self.generator()
         offset = int(torch.randint(0, min(T, n - T), (), generator=draw)) if self.epoch else 0
         blocks = (n - 1 - offset) // T
         starts = offset + T * torch.randperm(blocks, generator=draw)
@@ -1046,19 +1349,225 @@ class PretrainDataLoader:
             yield {"input_ids": batch, "labels": batch}
         self.epoch, self.index = self.epoch + 1, 0
 
-    def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "seq_len": self.seq_len,
-                "corpus": self.corpus}
 
-    def load_state_dict(self, state: dict) -> None:
-        if state["corpus"] != self.corpus:
-            raise UserError("the data, its split or the tokenizer are not those of the checkpoint: give the same "
-                            "--data and --val-data as before")
-        for name in ("seed", "seq_len"):
-            if state[name] != getattr(self, name):
-                raise UserError(f"{name}={getattr(self, name)}, but the checkpoint stands in an epoch of blocks with "
-                                f"{name}={state[name]}: give that")
-        self.epoch, self.index = state["epoch"], state["index"]
+class RecordDataLoader(BatchLoader):
+    """Batches of records of a `kind`, each three sequences of ids (see `examples`); a subclass makes the batches.
+
+    `paths` are files and directories; every record form of the README is recognised. `items` are the records in use:
+    those too long for `seq_len` are left out (or shortened by the subclass), with one warning that counts them.
+    """
+
+    kind = ""
+    too_long = 0
+
+    def __init__(self, paths: str | Path | list, tokenizer: BPETokenizer, batch_size: int = 16, seq_len: int = 256,
+                 split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
+                 cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> None:
+        files, named = data_files(paths), set(path_list(paths))
+        rules = (self.kind, split == "all", [path in named for path in files], on_bad_record, *map(inspect.getsource, (
+            examples, chat_messages, preference_messages, prompt_messages, checkable_answer, as_messages, with_system,
+            BPETokenizer)))
+        parts = ("train", "train.lengths", "val", "val.lengths")
+        made = encode_once(files, rules, parts, examples(files, named, self.kind, split, on_bad_record),
+                           _encode_examples, lambda item: len(str(item)), tokenizer, cache_dir)
+        self.tokens, lengths = (open_encoded(path, torch.int32) for path in (made[2:] if split == "val" else made[:2]))
+        check_part(lengths, files, split)
+        super().__init__(paths, made[2 if split == "val" else 0].name, batch_size, seq_len, split, shuffle, seed)
+        self.tokenizer = tokenizer
+        self.ends = lengths.cumsum(0, dtype=torch.int64)
+        self.items = [i for i in range(len(lengths) // 3) if self.usable(i)]
+        self.warn()
+        if not self.items:
+            raise UserError(f"{', '.join(self.source['paths'])}: no record of the {split} part fits seq_len={seq_len}")
+
+    def usable(self, i: int) -> bool:
+        """Whether record i can be used; called once for each."""
+        fits = max(len(self.sequence(i, 0)), len(self.sequence(i, 1))) <= self.seq_len
+        self.too_long += not fits
+        return fits
+
+    def warn(self) -> None:
+        if self.too_long:
+            warnings.warn(f"{self.too_long} of {len(self.ends) // 3} {self.kind} records exceed {self.seq_len} tokens "
+                          "and are left out", stacklevel=4)
+
+    def sequence(self, i: int, part: int) -> torch.Tensor:
+        """A sequence of record i as stored, (n,) int64: twice the id, and one more where it is trained."""
+        k = 3 * i + part
+        return self.tokens[int(self.ends[k - 1]) if k else 0:int(self.ends[k])].long()
+
+    def text(self, i: int, part: int) -> str:
+        return self.tokenizer.decode(self.sequence(i, part) >> 1)
+
+    def order(self) -> list[int]:
+        """The records of this epoch."""
+        if not self.shuffle:
+            return self.items
+        return [self.items[i] for i in torch.randperm(len(self.items), generator=self.generator()).tolist()]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        order = self.order()
+        while self.index < len(order):
+            items = order[self.index:self.index + self.batch_size]
+            self.index += len(items)
+            yield self.collate(items)
+        self.epoch, self.index = self.epoch + 1, 0
+
+    def question(self, i: int) -> list[int]:
+        """The ids that record i lets the assistant answer: all up to where its last answer begins."""
+        row = self.sequence(i, 0)
+        begins = ((row & 1).diff() == 1).nonzero()
+        return ((row[:int(begins[-1]) + 1] if len(begins) else row) >> 1).tolist()
+
+    def questions(self, limit: int) -> list[tuple[list[int], str]]:
+        """The first `limit` questions that have a checkable answer, and that answer."""
+        answered = (i for i in self.items if self.kind != "preference" and self.text(i, 1))
+        return [(self.question(i), self.text(i, 1)) for i in itertools.islice(answered, limit)]
+
+
+class ConversationDataLoader(RecordDataLoader):
+    """Batches of conversations for SFT; only the assistant's content and end-of-turn are trained, in every turn.
+
+    Gives {"input_ids", "labels" (-100 where not trained), "position_ids", "segments"}, each (B, T) int64, T at most
+    `seq_len`. With `packing` a row holds several conversations: `segments` numbers them from 1 (0 is padding), and
+    positions restart with each. A conversation that is too long loses whole turns at its end; if the first answer
+    alone is too long, it is cut and lacks its end-of-turn.
+    """
+
+    kind = "chat"
+
+    def __init__(self, *args, packing: bool = True, **options) -> None:
+        self.packing, self.shortened, self.cut, self.useless = packing, [], [], []
+        super().__init__(*args, **options)
+
+    def usable(self, i: int) -> bool:
+        whole = self.sequence(i, 0)
+        part = self.conversation(i)
+        if len(part) < len(whole):
+            (self.shortened if part[-1] == 2 * self.tokenizer.im_end_id + 1 else self.cut).append(i)
+        if not (part & 1).any():
+            self.useless.append(i)
+        return bool((part & 1).any())
+
+    def warn(self) -> None:
+        if self.shortened or self.cut:
+            warnings.warn(f"of {len(self.ends) // 3} conversations {len(self.shortened) + len(self.cut)} exceed "
+                          f"{self.seq_len} tokens: {len(self.shortened)} lose turns at their end, {len(self.cut)} are "
+                          f"cut and lack their end-of-turn, {len(self.useless)} of which hold nothing to train on and "
+                          "are left out", stacklevel=4)
+
+    def conversation(self, i: int) -> torch.Tensor:
+        """Conversation i as stored, of at most `seq_len` tokens."""
+        row = self.sequence(i, 0)
+        if len(row) <= self.seq_len:
+            return row
+        row = row[:self.seq_len]
+        ends = (row == 2 * self.tokenizer.im_end_id + 1).nonzero()
+        return row[:int(ends[-1]) + 1] if len(ends) else row
+
+    def report(self, count: int, colour: bool) -> str:
+        """`count` conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
+        on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
+        lines = []
+        for i in range(min(count, len(self.ends) // 3)):
+            row, lost = self.conversation(i), len(self.sequence(i, 0)) - len(self.conversation(i))
+            own, ids = row & 1, (row >> 1).tolist()
+            warned = {f"over-long: {lost} tokens beyond seq_len={self.seq_len} cut off": lost > 0,
+                      "nothing to train on: left out": not own.any(),
+                      "missing end-of-turn": i in self.cut and own.any(),
+                      "doubled BOS": ids.count(self.tokenizer.bos_id) > 1}
+            runs = itertools.groupby(zip(ids, own.tolist(), strict=True), key=lambda pair: pair[1])
+            texts = [(trained, self.tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
+                     for trained, run in runs]
+            lines += [f"-- {i + 1}: {len(ids)} tokens, {int(own.sum())} trained"]
+            lines += ["".join(on + text + off if trained else text for trained, text in texts).rstrip("\n")]
+            lines += [f"   warning: {text}" for text, applies in warned.items() if applies]
+        lengths = [len(self.sequence(i, 0)) for i in range(len(self.ends) // 3)]
+        step = max(1, -(-max(lengths) // 12))
+        bars = Counter(length // step for length in lengths)
+        lines.append(f"lengths of {len(lengths)} conversations in tokens (seq_len {self.seq_len}):")
+        scale = 50 / max(bars.values())
+        lines += [f"{k * step:>6} … {(k + 1) * step - 1:<6}{bars[k]:>8} {'#' * round(scale * bars[k])}"
+                  for k in range(max(bars) + 1)]
+        return "\n".join(lines)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        order = self.order()
+        while self.index < len(order):
+            rows: list[list[torch.Tensor]] = []
+            while self.index < len(order):
+                new = self.conversation(order[self.index])
+                room = [row for row in rows if self.packing and sum(map(len, row)) + len(new) <= self.seq_len]
+                if room:
+                    room[0].append(new)
+                elif len(rows) < self.batch_size:
+                    rows.append([new])
+                else:
+                    break
+                self.index += 1
+            yield self.collate(rows)
+        self.epoch, self.index = self.epoch + 1, 0
+
+    def collate(self, rows: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Rows of conversations as stored -> a batch."""
+        T = max(sum(map(len, row)) for row in rows)
+        batch = {"input_ids": torch.full((len(rows), T), self.tokenizer.pad_id),
+                 "labels": torch.full((len(rows), T), -100)}
+        batch |= {name: torch.zeros(len(rows), T, dtype=torch.long) for name in ("position_ids", "segments")}
+        for b, row in enumerate(rows):
+            packed = torch.cat(row)
+            n = len(packed)
+            batch["input_ids"][b, :n] = packed >> 1
+            batch["labels"][b, :n] = (packed >> 1).where(packed & 1 == 1, -100)
+            batch["position_ids"][b, :n] = torch.cat([torch.arange(len(part)) for part in row])
+            batch["segments"][b, :n] = torch.cat([torch.full_like(part, k) for k, part in enumerate(row, 1)])
+        return batch
+
+
+class DPODataLoader(RecordDataLoader):
+    """Batches of preference pairs: "input_ids", "labels" (-100 outside the answers), "attention_mask", each (B, 2, T).
+
+    Row 0 of a pair is prompt and chosen answer, row 1 prompt and rejected answer, both padded on the right. "category"
+    (B,) indexes `categories`. Once a trainer has set `reference_logprobs` (pairs, 2), batches carry their rows of it.
+    """
+
+    kind = "preference"
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.categories, self.reference_logprobs = sorted({self.text(i, 2) for i in self.items}), None
+
+    def collate(self, items: list[int]) -> dict[str, torch.Tensor]:
+        rows = [self.sequence(i, side) for i in items for side in (0, 1)]
+        stored = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2 * self.tokenizer.pad_id)  # (2 B, T)
+        real = torch.arange(stored.shape[1]) < torch.tensor([[len(row)] for row in rows])
+        batch = {"input_ids": stored >> 1, "labels": (stored >> 1).where(stored & 1 == 1, -100),
+                 "attention_mask": real.long()}
+        batch = {name: value.view(len(items), 2, -1) for name, value in batch.items()}
+        batch["category"] = torch.tensor([self.categories.index(self.text(i, 2)) for i in items])
+        if self.reference_logprobs is not None:
+            batch["reference_logprobs"] = self.reference_logprobs[items]
+        return batch
+
+
+class PromptDataLoader(RecordDataLoader):
+    """Batches of prompts for PPO and GRPO: {"input_ids", "attention_mask", "answers"}, the first two (B, T).
+
+    Prompts are padded on the left and have at most `seq_len` tokens. "answers": the checkable ones, "" where none is.
+    """
+
+    kind = "prompt"
+
+    def collate(self, items: list[int]) -> dict[str, torch.Tensor | list[str]]:
+        return pad_left([self.question(i) for i in items], self.tokenizer.pad_id) | {
+            "answers": [self.text(i, 1) for i in items]}
+
+
+def pad_left(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows of ids as {"input_ids", "attention_mask"}, both (B, T), padded on the left."""
+    T = max(map(len, rows))
+    return {"input_ids": torch.tensor([[pad_id] * (T - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])}
 
 
 class LanguageModelingDataset(torch.utils.data.Dataset):
@@ -1440,6 +1949,77 @@ class MiniGPT(nn.Module):
         return 6 * weights + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
 
 
+class LoRALinear(nn.Module):
+    """A frozen linear map and a trainable update of low rank, W + alpha / rank · B A (arXiv:2106.09685); B starts at 0.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.weight, self.scale = base.weight.requires_grad_(False), alpha / rank
+        rows, columns = base.weight.shape
+        self.lora_a = nn.Parameter(torch.randn(rank, columns, device=base.weight.device) * columns ** -0.5)
+        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The same map as one matrix."""
+        linear = nn.Linear(*self.weight.shape[::-1], bias=False, device=self.weight.device)
+        linear.weight.copy_(self.weight + self.scale * self.lora_b @ self.lora_a)
+        return linear
+
+
+def add_lora(model: MiniGPT, rank: int, alpha: float) -> None:
+    """Freeze the model but for LoRA updates of the matrices of its blocks (routed experts stay as they are)."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("score."))  # a reward model's head is new: it learns whole
+    for block in model.layers:
+        for parent in [block.self_attn, block.mlp, getattr(block.mlp, "shared", None)]:
+            for name, child in list(parent.named_children()) if parent is not None else []:
+                if isinstance(child, nn.Linear) and name != "gate":
+                    setattr(parent, name, LoRALinear(child, rank, alpha))
+
+
+def merge_lora(model: MiniGPT) -> None:
+    """Fold LoRA's updates into the matrices; the model is a plain one again, all of it trainable."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.merged())
+    model.requires_grad_(True)
+
+
+class RewardModel(MiniGPT):
+    """The backbone with a scalar head: a score for a conversation, or, as PPO's critic, an estimate at every token.
+
+    `RewardModel(model)` takes over the weights of a MiniGPT; `RewardModel(config)` starts anew. The head starts at 0.
+    """
+
+    def __init__(self, source: MiniGPT | MiniGPTConfig) -> None:
+        super().__init__(source.config if isinstance(source, MiniGPT) else source)
+        if isinstance(source, MiniGPT):
+            self.load_state_dict(source.state_dict(), strict=not isinstance(source, RewardModel))
+            self.to(source.embed_tokens.weight)
+        self.score = nn.Linear(self.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+        if isinstance(source, RewardModel):
+            self.score.load_state_dict(source.score.state_dict())
+        self.score.to(self.embed_tokens.weight)
+
+    def token_scores(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
+        """(B, T) int64 -> a score after each token, (B, T) float32; options as in `hidden_states`."""
+        return self.score(self.hidden_states(input_ids, **options)[0]).float()[..., 0]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T) int64, padded on the right where `attention_mask` is 0 -> the score at the last real token, (B,)."""
+        scores = self.token_scores(input_ids, token_mask=attention_mask)
+        if attention_mask is None:
+            return scores[:, -1]
+        return scores.gather(1, attention_mask.long().sum(dim=1, keepdim=True) - 1)[:, 0]
+
+
 # ======================================================================================================================
 # 5 Generation: one cached decoder under greedy search, sampling, streaming and chat; beam search beside it.
 # ======================================================================================================================
@@ -1569,17 +2149,20 @@ class TextGenerator:
 
     def generate(self, prompts: str | list[str], config: GenerationConfig | None = None) -> str | list[str]:
         """The continuation of each prompt, without the prompt: a text for a text, a list for a list."""
-        config = config or GenerationConfig()
         rows = [self._prompt_ids(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
-        if not rows:
-            return []
-        T = max(map(len, rows))
-        input_ids = torch.tensor([[self.tokenizer.pad_id] * (T - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
-        complete = self.beam_search if config.num_beams > 1 else self._complete
-        output = complete(input_ids, config, mask)[:, T:].tolist()
-        answers = [_clip_at_stop(self._text(row), config.stop or [])[0] for row in output]
+        answers = self.continue_rows(rows, config or GenerationConfig()) if rows else []
         return answers[0] if isinstance(prompts, str) else answers
+
+    def continue_rows(self, rows: list[list[int]], config: GenerationConfig, batch_size: int = 128) -> list[str]:
+        """The text that continues each row of ids; rows of similar length go together, `batch_size` at a time."""
+        answers = [""] * len(rows)
+        for part in _batched(sorted(range(len(rows)), key=lambda i: len(rows[i])), lambda _: 1, batch_size):
+            batch = pad_left([rows[i] for i in part], self.tokenizer.pad_id)
+            complete = self.beam_search if config.num_beams > 1 else self._complete
+            output = complete(batch["input_ids"], config, batch["attention_mask"])
+            for i, ids in zip(part, output[:, batch["input_ids"].shape[1]:].tolist(), strict=True):
+                answers[i] = _clip_at_stop(self._text(ids), config.stop or [])[0]
+        return answers
 
     def stream(self, prompt: str | list[dict], config: GenerationConfig | None = None) -> Iterator[str]:
         """The continuation of a text, or the answer to chat messages, in pieces that never end inside a character."""
@@ -1754,6 +2337,105 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: to
     return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk)
 
 
+def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,
+                   chunk: int = 2048) -> torch.Tensor:
+    """log softmax(hidden · weightᵀ / temperature)[label] for each label, in nats; 0 where the label is -100.
+
+    hidden (…, C), weight (V, C), labels (…) aligned with hidden. Only trained positions are computed, and `chunk` x V
+    logits at a time: backward computes them anew.
+    """
+    def part(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(h, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+    keep = labels != -100
+    pairs = zip(hidden[keep].split(chunk), labels[keep].split(chunk), strict=True)
+    found = torch.cat([recompute(part, h, y, use_reentrant=False) for h, y in pairs])
+    return found.new_zeros(labels.shape).masked_scatter(keep, found)
+
+
+def dpo_loss(policy_chosen: torch.Tensor, policy_rejected: torch.Tensor, reference_chosen: torch.Tensor,
+             reference_rejected: torch.Tensor, beta: float, kind: str = "sigmoid") -> torch.Tensor:
+    """Mean DPO loss of pairs (B,), whose log-probabilities are summed over each answer (arXiv:2305.18290, eq. 7).
+
+    sigmoid: -log σ(β h) with h = (chosen - its reference) - (rejected - its reference), ln 2 at policy = reference.
+    ipo: (h - 1 / (2 β))² (arXiv:2310.12036, eq. 17).
+    """
+    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    return (-F.logsigmoid(beta * h) if kind == "sigmoid" else (h - 1 / (2 * beta)).square()).mean()
+
+
+def reward_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Mean of -log σ(chosen - rejected) over pairs of scores (B,) (Bradley-Terry; arXiv:2203.02155, eq. 1)."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x where mask is true, over everything."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """x with mean 0 (unless not `shift_mean`) and variance 1 over where mask is true, 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    centred = x - mean
+    scaled = centred * (masked_mean(centred.square(), mask) + 1e-8).rsqrt()
+    return (scaled if shift_mean else scaled + mean) * mask
+
+
+def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, kind: str = "k1") -> torch.Tensor:
+    """KL(policy || reference) from tokens that the policy sampled, one estimate each (joschu.net/blog/kl-approx.html).
+
+    With r = reference / policy: k1 = -ln r; k2 = (ln r)² / 2; k3 = r - 1 - ln r, which is unbiased and never negative.
+    """
+    log_r = reference_logprobs - logprobs
+    return {"k1": -log_r, "k2": log_r.square() / 2, "k3": log_r.exp() - 1 - log_r}[kind]
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantages and returns, both (B, T), of answers, which lie where mask is true (arXiv:1506.02438).
+
+    rewards, values and mask (B, T): values[t] is the estimate before token t is written, rewards[t] what it earned.
+    A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, as one matrix product. Nothing follows the last token.
+    """
+    T = rewards.shape[1]
+    rewards, values = rewards * mask, values * mask
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    ahead = torch.arange(T, device=rewards.device)
+    ahead = ahead[:, None] - ahead  # (later s, earlier t)
+    decay = torch.where(ahead >= 0, (gamma * lam) ** ahead.clamp(min=0).to(rewards.dtype), 0.0)
+    advantages = (deltas * mask) @ decay * mask
+    return advantages, advantages + values
+
+
+def ppo_policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+                    clip_range: float) -> torch.Tensor:
+    """Mean over mask of -min(ρ A, clip(ρ, 1 ± clip_range) A), ρ = new / old probability (arXiv:1707.06347, eq. 7)."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return masked_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask)
+
+
+def ppo_value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
+                   value_clip: float) -> torch.Tensor:
+    """Mean over mask of ½ max((V - R)², (V clipped to its old value ± value_clip - R)²) (arXiv:2310.10505)."""
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns).square(), (clipped - returns).square()), mask)
+
+
+def grpo_advantages(rewards: torch.Tensor, group_size: int, kind: str = "dr_grpo") -> torch.Tensor:
+    """Rewards (N,) of consecutive groups less their group's mean (Dr. GRPO, arXiv:2503.20783).
+
+    grpo also divides by the group's standard deviation (arXiv:2402.03300). A group of equal rewards gives exactly 0.
+    """
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    centred = torch.where((groups == groups[:, :1]).all(dim=1, keepdim=True), 0.0, centred)  # no rounding error left
+    return (centred if kind == "dr_grpo" else centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+
+
 # ======================================================================================================================
 # 7 Optimisation and memory: schedules, Muon and AdamW, devices and precision, what memory is in use.
 # ======================================================================================================================
@@ -1836,6 +2518,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     for name, p in model.named_parameters():
         if p.requires_grad:
             inside = p.dim() >= 2 and ".layers." in "." + name and not name.endswith("gate.weight")
+            inside = inside and "lora_" not in name  # orthogonal updates would use the whole rank for every step
             (matrices if inside else others).append(p)
     adam_groups = [{"params": others, "weight_decay": 0.0}]
     if config.optimizer == "adamw" and matrices:
@@ -2007,15 +2690,34 @@ def load_checkpoint(path: str | Path, repair: bool = False) -> dict:
     raise UserError(f"no checkpoint can be read: {'; '.join(problems)}")
 
 
-def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[MiniGPT, BPETokenizer, dict]:
-    """The model (in eval mode), the tokenizer and the whole checkpoint of a run directory."""
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.json").is_file():
+def run_config(run_dir: str | Path) -> dict:
+    """The config.json of a run directory."""
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.json")
+    return json.loads(path.read_bytes())
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[MiniGPT, BPETokenizer, dict]:
+    """The model (in eval mode; LoRA merged), the tokenizer and the whole checkpoint of a run directory."""
+    run_dir = Path(run_dir)
+    run_config(run_dir)
     tokenizer = BPETokenizer.load(run_dir / "tokenizer.json")
     state = load_checkpoint(run_dir / "checkpoint.pt")
-    model = MiniGPT(MiniGPTConfig(**state["config"]["model"]))
+    config = MiniGPTConfig(**state["config"]["model"])
+    model = (RewardModel if state["config"]["stage"] == "reward" else MiniGPT)(config)
+    if rank := state["config"]["train"].get("lora_rank", 0):
+        add_lora(model, rank, state["config"]["train"]["lora_alpha"])
     model.load_state_dict(state["model"])
+    merge_lora(model)
     if state["tokenizer_hash"] != tokenizer.content_hash():
         raise UserError(f"{run_dir / 'tokenizer.json'} is not the tokenizer that the checkpoint was trained with")
     return model.to(device).eval(), tokenizer, state
@@ -2023,7 +2725,8 @@ def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[M
 
 def newest_run(out: str | Path = "out") -> Path:
     """The run directory under `out` whose checkpoint is the latest."""
-    found = sorted(Path(out).glob("*/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in Path(out).glob("*/*/checkpoint.pt") if path.parent.name != "reward"]  # it can not write
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no run in {out}/: train one with `python train.py --config tiny`, or name one with --run")
     return found[-1].parent
@@ -2065,6 +2768,17 @@ class ProgressLine:
             silence_stdout()
 
 
+SHOWN = {"loss": "loss {:.4f}", "bpb": "{:.4f} bits per byte", "exact_match": "exact match {:.1%}",
+         "pair_accuracy": "pair accuracy {:.1%}", "longer_accuracy": "the longer answer would be {:.1%}",
+         "chosen_logprob": "log-prob of chosen {:.2f}", "accuracy": "accuracy {:.0%}", "reward": "reward {:.3f}",
+         "kl": "KL {:.3f}", "answer_length": "{:.1f} tokens an answer", "tokens": "{:,} tokens"}
+
+
+def describe(result: dict[str, float], names: Iterable[str] = tuple(SHOWN)) -> str:
+    """The figures of `result` among `names`, in words."""
+    return ", ".join(SHOWN[name].format(result[name]) for name in names if name in result)
+
+
 class Trainer:
     """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass gives `loss` and `weight`.
 
@@ -2078,28 +2792,35 @@ class Trainer:
     def __init__(self, model: nn.Module, tokenizer: BPETokenizer, device: str | torch.device = "cpu", *,
                  config: TrainConfig | None = None, train_data: Iterable | None = None,
                  val_data: Iterable | None = None, run_dir: str | Path | None = None,
-                 started: float | None = None) -> None:
+                 started: float | None = None, rl_config: RLHFConfig | None = None,
+                 critic: RewardModel | None = None) -> None:
         check_vocabulary(model, tokenizer)
         self.device = pick_device(str(device))
         self.config = config = config or TrainConfig()
+        self.rl = rl_config or RLHFConfig()
         self.model, self.tokenizer = model.to(self.device), tokenizer
+        self.modules = nn.ModuleList([model] if critic is None else [model, critic]).to(self.device)
         self.train_data, self.val_data = train_data, val_data
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.optimizers = build_optimizers(model, config)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        model.gradient_checkpointing = config.gradient_checkpointing
         long = config.minutes >= 10 or not config.minutes and config.max_steps >= 1000
-        if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and long:
-            for block in model.layers:
-                block.compile()
+        for module in self.modules:
+            if config.lora_rank:
+                add_lora(module, config.lora_rank, config.lora_alpha)
+            module.gradient_checkpointing = config.gradient_checkpointing
+            if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and long:
+                for block in module.layers:
+                    block.compile()
+        self.optimizers = build_optimizers(self.modules, config)
         self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
         self.step_count = self.tokens_seen = self.skipped = self.skipped_in_row = 0
         self.micro_splits = 1  # into how many micro-batches a batch is cut, since memory ran out
-        self.best_loss = math.inf
+        self.best = -math.inf
         self.started, self.elapsed_before = time.monotonic() if started is None else started, 0.0
         self.reserve_s = 0.0  # what the evaluation, sample and checkpoint at the end will take
         self.step_s = 0.0  # what a step takes of late, for the ETA
+        self.origin: dict[str, str] = {}  # the runs that this one goes out from, for config.json
         self.token_bytes = torch.tensor([len(b) for b in tokenizer.token_bytes])
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
@@ -2112,9 +2833,16 @@ class Trainer:
         """How many terms `loss` sums up."""
         raise TypeError(f"{type(self).__name__} does not say what its loss counts")
 
-    def samples(self) -> str:
-        """Text to show beside an evaluation."""
-        return ""
+    def extra_state(self) -> dict:
+        """What a checkpoint must hold besides."""
+        return {}
+
+    def load_extra_state(self, state: dict) -> None:
+        """Take up what `extra_state` gave."""
+
+    def quality(self, result: dict[str, float]) -> float:
+        """What best.pt is the best in, higher is better."""
+        return -result["loss"]
 
     # -- one update ----------------------------------------------------------------------------------------------------
 
@@ -2122,8 +2850,19 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def step(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """What counts as a step of the run: here one update. Returns what to log, and the "tokens" it took."""
+        result = self.update(batches) | {"tokens": sum(map(self.tokens, batches))}
+        self.step_count += 1
+        return result
+
+    def tokens(self, batch: dict[str, torch.Tensor]) -> int:
+        """Tokens that a batch puts through the model, padding not counted."""
+        mask = batch.get("segments", batch.get("attention_mask"))
+        return batch["input_ids"][:, 1:].numel() if mask is None else int((mask > 0).sum())
+
+    def update(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """One update from `batches` together: the gradient of Σ loss / Σ weight, whatever their sizes."""
-        self.model.train()
+        self.modules.train()
         rate = learning_rate_at(self.step_count, self.progress(), self.config)
         while True:
             try:
@@ -2146,11 +2885,10 @@ class Trainer:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for p in self.modules.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf).item()
         self._update(norm, loss)
         self._zero_grad()
-        self.step_count += 1
         return {"loss": loss, "grad_norm": norm, "lr": rate}
 
     def _accumulate(self, micro_batches: list[dict[str, torch.Tensor]]) -> float:
@@ -2208,11 +2946,12 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, max_tokens: int | None = None) -> dict[str, float]:
-        """Over val_data or its first `max_tokens`: {"loss" (nats a token), "bpb" (bits a byte), "tokens", "bytes"}."""
-        if self.val_data is None:
-            raise UserError("there is no validation data to evaluate on")
+        """Over val_data or its first `max_tokens`: {"loss" (nats a token), "bpb" (bits a byte), "tokens", "bytes"}.
+
+        Where the data have checkable answers, "exact_match" too: the share of questions answered right, greedily.
+        """
         total, tokens, size = 0.0, 0, 0
-        with eval_mode(self.model), self.autocast():
+        with self.evaluating():
             for batch in self.val_data:
                 total += self.loss(self._to_device(batch)).item()
                 labels = batch["labels"][:, 1:]
@@ -2221,11 +2960,53 @@ class Trainer:
                 size += self.token_bytes[labels].sum().item()
                 if max_tokens and tokens >= max_tokens:
                     break
-        if isinstance(self.val_data, PretrainDataLoader):
-            self.val_data.epoch = self.val_data.index = 0  # the next evaluation sees the same
         if not size:
             raise UserError("the validation data holds nothing to score")
-        return {"loss": total / tokens, "bpb": total / math.log(2) / size, "tokens": tokens, "bytes": size}
+        return {"loss": total / tokens, "bpb": total / math.log(2) / size, "tokens": tokens, "bytes": size} \
+            | self.exact_match()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The models in evaluation mode, val_data at its beginning."""
+        if self.val_data is None:
+            raise UserError("there is no validation data to evaluate on")
+        if isinstance(self.val_data, BatchLoader):
+            self.val_data.rewind()
+        with eval_mode(self.modules), self.autocast():
+            yield
+
+    def exact_match(self) -> dict[str, float]:
+        """{"exact_match"}: the share of val_data's first `eval_prompts` questions answered right; {} without such."""
+        if not isinstance(self.val_data, RecordDataLoader):
+            return {}
+        room = self.model.config.max_position_embeddings - self.config.answer_tokens
+        questions = [(ids, answer) for ids, answer in self.val_data.questions(self.config.eval_prompts)
+                     if len(ids) <= room]
+        if not questions:
+            return {}
+        replies = self.answers([ids for ids, _ in questions])
+        right = sum(answer_matches(reply, answer) for reply, (_, answer) in zip(replies, questions, strict=True))
+        return {"exact_match": right / len(questions)}
+
+    def answers(self, questions: list[list[int]]) -> list[str]:
+        """Greedy answers to chats that end in a generation prompt."""
+        settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, do_sample=False)
+        return TextGenerator(self.model, self.tokenizer).continue_rows(questions, settings)
+
+    def sample_question(self) -> list[int]:
+        """A held-out question, always the same."""
+        return self.val_data.question(self.val_data.items[0])
+
+    def samples(self) -> str:
+        """Text to show beside an evaluation: answers to a few held-out questions."""
+        if not isinstance(self.val_data, RecordDataLoader):
+            return ""
+        items = [i for i in self.val_data.items[:20] if len(self.val_data.question(i)) + self.config.answer_tokens
+                 <= self.model.config.max_position_embeddings][:3]
+        questions = [self.val_data.question(i) for i in items]
+        asked = [self.tokenizer.decode_chat(ids)[-1]["content"] for ids in questions]
+        return "\n".join(f"  {question} → {reply}".replace("\n", "\n  ")
+                         for question, reply in zip(asked, self.answers(questions), strict=True))
 
     def elapsed_s(self) -> float:
         return self.elapsed_before + time.monotonic() - self.started
@@ -2251,20 +3032,23 @@ class Trainer:
             raise UserError(f"there is no time left to train: {self.elapsed_s():.0f} s have gone by, {self.step_count} "
                             "steps are done: give a larger --max-steps or --minutes")
         self._open_run()
+        evaluated = {}
+        if self.step_count == 0 and self.val_data is not None and self.stage != "pretrain":
+            evaluated = self._evaluate()  # what there was before: it has been trained already
         peak_flops = matmul_peak(self.device, self.dtype)
-        batches, evaluated, caught = self._endless(), {}, []
+        batches, caught = self._endless(), []
         losses, tokens, since = [], 0, time.monotonic()  # since the last line of metrics
         with self._signals(caught):
             while self.progress() < 1 and not caught:
                 group = list(itertools.islice(batches, config.accumulation_steps))
                 result = self.step(group)
                 losses.append(result["loss"])
-                count = sum(map(self.weight, group))
+                count = result.pop("tokens")
                 tokens, self.tokens_seen = tokens + count, self.tokens_seen + count
                 if self.step_count % config.log_every == 0 or self.step_count == 1:
                     speed = tokens / (time.monotonic() - since)
                     self.step_s = (time.monotonic() - since) / len(losses)
-                    flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[1] - 1)
+                    flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[-1] - 1)
                     row = {**result, "loss": sum(losses) / len(losses), "tok_per_s": speed, "mfu": flops / peak_flops}
                     self._log(row)
                     self._show(row, evaluated)
@@ -2313,16 +3097,20 @@ class Trainer:
                 raise UserError("train_data gives no more batches: fit() needs data that can be iterated again")
             resumed = False
 
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate on the first `eval_tokens`, log and show it."""
+        result = self.evaluate(self.config.eval_tokens)
+        self._log({f"val_{name}": value for name, value in result.items()})
+        self.line.say(f"step {self.step_count}: validation {describe(result)}")
+        return result
+
     def _evaluate_and_save(self) -> dict[str, float]:
-        """Evaluate on the first `eval_tokens`, save, keep the best, show a sample; returns the evaluation."""
+        """Evaluate, save, keep the best, show a sample; returns the evaluation."""
         start = time.monotonic()
         result, is_best = {}, False
         if self.val_data is not None:
-            result = self.evaluate(self.config.eval_tokens)
-            is_best, self.best_loss = result["loss"] < self.best_loss, min(result["loss"], self.best_loss)
-            self._log({"val_loss": result["loss"], "val_bpb": result["bpb"]})
-            self.line.say(f"step {self.step_count}: validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per "
-                          f"byte ({result['tokens']:,} tokens)")
+            result = self._evaluate()
+            is_best, self.best = self.quality(result) > self.best, max(self.quality(result), self.best)
         self.save_checkpoint(self.run_dir / "checkpoint.pt")
         if is_best:
             with atomic_write(self.run_dir / "best.pt") as out, open(self.run_dir / "checkpoint.pt", "rb") as file:
@@ -2336,9 +3124,11 @@ class Trainer:
         by_step = (self.config.max_steps - self.step_count) * self.step_s if self.config.max_steps else math.inf
         by_clock = self.config.minutes * 60 - self.elapsed_s() if self.config.minutes else math.inf
         left = max(0, round(min(by_step, by_clock)))
-        val = f" | val {evaluated['bpb']:.3f} bpb" if evaluated else ""
+        headline = [name for name in ("exact_match", "pair_accuracy", "bpb") if name in evaluated][:1]
+        val = f" | val {describe(evaluated, headline)}" if headline else ""
+        now = describe(row, ("loss", "accuracy", "reward", "kl", "answer_length"))
         self.line.show(f"step {self.step_count:>5} {min(self.progress(), 1):>4.0%} | eta {left // 60}:{left % 60:02} | "
-                       f"loss {row['loss']:.3f}{val} | {row['tok_per_s'] / 1e3:.1f}k tok/s | mfu {row['mfu']:.0%} | "
+                       f"{now}{val} | {row['tok_per_s'] / 1e3:.1f}k tok/s | mfu {row['mfu']:.0%} | "
                        f"{self.monitor.current_bytes() / 1e9:.2f} GB (peak {self.monitor.peak_bytes() / 1e9:.2f})")
 
     # -- the run directory ---------------------------------------------------------------------------------------------
@@ -2366,8 +3156,8 @@ class Trainer:
 
     def _config_dict(self) -> dict:
         sources = {"train": self.train_data, "val": self.val_data}
-        return {"stage": self.stage, "model": dataclasses.asdict(self.model.config),
-                "train": dataclasses.asdict(self.config),
+        return {"stage": self.stage, **self.origin, "model": dataclasses.asdict(self.model.config),
+                "train": dataclasses.asdict(self.config), "rl": dataclasses.asdict(self.rl),
                 "data": {name: data.source for name, data in sources.items() if hasattr(data, "source")}}
 
     def save_checkpoint(self, path: str | Path) -> None:
@@ -2378,12 +3168,14 @@ class Trainer:
         elif self.device.type == "mps":
             rng["mps"] = torch.mps.get_rng_state()
         save_checkpoint(path, {
-            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "model": self.model.state_dict(), "critic": [module.state_dict() for module in self.modules[1:]],
+            "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(), "rng": rng, "config": self._config_dict(),
             "data": self.train_data.state_dict() if hasattr(self.train_data, "state_dict") else None,
             "tokenizer_hash": self.tokenizer.content_hash(), "step": self.step_count, "tokens": self.tokens_seen,
             "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "micro_splits": self.micro_splits,
-            "best_loss": self.best_loss, "elapsed_s": self.elapsed_s()})
+            "extra": self.extra_state(), "best": self.best, "finished": self.progress() >= 1,
+            "elapsed_s": self.elapsed_s()})
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Go on where `save_checkpoint` left off."""
@@ -2397,18 +3189,20 @@ class Trainer:
             raise UserError(f"{path} was trained with another tokenizer")
         if len(state["optimizers"]) != len(self.optimizers):
             raise UserError(f"{path} was trained with --optimizer {state['config']['train']['optimizer']}")
-        self.model.load_state_dict(state["model"])
+        for module, saved in zip(self.modules, [state["model"], *state["critic"]], strict=True):
+            module.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)  # moments as they were; settings as they are now
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(settings)
+        self.load_extra_state(state["extra"])
         self.scaler.load_state_dict(state["scaler"])
         if state["data"] is not None and hasattr(self.train_data, "load_state_dict"):
             self.train_data.load_state_dict(state["data"])
         self.step_count, self.tokens_seen = state["step"], state["tokens"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
-        self.micro_splits, self.best_loss = state["micro_splits"], state["best_loss"]
+        self.micro_splits, self.best = state["micro_splits"], state["best"]
         self.elapsed_before = state["elapsed_s"]
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and self.device.type == "cuda":
@@ -2458,3 +3252,541 @@ class PreTrainer(Trainer):
                 chinese = bool(re.search(f"[{_HAN}]", prompt))
                 found.setdefault(chinese, prompt if chinese else prompt.rpartition(" ")[0] or prompt)  # nor half words
         return list(found.values()) or ["Once there was"]
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning: next-token prediction on the assistant's tokens of conversations, packed or not."""
+
+    stage = "sft"
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        segments, positions = batch["segments"][:, :-1], batch["position_ids"][:, :-1]
+        hidden, balance = self.model.hidden_states(
+            batch["input_ids"][:, :-1], position_ids=positions, token_mask=segments > 0,
+            attention_mask=segments[:, :, None] == segments[:, None])
+        labels = batch["labels"][:, 1:]
+        trained = labels != -100
+        loss = chunked_cross_entropy(hidden[trained], self.model.output_weight, labels[trained])
+        if self.model.config.num_experts:
+            loss = loss + self.model.config.router_aux_loss_coef * balance * trained.sum()
+        return loss
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A model of its own that stays as `model` is now, without dropout."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def remove_dropout(modules: nn.Module) -> None:
+    """Let nothing but the weights decide log-probabilities: a policy equals its reference at first, to the last bit."""
+    for module in modules.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def pair_accuracies(margins: torch.Tensor, categories: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """{"pair_accuracy"}: the share of pairs with a margin (pairs,) above 0, and that share in each named category."""
+    right = (margins > 0).float() + 0.5 * (margins == 0)
+    found = {f"pair_accuracy_{name}": right[categories == k].mean().item() for k, name in enumerate(names) if name}
+    return {"pair_accuracy": right.mean().item()} | found
+
+
+def answer_logprobs(model: MiniGPT, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities (B, 2) of the answers of a batch of pairs, summed over their tokens."""
+    ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))
+    hidden, _ = model.hidden_states(ids[:, :-1], token_mask=mask[:, :-1])
+    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(-1, 2)
+
+
+class DPOTrainer(Trainer):
+    """Direct preference optimisation (arXiv:2305.18290) of a policy against the frozen model that it starts as.
+
+    `reference`: that model (default: a copy of `model`); its log-probabilities are computed once for each pair.
+    """
+
+    stage = "dpo"
+
+    def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, device: str | torch.device = "cpu", *,
+                 reference: MiniGPT | None = None, **options) -> None:
+        self.reference = frozen_copy(reference or model)
+        super().__init__(model, tokenizer, device, **options)
+        remove_dropout(self.modules)
+        self.reference.to(self.device)
+        for loader in (self.train_data, self.val_data):
+            if isinstance(loader, DPODataLoader) and loader.reference_logprobs is None:
+                self.cache_reference(loader)
+
+    def cache_reference(self, loader: DPODataLoader) -> None:
+        logprobs = torch.zeros(len(loader.ends) // 3, 2)
+        items = sorted(loader.items, key=lambda i: len(loader.sequence(i, 0)))
+        for part in _batched(items, lambda _: 1, loader.batch_size):
+            logprobs[part] = self.reference_logprobs(self._to_device(loader.collate(part))).cpu()
+        loader.reference_logprobs = logprobs
+
+    def reference_logprobs(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, 2), from the batch where the loader has them."""
+        if "reference_logprobs" in batch:
+            return batch["reference_logprobs"]
+        with torch.no_grad(), self.autocast():
+            return answer_logprobs(self.reference, batch)
+
+    def extra_state(self) -> dict:
+        return {"reference": digest(self.reference.state_dict())}
+
+    def load_extra_state(self, state: dict) -> None:
+        if state != self.extra_state():
+            raise UserError("the reference model is not the one that this run started from: its run has changed since")
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["input_ids"])
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        policy, reference = answer_logprobs(self.model, batch), self.reference_logprobs(batch)
+        loss = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], self.rl.dpo_beta,
+                        self.rl.dpo_kind)
+        if self.rl.dpo_sft_coef:
+            lengths = (batch["labels"][:, 0] != -100).sum(dim=1)
+            loss = loss - self.rl.dpo_sft_coef * (policy[:, 0] / lengths).mean()
+        return loss * len(policy)
+
+    def quality(self, result: dict[str, float]) -> float:
+        return -result["dpo_loss"]
+
+    @torch.no_grad()
+    def evaluate(self, max_tokens: int | None = None) -> dict[str, float]:
+        """Of val_data's chosen answers "loss" (nats a token), "bpb", "tokens", "bytes", "chosen_logprob" (an answer).
+
+        "pair_accuracy": the share of pairs whose chosen answer has gained more on the reference than the rejected one,
+        also by category; "dpo_loss".
+        """
+        logprobs, references, categories, labels = [], [], [], []
+        with self.evaluating():
+            for batch in map(self._to_device, self.val_data):
+                logprobs.append(answer_logprobs(self.model, batch))
+                references.append(self.reference_logprobs(batch))
+                categories.append(batch["category"])
+                labels.append(batch["labels"][:, 0][batch["labels"][:, 0] != -100])
+        policy, reference, labels = torch.cat(logprobs), torch.cat(references), torch.cat(labels)
+        gain = policy - reference
+        nats, size = -policy[:, 0].sum().item(), self.token_bytes[labels.cpu()].sum().item()
+        loss = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], self.rl.dpo_beta,
+                        self.rl.dpo_kind)
+        return {"loss": nats / len(labels), "bpb": nats / math.log(2) / size, "tokens": len(labels), "bytes": size,
+                "dpo_loss": loss.item(), "chosen_logprob": -nats / len(policy),
+                **pair_accuracies(gain[:, 0] - gain[:, 1], torch.cat(categories), self.val_data.categories)}
+
+
+class RewardTrainer(Trainer):
+    """Trains a RewardModel to score chosen answers above rejected ones (Bradley-Terry; arXiv:2203.02155)."""
+
+    stage = "reward"
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["input_ids"])
+
+    def scores(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, 2): of the chosen and of the rejected answers."""
+        return self.model(batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)).view(-1, 2)
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        scores = self.scores(batch)
+        loss = reward_loss(scores[:, 0], scores[:, 1]) + self.rl.reward_center_coef * scores.sum(dim=1).square().mean()
+        return loss * len(scores)
+
+    @torch.no_grad()
+    def evaluate(self, max_tokens: int | None = None) -> dict[str, float]:
+        """"loss" (nats a pair), "pair_accuracy" (also by category), "longer_accuracy" of taking the longer answer."""
+        scores, lengths, categories, tokens = [], [], [], 0
+        with self.evaluating():
+            for batch in map(self._to_device, self.val_data):
+                scores.append(self.scores(batch))
+                lengths.append(batch["attention_mask"].sum(dim=2))
+                categories.append(batch["category"])
+                tokens += self.tokens(batch)
+        scores, lengths, categories = torch.cat(scores), torch.cat(lengths), torch.cat(categories)
+        longer = pair_accuracies(lengths[:, 0] - lengths[:, 1], categories, [])["pair_accuracy"]
+        return {"loss": reward_loss(scores[:, 0], scores[:, 1]).item(), "tokens": tokens, "longer_accuracy": longer,
+                **pair_accuracies(scores[:, 0] - scores[:, 1], categories, self.val_data.categories)}
+
+    @torch.no_grad()
+    def samples(self) -> str:
+        """The scores of a few held-out pairs."""
+        batch = self.val_data.collate(self.val_data.items[:2])
+        with eval_mode(self.model):
+            scores = self.scores(self._to_device(batch)).tolist()
+        chats = [[self.tokenizer.decode_chat(row) for row in pair] for pair in batch["input_ids"].tolist()]
+        return "\n".join(f"  {chat[-2]['content'] if len(chat) > 1 else ''} → {chat[-1]['content']} [{score:.2f}]"
+                         for pair, both in zip(chats, scores, strict=True)
+                         for chat, score in zip(pair, both, strict=True))
+
+
+# ======================================================================================================================
+# 10 Reinforcement learning: the policy writes answers, a reward scores them, an update makes good ones likelier.
+# ======================================================================================================================
+
+
+def answer_reward(messages: list[dict], reply: str, answer: str) -> float:
+    """1 for a reply whose first sentence is the prompt's checkable answer, else 0."""
+    if not answer:
+        raise UserError('--reward answer needs prompts with an "answer" (or "gt"): one has none: '
+                        f"{messages[-1]['content'][:80]!r}")
+    return float(answer_matches(reply, answer))
+
+
+def to_left(rows: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, fill: int) -> torch.Tensor:
+    """Of each row of (N, W) the `lengths` values from `starts` on, moved to the left and filled up: (N, max length)."""
+    at = torch.arange(int(lengths.max()), device=rows.device)
+    moved = rows.gather(1, (at + starts[:, None]).clamp(max=rows.shape[1] - 1))
+    return moved.where(at < lengths[:, None], fill)
+
+
+class RLTrainer(Trainer):
+    """What PPO and GRPO share: rollouts, their scores, minibatch updates, held-out evaluation.
+
+    A step takes a batch of a PromptDataLoader. `reward`: a RewardModel, or a function of (messages, reply, answer) that
+    gives a number. `reference`: the model to stay near (default: a copy of `model`). In an experience position j
+    predicts token j + 1: log-probabilities, values and rewards at j, (N, T - 1), all belong to that token.
+    """
+
+    def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, device: str | torch.device = "cpu", *,
+                 reward: RewardModel | Callable[[list[dict], str, str], float], reference: MiniGPT | None = None,
+                 **options) -> None:
+        self.reference = frozen_copy(reference or model)
+        self.reward = frozen_copy(reward) if isinstance(reward, RewardModel) else reward
+        super().__init__(model, tokenizer, device, **options)
+        remove_dropout(self.modules)
+        self.reference.to(self.device)
+        if isinstance(self.reward, RewardModel):
+            self.reward.to(self.device)
+        if self.config.accumulation_steps > 1:
+            raise UserError(f"accumulation_steps={self.config.accumulation_steps} has no meaning here: batch_size "
+                            "prompts make a rollout, minibatch_size answers an update")
+        self.kl_coef, self.moved = self.rl.kl_coef, 0.0
+
+    def extra_state(self) -> dict:
+        return {"reference": digest(self.reference.state_dict()), "kl_coef": self.kl_coef}
+
+    def load_extra_state(self, state: dict) -> None:
+        if state["reference"] != self.extra_state()["reference"]:
+            raise UserError("the reference model is not the one that this run started from: its run has changed since")
+        self.kl_coef = state["kl_coef"] if self.rl.kl_target else self.rl.kl_coef
+
+    def logprobs(self, model: MiniGPT, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probability of each answer token under a model, (N, T - 1); of ids that can be sampled, as sampled."""
+        ids = batch["input_ids"]
+        hidden, _ = model.hidden_states(ids[:, :-1], token_mask=batch["token_mask"][:, :-1])
+        labels = ids[:, 1:].where(batch["mask"], -100)
+        return token_logprobs(hidden, model.output_weight[:self.tokenizer.vocab_size], labels, self.rl.temperature)
+
+    @torch.no_grad()
+    def rollout(self, prompts: dict, seed: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Let the policy answer a batch of prompts -> the experience and what to log.
+
+        Experience: "input_ids", "token_mask" (N, T), padded on the right; "mask" (answer tokens), "logprobs",
+        "reference_logprobs" (N, T - 1); "scores", "last" (N,), the position of the last token. An answer ends with its
+        first end-of-turn, whatever ids come before; one without any loses `missing_end_penalty`.
+        """
+        began = time.monotonic()
+        settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, temperature=self.rl.temperature,
+                                    top_p=1.0, seed=seed)
+        generator = TextGenerator(self.model, self.tokenizer)
+        with self.autocast():
+            written = generator.sample_generate(prompts["input_ids"], settings, prompts["attention_mask"])
+        took = time.monotonic() - began
+        width, begins = prompts["input_ids"].shape[1], prompts["attention_mask"].sum(dim=1).to(self.device)
+        stops = torch.isin(written[:, width:], torch.tensor(generator.stop_ids, device=self.device))
+        ended = stops.any(dim=1)
+        lengths = torch.where(ended, stops.int().argmax(dim=1) + 1, stops.shape[1])
+        ids = to_left(written, width - begins, begins + lengths, self.tokenizer.pad_id)  # (N, T)
+        at = torch.arange(ids.shape[1], device=self.device)
+        batch = {"input_ids": ids, "token_mask": at < (begins + lengths)[:, None], "last": begins + lengths - 2}
+        batch["mask"] = ((at >= begins[:, None]) & batch["token_mask"])[:, 1:]
+        replies = [generator.tokenizer.decode(row[:n]) for row, n in zip(written[:, width:].tolist(), lengths.tolist(),
+                                                                        strict=True)]
+        with eval_mode(self.model), self.autocast():
+            batch["logprobs"] = self.logprobs(self.model, batch)
+            batch["reference_logprobs"] = self.logprobs(self.reference, batch)
+            scores = self.score(batch, prompts, replies)
+        batch["scores"] = scores - self.rl.missing_end_penalty * ~ended
+        kl = kl_estimate(batch["logprobs"], batch["reference_logprobs"])
+        stats = {"reward": scores.mean().item(), "kl": (kl * batch["mask"]).sum(dim=1).mean().item(),
+                 "entropy": -masked_mean(batch["logprobs"], batch["mask"]).item(), "ended": ended.float().mean().item(),
+                 "answer_length": lengths.float().mean().item(), "rollout_s": took,
+                 "rollout_tok_per_s": lengths.sum().item() / took}
+        if all(prompts["answers"]):
+            stats["accuracy"] = sum(map(answer_matches, replies, prompts["answers"])) / len(replies)
+        return batch, stats
+
+    def score(self, batch: dict[str, torch.Tensor], prompts: dict, replies: list[str]) -> torch.Tensor:
+        """What the reward says of each answer, (N,)."""
+        if isinstance(self.reward, RewardModel):
+            return self.reward(batch["input_ids"], batch["token_mask"])
+        rows = zip(prompts["input_ids"].tolist(), prompts["attention_mask"].sum(dim=1).tolist(), strict=True)
+        asked = [self.tokenizer.decode_chat(row[len(row) - n:]) for row, n in rows]
+        scores = [self.reward(*args) for args in zip(asked, replies, prompts["answers"], strict=True)]
+        for value in scores:
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"the reward function gave {value!r}: it must give a finite number")
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    def experience(self, prompts: dict) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """A rollout with the advantages that the algorithm gives it; values have one row an answer."""
+        raise TypeError(f"{type(self).__name__} does not say what its advantages are")
+
+    def step(self, batches: list[dict]) -> dict[str, float]:
+        """A rollout, and a few epochs of minibatch updates on it, fewer if the policy has moved by `stop_kl`."""
+        began = time.monotonic()
+        batch, stats = self.experience(batches[0])
+        minibatches = (rows for _ in range(self.rl.update_epochs)
+                       for rows in torch.randperm(len(batch["input_ids"])).split(self.rl.minibatch_size))
+        results = []
+        for rows in minibatches:
+            results.append(self.update([{name: value[rows.to(self.device)] for name, value in batch.items()}]))
+            if self.rl.stop_kl and self.moved > self.rl.stop_kl:
+                break
+        self.step_count += 1
+        mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+        share = stats.pop("rollout_s") / (time.monotonic() - began)
+        return {**mean, **stats, "rollout_share": share, "updates": len(results), "moved": self.moved,
+                "kl_coef": self.kl_coef, "tokens": int(batch["token_mask"].sum())}
+
+    def quality(self, result: dict[str, float]) -> float:
+        return result.get("exact_match", result["reward"])
+
+    @torch.no_grad()
+    def evaluate(self, max_tokens: int | None = None) -> dict[str, float]:
+        """Of answers sampled to val_data's first `eval_prompts`: "reward", "kl"; greedily: "exact_match", if checkable.
+        """
+        stats, seen = Counter(), 0
+        with self.evaluating():
+            for k, prompts in enumerate(self.val_data):
+                found = self.rollout(prompts, self.config.seed + k)[1]
+                seen += len(prompts["answers"])
+                for name in ("reward", "kl", "answer_length"):
+                    stats[name] += found[name] * len(prompts["answers"])
+                if seen >= self.config.eval_prompts:
+                    break
+        return {name: value / seen for name, value in stats.items()} | self.exact_match()
+
+
+class PPOTrainer(RLTrainer):
+    """Proximal policy optimisation with a critic (arXiv:1707.06347; details as in arXiv:2310.10505).
+
+    Each token earns -kl_coef · k1, the last one the score besides. The critic is a model of its own, which starts as
+    the reward model where the reward is one, else as the policy.
+    """
+
+    stage = "ppo"
+
+    def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, device: str | torch.device = "cpu", *,
+                 reward: RewardModel | Callable[[list[dict], str, str], float], **options) -> None:
+        self.critic = RewardModel(reward if isinstance(reward, RewardModel) else model)
+        super().__init__(model, tokenizer, device, reward=reward, critic=self.critic, **options)
+
+    def values(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The critic's estimate before each token is written, (N, T - 1)."""
+        return self.critic.token_scores(batch["input_ids"][:, :-1], token_mask=batch["token_mask"][:, :-1])
+
+    @torch.no_grad()
+    def experience(self, prompts: dict) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        batch, stats = self.rollout(prompts)
+        with eval_mode(self.critic), self.autocast():
+            batch["values"] = self.values(batch)
+        rewards = -self.kl_coef * kl_estimate(batch["logprobs"], batch["reference_logprobs"]) * batch["mask"]
+        rewards.scatter_add_(1, batch["last"][:, None], batch["scores"][:, None])
+        advantages, batch["returns"] = gae(rewards, batch["values"], batch["mask"], self.rl.gamma, self.rl.gae_lambda)
+        batch["advantages"] = whiten(advantages, batch["mask"])
+        if self.rl.kl_target:  # arXiv:1909.08593, section 2.2
+            error = min(max(stats["kl"] / self.rl.kl_target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * len(rewards) / self.rl.kl_horizon
+        return batch, stats
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        return int(batch["mask"].sum())
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
+        self.moved = masked_mean(kl_estimate(batch["logprobs"], logprobs.detach(), "k3"), mask).item()
+        policy = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, self.rl.clip_range)
+        value = ppo_value_loss(self.values(batch), batch["values"], batch["returns"], mask, self.rl.value_clip)
+        return (policy + self.rl.value_coef * value) * mask.sum()
+
+
+class GRPOTrainer(RLTrainer):
+    """Group-relative policy optimisation (arXiv:2402.03300): several answers a prompt, each compared with their mean.
+
+    By default with the normalisation of Dr. GRPO (arXiv:2503.20783): no division by the group's deviation, and token
+    losses summed over an answer and divided by `answer_tokens`, so that neither ease nor length weighs.
+    """
+
+    stage = "grpo"
+
+    @torch.no_grad()
+    def experience(self, prompts: dict) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        G = self.rl.group_size
+        batch, stats = self.rollout({
+            name: value.repeat_interleave(G, dim=0) if isinstance(value, torch.Tensor)
+            else [item for item in value for _ in range(G)] for name, value in prompts.items()})
+        batch["advantages"] = grpo_advantages(batch["scores"], G, self.rl.advantage_kind)
+        equal = (batch["scores"].view(-1, G) == batch["scores"].view(-1, G)[:, :1]).all(dim=1)
+        return batch, stats | {"equal_groups": equal.float().mean().item()}
+
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["input_ids"])
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
+        self.moved = masked_mean(kl_estimate(batch["logprobs"], logprobs.detach(), "k3"), mask).item()
+        each = mask.sum(dim=1, keepdim=True) if self.rl.advantage_kind == "grpo" else self.config.answer_tokens
+        weights = mask / each  # (N, T - 1)
+        loss = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], weights, self.rl.clip_range)
+        if self.kl_coef:
+            kl = kl_estimate(logprobs, batch["reference_logprobs"], "k3")
+            loss = loss + self.kl_coef * masked_mean(kl, weights)
+        return loss * weights.sum()
+
+
+# ======================================================================================================================
+# 11 RLHF pipeline: a stage goes out from its parent's run; the pipeline strings SFT, reward model and PPO together.
+# ======================================================================================================================
+
+PARENTS = {"sft": "pretrain", "dpo": "sft", "reward": "sft", "ppo": "sft", "grpo": "sft"}
+LOADERS = {"pretrain": PretrainDataLoader, "sft": ConversationDataLoader, "dpo": DPODataLoader,
+           "reward": DPODataLoader, "ppo": PromptDataLoader, "grpo": PromptDataLoader}
+
+
+def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable[[list[dict], str, str], float]:
+    """What --reward names: "answer", the run directory of a reward model, or FILE.py:function, which is executed."""
+    if source == "answer":
+        return answer_reward
+    path, _, name = source.rpartition(":")
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise UserError(f"--reward {source}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location("minillm_reward", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, name, None)):
+            raise UserError(f"--reward {source}: {path} has no function {name}")
+        return getattr(module, name)
+    model, its_tokenizer, _ = load_run(source)
+    if not isinstance(model, RewardModel):
+        raise UserError(f"--reward {source}: that run holds no reward model: train one with --stage reward")
+    if its_tokenizer.content_hash() != tokenizer.content_hash():
+        raise UserError(f"--reward {source}: its tokenizer is not the policy's")
+    return model
+
+
+def open_data(stage: str, tokenizer: BPETokenizer, shape: MiniGPTConfig, train: TrainConfig, source: dict,
+              shuffle: bool, cache_dir: str | Path) -> BatchLoader:
+    """The batches of a stage from `source`, {"paths", "split"}."""
+    seq_len = train.seq_len or shape.max_position_embeddings
+    if stage in ("ppo", "grpo"):  # what a prompt leaves is for the answer
+        seq_len = min(seq_len, shape.max_position_embeddings) - train.answer_tokens
+    options = {"packing": train.packing} if stage == "sft" else {}
+    return LOADERS[stage](source["paths"], tokenizer, train.batch_size, seq_len, source["split"], shuffle=shuffle,
+                          seed=train.seed, cache_dir=cache_dir, on_bad_record=train.on_bad_record, **options)
+
+
+def open_stage(stage: str, run_dir: str | Path, parent: str | Path, sources: dict[str, dict], train: TrainConfig,
+               rl: RLHFConfig | None = None, *, reward: str = "answer", device: str | torch.device = "cpu",
+               cache_dir: str | Path = "out/cache", started: float | None = None, resume: bool = False) -> Trainer:
+    """The trainer of a stage after pretraining, ready to `fit`: the model of the run `parent`, data, reward, reference.
+
+    `sources`: {"train": {"paths", "split"}, "val": …}. With `resume` it goes on from run_dir's checkpoint.
+    """
+    model, tokenizer, _ = load_run(parent)
+    if isinstance(model, RewardModel):
+        raise UserError(f"{parent} holds a reward model, which can not be the beginning of another stage")
+    torch.manual_seed(train.seed)
+    data = {part: open_data(stage, tokenizer, model.config, train, sources[part], part == "train", cache_dir)
+            for part in ("train", "val")}
+    options = {"config": train, "rl_config": rl, "train_data": data["train"], "val_data": data["val"],
+               "run_dir": run_dir, "started": started}
+    origin = {"parent": str(Path(parent).absolute())}
+    if stage in ("ppo", "grpo"):
+        trainer = (PPOTrainer if stage == "ppo" else GRPOTrainer)(
+            model, tokenizer, device, reward=load_reward(reward, tokenizer), **options)
+        origin["reward"] = reward if reward == "answer" else str(Path(reward).absolute())
+    else:
+        model = RewardModel(model) if stage == "reward" else model
+        trainer = {"sft": SFTTrainer, "dpo": DPOTrainer, "reward": RewardTrainer}[stage](
+            model, tokenizer, device, **options)
+    trainer.origin = origin
+    if resume:
+        trainer.load_checkpoint(Path(run_dir) / "checkpoint.pt")
+    return trainer
+
+
+class RLHFPipeline:
+    """SFT -> reward model -> PPO (arXiv:2203.02155), each in its own run directory under `out`, from a pretrained run.
+
+    `config`: for the reward model and PPO. `base`: the pretrained run. `sources`: as in `open_stage`. `train`: the
+    TrainConfig of a stage, where it is not the preset's. `run` goes on where it stopped, after the finished stages.
+    """
+
+    stages = ("sft", "reward", "ppo")
+    metrics = {"pretrain": "bpb", "sft": "exact_match", "reward": "pair_accuracy", "ppo": "exact_match"}
+
+    def __init__(self, config: RLHFConfig, base: str | Path = "out/tiny/pretrain", out: str | Path = "out/tiny",
+                 sources: dict[str, dict] | None = None, train: dict[str, TrainConfig] | None = None, *,
+                 preset: str = "tiny", device: str | torch.device = "cpu", cache_dir: str | Path = "out/cache") -> None:
+        self.config, self.base, self.out, self.cache_dir = config, Path(base), Path(out), Path(cache_dir)
+        self.sources = sources or {part: {"paths": [f"data/{part}"], "split": "all"} for part in ("train", "val")}
+        self.train = {stage: get_train_config(preset, stage) for stage in self.stages} | (train or {})
+        self.device = device
+
+    def run(self) -> list[dict]:
+        """Train what is not finished yet; returns the rows of the table, of the stages that are finished.
+
+        A row: "stage", "seconds", "metric" (its name), "before", "after", "answer" (to the same held-out prompt).
+        """
+        rows = [self.row("pretrain", self.base)]
+        for stage in self.stages:
+            run_dir = self.out / stage
+            if not self.finished(run_dir):
+                print(f"\n== {stage}: {run_dir}", flush=True)
+                resume = (run_dir / "checkpoint.pt").exists()
+                trainer = open_stage(stage, run_dir, self.base if stage == "sft" else self.out / "sft", self.sources,
+                                     self.train[stage], self.config, reward=str(self.out / "reward"),
+                                     device=self.device, cache_dir=self.cache_dir, resume=resume)
+                result = trainer.fit()
+                if "signal" in result:
+                    return [*rows, result]
+            rows.append(self.row(stage, run_dir))
+        return rows
+
+    @staticmethod
+    def finished(run_dir: Path) -> bool:
+        return (run_dir / "checkpoint.pt").exists() and load_checkpoint(run_dir / "checkpoint.pt")["finished"]
+
+    def row(self, stage: str, run_dir: Path) -> dict:
+        """What a finished stage comes to."""
+        name = self.metrics[stage]
+        found = [row for row in read_metrics(run_dir) if f"val_{name}" in row]
+        row = {"stage": stage, "seconds": found[-1]["elapsed_s"], "metric": name.replace("_", " "),
+               "before": found[0][f"val_{name}"] if len(found) > 1 and found[0]["step"] == 0 else None,
+               "after": found[-1][f"val_{name}"], "answer": ""}
+        model, tokenizer, state = load_run(run_dir, self.device)
+        if not isinstance(model, RewardModel):
+            prompts = open_data("ppo", tokenizer, model.config, self.train["ppo"], self.sources["val"], False,
+                                self.cache_dir)
+            question = prompts.question(prompts.items[0])
+            self.question = tokenizer.decode_chat(question)[-1]["content"]
+            row["answer"] = TextGenerator(model, tokenizer).continue_rows(
+                [question], GenerationConfig(max_new_tokens=self.train["ppo"].answer_tokens, do_sample=False))[0]
+        return row
+
+    def table(self, rows: list[dict]) -> str:
+        """The rows in 100 columns."""
+        lines = [f"{'stage':<9}{'seconds':>8}  {'held-out metric':<16}{'before':>8}{'after':>8}  "
+                 f"answer to: {self.question}"]
+        for row in rows:
+            before, after = ("" if value is None else f"{value:.4f}" if row["metric"] == "bpb" else f"{value:.1%}"
+                             for value in (row["before"], row["after"]))
+            answer = " ".join(row["answer"].split())
+            lines.append(f"{row['stage']:<9}{row['seconds']:>8.0f}  {row['metric']:<16}{before:>8}{after:>8}  {answer}")
+        return "\n".join(line if len(line) <= 100 else line[:99] + "…" for line in lines)

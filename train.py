@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so
 
 import minillm as m  # noqa: E402
 
-STAGES = ("tokenizer", "pretrain", "eval")
+STAGES = ("tokenizer", *m.STAGES, "rlhf", "eval")
 DATA = Path(__file__).parent / "data"
 
 
@@ -23,16 +23,28 @@ def build_parser() -> m.FlagParser:
     parser = m.FlagParser(prog="train.py", description=__doc__, epilog="Runs land in OUT/CONFIG/STAGE.",
                           usage="train.py [--config NAME] [--stage STAGE] [--data PATH ...] [any flag below]")
     parser.add_argument("--config", choices=m.PRESETS, help="preset of the model's shape [tiny]")
-    parser.add_argument("--stage", choices=STAGES, default="pretrain", help="what to do [pretrain]; eval scores a run")
+    parser.add_argument("--stage", choices=STAGES, default="pretrain",
+                        help="what to do [pretrain]; rlhf is sft, reward and ppo in one go; eval scores a run")
     parser.add_argument("--data", nargs="+", metavar="PATH",
                         help=".txt, .json, .jsonl(.gz) files or directories [the data/train that comes with MiniLLM]")
     parser.add_argument("--val-data", nargs="+", metavar="PATH", help="to validate on [data/val, or a tenth of --data]")
-    parser.add_argument("--init", metavar="RUN_DIR", help="run whose weights and tokenizer to start from, or to score")
+    parser.add_argument("--init", metavar="RUN_DIR", help="run whose weights and tokenizer to start from, or to score "
+                        "[OUT/CONFIG/pretrain for sft, OUT/CONFIG/sft for dpo, reward, ppo and grpo]")
+    parser.add_argument("--reward", metavar="REWARD", help="what ppo and grpo maximise: the run directory of a reward "
+                        "model, FILE.py:function, which is executed, or answer, the prompts' checkable answers "
+                        "[ppo: OUT/CONFIG/reward, grpo: answer]")
+    parser.add_argument("--inspect", type=int, metavar="N",
+                        help="show N conversations as sft would train on them, train "
+                        "nothing")
+    parser.add_argument("--plot", nargs="+", metavar="RUN_DIR", help="draw what runs logged into a PNG, train nothing")
+    parser.add_argument("--png", default="plot.png", metavar="FILE", help="where --plot draws [plot.png]")
     parser.add_argument("--out", default="out", metavar="DIR", help="where runs and caches go [out]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT/CONFIG/STAGE")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT/CONFIG/STAGE")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of --config tiny]")
+    m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of --config tiny --stage pretrain; each stage "
+                "has its own]")
+    m.add_flags(parser, m.RLHFConfig(), "learning from preferences and rewards")
     m.add_flags(parser, m.get_config("tiny"), "shape of a new model [defaults of --config tiny]",
                 skip=("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer's, always
     return parser
@@ -49,7 +61,12 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         args.started = time.monotonic() if started is None else started
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"train.py: warning: {message}", file=sys.stderr)
-            return {"tokenizer": train_tokenizer, "pretrain": pretrain, "eval": evaluate}[args.stage](args)
+            if args.plot:
+                return plot(args.plot, Path(args.png))
+            if args.inspect is not None:
+                return inspect(args)
+            return {"tokenizer": train_tokenizer, "pretrain": pretrain, "rlhf": rlhf, "eval": evaluate}.get(
+                args.stage, post_train)(args)
     except KeyboardInterrupt:
         print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
         return 130
@@ -63,15 +80,17 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         return 2
 
 
-def data_paths(args) -> tuple[list, list | None]:
-    """Training paths, and validation paths or None: then validation is a tenth of the training data."""
-    if args.data is None:
-        return [DATA / "train"], args.val_data or [DATA / "val"]
-    return args.data, args.val_data
+def data_sources(args, saved: dict | None = None) -> dict[str, dict]:
+    """{"train": {"paths", "split"}, "val": …} of the flags, else those a run has `saved`, else the example data."""
+    if args.data is None and args.val_data is None and saved:
+        return saved
+    data, val = args.data or [DATA / "train"], args.val_data or ([DATA / "val"] if args.data is None else None)
+    return {"train": {"paths": data, "split": "all" if val else "train"},
+            "val": {"paths": val or data, "split": "all" if val else "val"}}
 
 
 def get_tokenizer(args, vocab_size: int) -> m.BPETokenizer:
-    data, val = data_paths(args)
+    source = data_sources(args)["train"]
     chosen = Path(args.out) / (args.config or "tiny") / "tokenizer.json"
     if args.stage != "tokenizer" and chosen.exists():
         tokenizer = m.BPETokenizer.load(chosen)
@@ -81,7 +100,7 @@ def get_tokenizer(args, vocab_size: int) -> m.BPETokenizer:
         return tokenizer
     start = time.monotonic()
     tokenizer = m.TokenizerManager(Path(args.out) / "cache").get_or_train_tokenizer(
-        data, vocab_size, split="all" if val else "train", on_bad_record=train_config(args).on_bad_record)
+        source["paths"], vocab_size, split=source["split"], on_bad_record=train_config(args).on_bad_record)
     print(f"tokenizer: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s")
     return tokenizer
 
@@ -93,7 +112,8 @@ def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
         given = {"max_steps": 0, "minutes": 0.0} | given
         if not given["max_steps"] and not given["minutes"]:
             raise m.UserError("a run needs an end: give --max-steps or --minutes above 0")
-    return dataclasses.replace(base or m.get_train_config(args.config or "tiny"), **given)
+    stage = args.stage if args.stage in m.STAGES else "pretrain"
+    return dataclasses.replace(base or m.get_train_config(args.config or "tiny", stage), **given)
 
 
 def model_config(args) -> m.MiniGPTConfig:
@@ -159,12 +179,16 @@ def pretrain(args) -> int:
     else:
         config = model_config(args)
         check_seq_len(train, config)
+        if train.lora_rank:
+            raise m.UserError(f"--lora-rank {train.lora_rank} needs a trained model: give --init RUN_DIR")
         tokenizer = get_tokenizer(args, config.vocab_size)
         m.torch.manual_seed(train.seed)
         model = m.MiniGPT(config)
     m.torch.manual_seed(train.seed)
     check_seq_len(train, model.config)
-    train_data, val_data = (load_data(args, part, tokenizer, train, saved) for part in ("train", "val"))
+    sources = data_sources(args, saved)
+    train_data, val_data = (m.open_data("pretrain", tokenizer, model.config, train, sources[part], part == "train",
+                                        Path(args.out) / "cache") for part in ("train", "val"))
     print(f"data: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate on")
     m.keep_freed_memory()  # from here on; what the tokenizer and the encoder took goes back first
     trainer = m.PreTrainer(model, tokenizer, device, config=train, train_data=train_data, val_data=val_data,
@@ -173,19 +197,95 @@ def pretrain(args) -> int:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
         print(f"resuming {run_dir} at step {trainer.step_count}")
     active = f", {model.num_params(active=True) / 1e6:.1f} M active" if model.config.num_experts else ""
+    return fit(args, trainer, f"{model.num_params() / 1e6:.2f} M parameters{active}")
+
+
+def fit(args, trainer: m.Trainer, size: str) -> int:
+    """Train, and say how it went and what to do next."""
+    train, run_dir = trainer.config, trainer.run_dir
     limits = [f"{train.minutes:g} minutes"] * bool(train.minutes) + [f"{train.max_steps} steps"] * bool(train.max_steps)
-    print(f"model: {model.num_params() / 1e6:.2f} M parameters{active}; {' or '.join(limits)} on {device} in "
-          f"{str(trainer.dtype).removeprefix('torch.')}", flush=True)
+    print(f"model: {size}; {' or '.join(limits)} on {trainer.device} in {str(trainer.dtype).removeprefix('torch.')}",
+          flush=True)
     if args.overwrite and run_dir.exists():  # not before all that can go wrong has gone well
         shutil.rmtree(run_dir)
     result = trainer.fit()
     if "signal" in result:
         print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
         return 128 + result["signal"]
-    print(f"done: {result['bpb']:.4f} bits per byte on {result['bytes']:,} held-out bytes after "
-          f"{trainer.elapsed_s():.0f} s; saved in {run_dir}")
-    print(f"next:  python sample.py --run {shlex.quote(str(run_dir))} --prompt {shlex.quote(trainer.prompts()[0])}")
+    there = shlex.quote(str(run_dir))
+    followers = {"pretrain": f"sample.py --run {there} --prompt {shlex.quote(trainer.prompts()[0])}"
+                 if trainer.stage == "pretrain" else "",
+                 "reward": f"train.py --config {args.config or 'tiny'} --out {shlex.quote(args.out)} --stage ppo"}
+    held_out = f" on {result['bytes']:,} held-out bytes" if trainer.stage == "pretrain" else ""
+    figures = m.describe(result, ("bpb",) if trainer.stage == "pretrain" else m.SHOWN)
+    print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {run_dir}")
+    print(f"next:  python {followers.get(trainer.stage, f'sample.py --run {there} --chat')}")
     return 0
+
+
+def post_train(args) -> int:
+    """sft, dpo, reward, ppo, grpo: from the parent's run."""
+    stage, runs = args.stage, Path(args.out) / (args.config or "tiny")
+    run_dir, saved = runs / stage, {}
+    if resuming := can_resume(run_dir, args):
+        saved = m.load_checkpoint(run_dir / "checkpoint.pt")["config"]
+    parent = Path(args.init or saved.get("parent") or runs / m.PARENTS[stage])
+    if not args.init and not saved and not (parent / "config.json").exists():
+        raise m.UserError(f"{stage} goes out from {parent}, where there is no run: train it with --stage "
+                          f"{m.PARENTS[stage]}, or name another with --init")
+    reward = args.reward or saved.get("reward") or ("answer" if stage == "grpo" else str(runs / "reward"))
+    shape = m.MiniGPTConfig(**m.run_config(parent)["model"])
+    check_shape(args, shape)
+    train = train_config(args, m.TrainConfig(**saved["train"]) if saved else None)
+    check_seq_len(train, shape)
+    rl = dataclasses.replace(m.RLHFConfig(**saved.get("rl", {})), **m.given_flags(args, m.RLHFConfig))
+    m.keep_freed_memory()
+    trainer = m.open_stage(stage, run_dir, parent, data_sources(args, saved.get("data")), train, rl, reward=reward,
+                           device=m.pick_device(args.device), cache_dir=Path(args.out) / "cache", started=args.started,
+                           resume=resuming)
+    print(f"{stage}: from {parent}" + (f", reward: {reward}" if stage in ("ppo", "grpo") else "")
+          + (f", resuming at step {trainer.step_count}" if resuming else ""))
+    counts = [len(data.items) for data in (trainer.train_data, trainer.val_data)]
+    print("data: {:,} records to train on, {:,} to validate on".format(*counts))
+    trained = sum(p.numel() for p in trainer.modules.parameters() if p.requires_grad)
+    lora = f", of which LoRA trains {trained:,}" if train.lora_rank else ""
+    return fit(args, trainer, f"{trainer.model.num_params() / 1e6:.2f} M parameters{lora}")
+
+
+def rlhf(args) -> int:
+    """SFT, reward model and PPO, one after the other, after pretraining if there is no base model; resumable."""
+    runs = Path(args.out) / (args.config or "tiny")
+    base = Path(args.init or runs / "pretrain")
+    if args.overwrite:
+        for stage in m.RLHFPipeline.stages:
+            shutil.rmtree(runs / stage, ignore_errors=True)
+    if not args.init and not m.RLHFPipeline.finished(base):
+        print(f"== pretrain: {base}")
+        holds = (base / "checkpoint.pt").exists()
+        args = argparse_copy(args, stage="pretrain", resume=holds, overwrite=False)
+        if status := pretrain(args):
+            return status
+    shape = m.MiniGPTConfig(**m.run_config(base)["model"])
+    check_shape(args, shape)
+    trains = {}
+    for stage in m.RLHFPipeline.stages:
+        trains[stage] = train_config(argparse_copy(args, stage=stage))
+        check_seq_len(trains[stage], shape)
+    m.keep_freed_memory()
+    rl = m.RLHFConfig(**m.given_flags(args, m.RLHFConfig))
+    pipeline = m.RLHFPipeline(rl, base, runs, data_sources(args), trains, device=m.pick_device(args.device),
+                              cache_dir=Path(args.out) / "cache")
+    rows = pipeline.run()
+    if "signal" in rows[-1]:
+        print(f"stopped; what is done is saved\ngo on:  {command(args)}")
+        return 128 + rows[-1]["signal"]
+    print(f"\n{pipeline.table(rows)}\n\nnext:  python sample.py --run {shlex.quote(str(runs / 'ppo'))} --chat")
+    return 0
+
+
+def argparse_copy(args, **changes):
+    """The parsed flags with other values for some of them."""
+    return type(args)(**vars(args) | changes)
 
 
 def check_seq_len(train: m.TrainConfig, shape: m.MiniGPTConfig) -> None:
@@ -193,18 +293,6 @@ def check_seq_len(train: m.TrainConfig, shape: m.MiniGPTConfig) -> None:
     if train.seq_len > shape.max_position_embeddings:
         raise m.UserError(f"--seq-len {train.seq_len} exceeds the context, max_position_embeddings="
                           f"{shape.max_position_embeddings}")
-
-
-def load_data(args, part: str, tokenizer: m.BPETokenizer, train: m.TrainConfig, saved: dict | None = None
-              ) -> m.PretrainDataLoader:
-    """The "train" or "val" batches of the flags' data; without such flags, those that a run has `saved`."""
-    data, val = data_paths(args)
-    source = {"paths": val if val and part == "val" else data, "split": "all" if val else part}
-    if saved and part in saved and args.data is None and args.val_data is None:
-        source = saved[part]
-    return m.PretrainDataLoader(
-        source["paths"], tokenizer, train.batch_size, train.seq_len, source["split"], shuffle=part == "train",
-        seed=train.seed, cache_dir=Path(args.out) / "cache", on_bad_record=train.on_bad_record)
 
 
 def evaluate(args) -> int:
@@ -215,13 +303,84 @@ def evaluate(args) -> int:
                           f"--init {args.out}/{args.config or 'tiny'}/pretrain")
     model, tokenizer, state = m.load_run(args.init)
     check_shape(args, model.config)
-    train = train_config(args, m.TrainConfig(**state["config"]["train"]))
+    saved = state["config"]
+    train = train_config(args, m.TrainConfig(**saved["train"]))
+    train.lora_rank = 0  # merged already
     check_seq_len(train, model.config)
-    val_data = load_data(args, "val", tokenizer, train, state["config"]["data"])
-    trainer = m.PreTrainer(model, tokenizer, m.pick_device(args.device), config=train, val_data=val_data)
-    print(f"{args.init} at step {state['step']} on {', '.join(map(str, val_data.source['paths']))} "
-          f"({val_data.source['split']})")
-    print(json.dumps(trainer.evaluate(vars(args).get("eval_tokens"))))
+    if not hasattr(args, "eval_prompts"):
+        train.eval_prompts = sys.maxsize
+    source = data_sources(args, saved["data"])["val"]
+    there = m.kinds_of(source["paths"])
+    own = {"pretrain": "text", "dpo": "preference", "reward": "preference"}.get(saved["stage"], "chat")
+    kind = own if own in there or saved["stage"] == "reward" else next(iter(there), "text")
+    stage = {"text": "pretrain", "chat": "sft", "preference": "dpo", "prompt": "ppo"}[kind]
+    val_data = m.open_data(stage, tokenizer, model.config, train, source, False, Path(args.out) / "cache")
+    if stage == "dpo" and saved["stage"] != "dpo":
+        val_data.reference_logprobs = m.torch.zeros(len(val_data.ends) // 3, 2)  # the model's own preference
+    options = {"reference": m.load_run(saved["parent"])[0]} if saved["stage"] == "dpo" and stage == "dpo" else {}
+    trainer = {"pretrain": m.PreTrainer, "dpo": m.DPOTrainer}.get(stage, m.SFTTrainer)
+    trainer = (m.RewardTrainer if saved["stage"] == "reward" else trainer)(
+        model, tokenizer, m.pick_device(args.device), config=train, val_data=val_data, **options)
+    print(f"{args.init} at step {state['step']} on {kind} records of {', '.join(map(str, source['paths']))} "
+          f"({source['split']})")
+    result = trainer.exact_match() if kind == "prompt" else trainer.evaluate(vars(args).get("eval_tokens"))
+    print(json.dumps(result))
+    return 0
+
+
+def inspect(args) -> int:
+    """Show conversations as the model will see them."""
+    runs = Path(args.out) / (args.config or "tiny")
+    parent = Path(args.init or runs / "pretrain")
+    if args.stage != "sft":
+        raise m.UserError(f"--inspect shows what --stage sft would train on, not {args.stage}")
+    train = train_config(args)
+    if (parent / "config.json").exists():
+        model, tokenizer, _ = m.load_run(parent)
+        shape = model.config
+    else:
+        shape = model_config(args)
+        tokenizer = get_tokenizer(args, shape.vocab_size)
+    check_seq_len(train, shape)
+    data = m.open_data("sft", tokenizer, shape, train, data_sources(args)["train"], False, Path(args.out) / "cache")
+    print(data.report(args.inspect, colour=sys.stdout.isatty()))
+    return 0
+
+
+def plot(runs: list[str], path: Path) -> int:
+    """Draw what runs have logged, a panel a figure, all runs together."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise m.UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    rows = {run: m.read_metrics(run) for run in runs}
+    logged = {name for found in rows.values() for row in found for name in row}
+    wanted = (("loss", "val_loss"), ("val_bpb",), ("reward", "val_reward"), ("kl", "val_kl"),
+              ("val_exact_match", "val_pair_accuracy"), ("answer_length",), ("lr",), ("grad_norm",))
+    panels = [[name for name in names if name in logged] for names in wanted]
+    panels = [names for names in panels if names]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False)
+    for axis, names in zip(axes.flat, panels, strict=False):
+        for k, (run, found) in enumerate(rows.items()):
+            for name in names:
+                points = [(row["step"], row[name]) for row in found if row.get(name) is not None]
+                if points:
+                    held_out = name.startswith("val_")
+                    label = "/".join(Path(run).parts[-2:]) + (", held out" if held_out and len(names) > 1 else "")
+                    axis.plot(*zip(*points, strict=True), "o-" if held_out else "-", color=f"C{k}", label=label,
+                              markersize=4, linewidth=1.5 if held_out else 0.8, alpha=1 if held_out else 0.6)
+        axis.set(title=names[-1].removeprefix("val_").replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"{path}: {len(panels)} panels of {', '.join(runs)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Make the bilingual (English and Chinese) pretraining corpus of MiniLLM.
+"""Make the bilingual (English and Chinese) corpus of MiniLLM: text, conversations, preferences and prompts.
 
 The text is simple, true and grammatical, like a child's book.  It is drawn from a seeded grammar, so it is too varied
 to be memorised while its vocabulary stays small.  There are four kinds of document, half English and half Chinese:
@@ -8,13 +8,20 @@ to be memorised while its vocabulary stays small.  There are four kinds of docum
     dialogue     two speakers, one turn a line
     facts        short passages of checkable facts (sums, calendar, comparisons, opposites, who gave what to whom ...)
 
-Output: train/pretrain.jsonl and val/pretrain.jsonl below --out, one {"text": ...} a line.
+Output: JSON lines in train/ and val/ below --out.
+
+    pretrain     {"text": ...}
+    sft          {"messages": [{"role": ..., "content": ...}, ...]}, in validation with "answer", the bare answer to
+                 the last question; in training, single turns are {"prompt": ..., "completion": ...}
+    preference   {"prompt": question or messages, "chosen": ..., "rejected": ..., "category": wrong, rude or rambling}
+    prompts      {"prompt": question or messages, "answer": ...}
 
 Splits.  Every fact has a key that depends on neither language nor wording, such as ("add", 7, 15).  A hash of the key
 decides whether the fact is held out (about 8 %).  A held-out fact occurs in validation only, in every kind of document.
 Base facts of tiny closed sets (the day after Monday, the opposite of hot, 2 + 3) are never held out: without them the
 larger ones could not be learned.  A story or dialogue has a key too (plot and people): validation has held-out ones
-only, training has none of them.
+only, training has none of them.  In sft, preference and prompts, validation asks about held-out facts only, and a hash
+of the question says to which of the three files it belongs, so that they share none.
 
 Templates.  `= name cast` starts one; `@p a; b / c; d` draws one row, read as {p}, {p.b} ...; `?question => answer` is a
 question about the text; everything else is the text: [a|b] is a choice, ((a ~ b ~ c)) some of the parts in any order,
@@ -29,6 +36,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +45,21 @@ from types import SimpleNamespace
 SHARES = {"story": 0.45, "description": 0.15, "dialogue": 0.15, "facts": 0.25}
 TRAIN_BYTES, VAL_BYTES = 2_800_000, 250_000
 LANGS = ("en", "zh")
+
+# The questions of conversations, preferences and prompts: how often a kind is drawn, and which kinds train only.
+KIND_WEIGHTS = {
+    "has": 3, "place": 2.5, "who": 2.5, "compare": 2.5, "sort": 1.5, "length": 1, "count": 0.7, "rank": 0.7, "add": 0.6,
+    "sub": 0.3, "next": 0.3, "add_word": 0.2, "sub_word": 0.2, "mul": 0.1, "after": 0.1, "before": 0.1, "after_n": 0.1,
+    "before_n": 0.1, "opposite": 0.1, "class": 0.1,
+}
+TRAIN_ONLY = ("mul", "after", "before", "after_n", "before_n", "opposite", "class")
+CHAT_COUNTS = {
+    "sft": {"train": 5600, "val": 500},
+    "preference": {"train": 3200, "val": 450},
+    "prompts": {"train": 1800, "val": 600},
+}
+CHAT_HASH = {"sft": 40, "preference": 35, "prompts": 25}  # of 100 questions
+CATEGORIES = {"wrong": 60, "rude": 22, "rambling": 18}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary.  English and Chinese stand side by side, so that one row is one thing in both languages.
@@ -1169,6 +1192,16 @@ FACT_FORMS = """
 @zh {A}把{x}{did}{B}。 | 是{A}把{x}{do}{B}的。 | {x}是{A}{do}{B}的。
 @zh? {A}把{x}{did}{B}。谁把{x}{did}{B}？ => {A} | {A}把{x}{did}{B}。{A}把什么{did}{B}？ => {x} |
   {A}把{x}{did}{B}。{A}把{x}{did}谁？ => {B} | {A}把{x}{did}{B}，{B}又把{x}{did}{C}。谁把{x}{did}{C}？ => {B}
+= has
+@en {story} | {story} | {story}
+@en? {story} Who has the {x}? => {A} | {story} What does {A} have? => the {x} | {story} What colour is the {x}? => {c}
+@zh {story} | {story} | {story}
+@zh? {story}谁有{x}？ => {A} | {story}{A}有什么？ => {x} | {story}{x}是什么颜色的？ => {c}
+= place
+@en The {nth} word in the list {list} is {p}. | {list}: the {nth} word is {p}.
+@en? Which word is {nth} in the list {list}? => {p} | What is the {nth} word in the list {list}? => {p}
+@zh “{list}”里面，第{nth}个词是{p}。 | 在“{list}”里面，{p}是第{nth}个词。
+@zh? “{list}”里面，第{nth}个词是什么？ => {p} | 在“{list}”里面，哪个词是第{nth}个？ => {p}
 = class
 @en {p} is {q}. | We know that {p} is {q}. | {p} is {q}, not {wrong}.
 @en? Is {p} {first} or {second}? => {q} | What is {p}: {first} or {second}? => {q} | Is {p} {q}? => yes | Is {p}
@@ -1210,6 +1243,75 @@ GIVE = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Phrases of conversations.  {a} is the answer as a sentence, {bare} the bare answer.
+
+SYSTEM = {
+    "en": "You are a polite assistant.|You are a kind and helpful assistant.|You answer questions politely.|"
+    "Be polite and give the right answer.|You are a friendly helper. Answer in a few words.",
+    "zh": "你是一个有礼貌的助手。|你是一个友好的助手。|请礼貌地回答问题。|你乐于助人，回答简短。|"
+    "请给出正确的答案，并保持礼貌。",
+}
+GREETINGS = {
+    "en": "Hello!|Hi!|Hi there!|Good morning!|Good evening!|Hello, can you help me?|Hi, I have a question.",
+    "zh": "你好！|您好！|早上好！|晚上好！|你好，可以帮我吗？|你好，我有一个问题。|嗨！",
+}
+WELCOMES = {
+    "en": "Hello! How can I help you?|Hello! What would you like to know?|Hi! Please ask me anything.|"
+    "Hello! I am happy to help.|Good to see you! What is your question?",
+    "zh": "您好！请问有什么可以帮您？|您好！您想知道什么？|您好！请尽管问我。|您好！我很高兴为您服务。|"
+    "很高兴见到您！您想问什么？",
+}
+THANKS = {
+    "en": "Thank you!|Thanks!|Thank you very much.|Great, thank you!|Thanks a lot!",
+    "zh": "谢谢！|谢谢你！|非常感谢。|太好了，谢谢！|多谢！",
+}
+NO_PROBLEM = {
+    "en": "You are welcome!|You are very welcome! Do you have another question?|My pleasure!|Any time!|"
+    "It was a pleasure. Please ask me more!",
+    "zh": "不客气！|不用谢！您还有别的问题吗？|这是我的荣幸！|别客气，随时可以问我！|很高兴能帮忙，请继续问吧！",
+}
+TAILS = {
+    "en": "Happy to help!|I hope that helps!|Thank you for asking!|You are welcome to ask me more.|It was my pleasure.|"
+    "Glad to help you!|Please ask me again any time.|Have a nice day!|That was a good question!",
+    "zh": "很高兴帮到您！|希望对您有帮助！|谢谢您的提问！|欢迎您再来问我。|这是我的荣幸。|很乐意为您服务！|"
+    "有问题请随时问我。|祝您愉快！|您问得真好！",
+}
+RUDE = {
+    "en": "{a} What a silly question.|{a} Everyone knows that.|{a} Now leave me alone.|{a} Do not ask me again.|"
+    "{a} Are you a baby?|{a} Even a pig knows that.|{a} You never learn anything.|{a} Do not waste my time.|"
+    "{a} Stop bothering me!|{a} Use your own head next time.|{a} Is that too hard for you?|{a} How dull you are.|"
+    "What a silly question. {a}|You again! {a}|Can you not think for yourself? {a}|I have no time for this. {a}|"
+    "Go away! {a}|That is a stupid thing to ask. {a}|Who does not know that? {a}|Shut up and listen! {a}",
+    "zh": "{a}这都不会？|{a}真是个笨问题。|{a}别再来烦我。|{a}连小孩子都知道。|{a}你怎么这么笨！|{a}别浪费我的时间。|"
+    "{a}下次自己动动脑子。|{a}这对你来说太难了吗？|{a}你什么都学不会。|{a}问完了就走开！|{a}小猪都比你聪明。|"
+    "{a}我懒得理你。|"
+    "这都不会？{a}|怎么又是你！{a}|真是个笨问题。{a}|你自己不会想吗？{a}|走开！{a}|我没空理你。{a}|谁不知道这个？{a}|烦死了！{a}",
+}
+BURIED = {
+    "en": "{a}|The answer is {bare}.|So the answer is {bare}.|I think the answer is {bare}.",
+    "zh": "{a}|答案就是“{bare}”。|那么答案是“{bare}”。|我想答案是“{bare}”。",
+}
+RAMBLES = {
+    "en": """Well, let me see.|Numbers are [funny|strange].|My [aunt|uncle|sister|brother] likes [soup|tea|apples].|
+I [saw|met] a [cat|dog|bird|duck] [yesterday|this morning].|The [sky|sea] is so blue.|Where was I?|
+It [may|will] rain [tomorrow|on Sunday].|I like [tea|bread|cake] very much.|Clouds look like [sheep|boats|pillows].|
+[Once|One day] I lost my [hat|bag|umbrella].|Trees are [tall|green].|There are so many words.|Time goes by so fast.|
+[Some|Many] people like [music|snow|books].|I wonder what is for [lunch|dinner].|Then there is the moon.|
+My [shoes|socks|gloves] are [old|new|red].|That makes me think of [summer|winter|the sea].|By the way, I can sing.|
+A friend of mine has a [boat|horse|garden].|Oh, what a long day.|But who can say?|Birds sing in the [morning|trees].""",
+    "zh": """嗯，让我想一想。|数字真[有趣|奇怪]。|我的[姑姑|叔叔|姐姐|哥哥]喜欢[喝汤|喝茶|吃苹果|下雨天]。|
+我[昨天|今天早上]看见一只[猫|狗|小鸟|鸭子]。|[天空|大海]真蓝啊。|我说到哪儿了？|[明天|星期日]可能会下雨。|
+我很喜欢[喝茶|吃面包|吃蛋糕]。|云朵像[绵羊|小船|枕头]。|有一次我丢了[帽子|书包|雨伞]。|树长得真[高|绿]。|
+世界上的词真多。|时间过得真快。|[有些|很多]人喜欢[音乐|下雪|看书]。|不知道[午饭|晚饭]吃什么。|还有月亮呢。|
+我的[鞋子|袜子|手套]是[旧|新|红]的。|这让我想起[夏天|冬天|大海]。|对了，我会唱歌。|我有个朋友有一[条船|匹马|座花园]。|
+哎，今天真长。|可是谁知道呢？|小鸟在[早上|树上]唱歌。""",
+}
+FLIP = {"yes": "no", "no": "yes", "是的": "不是", "不是": "是的"}
+# Rows of OPPOSITES, by first word, too near to each other for one's word to be a clear mistake in another.
+ALIKE = """big tall long deep thick more heavy, begin start first open early come front, hard strong easy brave,
+bright day black heavy, happy laugh, left true, near inside"""
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data classes, tables and the template engine.
 
 
@@ -1233,6 +1335,15 @@ class Doc:
     lang: str
     text: str
     facts: list[Fact] = field(default_factory=list)
+
+
+@dataclass
+class Chat:
+    """One record of conversations, preferences or prompts, with the facts that its questions are about."""
+
+    lang: str
+    record: dict
+    facts: list[Fact]
 
 
 @dataclass(frozen=True)
@@ -1587,6 +1698,29 @@ def class_fact(rng: random.Random, lang: str, kind: str) -> Fact:
     return phrase(rng, kind, lang, ("class", member[0]), **values)
 
 
+def has_fact(rng: random.Random, lang: str, kind: str) -> Fact:
+    """Two or three people, each with a thing of some colour; one of them is asked about."""
+    col, n = (0 if lang == "en" else 1), rng.randint(2, 3)
+    people = [person(row, lang, "human") for row in rng.sample(table(PEOPLE), n)]
+    things = [noun(row, lang) for row in rng.sample(table(TOYS), n)]
+    colours = [row[col] for row in rng.sample(table(COLOURS), n)]
+    rows = list(zip(people, things, colours, strict=True))
+    form = "{} has the {} {}." if lang == "en" else "{}有{}的{}"
+    told = [form.format(who, colour, thing) for who, thing, colour in rows]
+    story = " ".join(told) if lang == "en" else "，".join(told) + "。"
+    who, thing, colour = rng.choice(rows)
+    key = ("has", who.id, thing.id, colour)
+    return phrase(rng, kind, lang, key, story=story, A=who, x=thing, c=colour)
+
+
+def place_fact(rng: random.Random, lang: str, kind: str) -> Fact:
+    rows = rng.sample(table(rng.choice((FOODS, ANIMALS, TOYS))), rng.randint(3, 5))
+    words, i = [noun(row, lang).text for row in rows], rng.randrange(len(rows))
+    nth = ("first", "second", "third", "fourth", "fifth")[i] if lang == "en" else "一二三四五"[i]
+    listed = (", " if lang == "en" else "、").join(words)
+    return phrase(rng, kind, lang, ("place", i, *(row[0] for row in rows)), list=listed, nth=nth, p=words[i])
+
+
 FACTS: dict[str, Callable[[random.Random, str, str], Fact]] = {
     "add": add_fact,
     "add_word": add_fact,
@@ -1608,6 +1742,7 @@ FACTS: dict[str, Callable[[random.Random, str, str], Fact]] = {
     "who": who_fact,
     "class": class_fact,
 }
+ASKED = FACTS | {"has": has_fact, "place": place_fact}  # kinds that are only asked about in conversations
 NO_LONG_ANSWER = ("who", "add_word", "sub_word", "sort", "abc", "count", "length", "next", "compare", "rank")
 
 
@@ -1675,8 +1810,264 @@ def to_line(doc: Doc) -> bytes:
     return (json.dumps({"text": doc.text}, ensure_ascii=False) + "\n").encode()
 
 
-def check(train: list[Doc], val: list[Doc]) -> None:
-    """Raise an error if the splits overlap, a document occurs twice or training has a held-out fact."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations, preferences and prompts.
+
+
+def say(rng: random.Random, phrases: dict[str, str], lang: str) -> str:
+    """One of the phrases of a table."""
+    return rng.choice(phrases[lang].split("|")).strip()
+
+
+def keys_of(fact: Fact) -> list[tuple]:
+    """The key of a fact, and of the second gift where its question tells of two."""
+    if fact.kind != "who":
+        return [fact.key]
+    _, verb, _, thing, second = fact.key
+    third = [i for i, name in people_in(fact.question, fact.lang).items() if i not in fact.key]
+    return [fact.key, *(("who", verb, second, thing, i) for i in third)]
+
+
+def people_in(text: str, lang: str) -> dict[str, str]:
+    """The people a text names: id and name."""
+    names = {row[0]: row[0 if lang == "en" else 1] for row in table(PEOPLE)}
+    return {i: name for i, name in names.items() if name in text}
+
+
+def file_of(question: str) -> str:
+    """The file that a question belongs to."""
+    place = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % 100
+    return [name for name, share in CHAT_HASH.items() for _ in range(share)][place]
+
+
+def draw_asked(rng: random.Random, name: str, lang: str, split: str, used: set[str]) -> Fact:
+    """A fact to ask about in a file: held out if for validation, and not asked before while there are new ones."""
+    weights = {kind: weight for kind, weight in KIND_WEIGHTS.items() if split == "train" or kind not in TRAIN_ONLY}
+    while True:
+        kind, again = rng.choices(list(weights), list(weights.values()))[0], None
+        for _ in range(150):
+            fact = ASKED[kind](rng, lang, kind)
+            fine = held_out(fact.key) if split == "val" else not any(map(held_out, keys_of(fact)))
+            if not fine or file_of(fact.question) != name:
+                continue
+            if fact.question not in used:
+                used.add(fact.question)
+                return fact
+            again = fact
+        if again and split == "train" and name != "prompts":
+            return again
+
+
+def answer_of(fact: Fact) -> str:
+    """The bare answer, with a or an."""
+    return re.sub(r"^a (?=[aeiou])", "an ", fact.answer)
+
+
+def glue(parts: list[str], lang: str) -> str:
+    return (" " if lang == "en" else "").join(parts)
+
+
+def as_sentence(answer: str, lang: str) -> str:
+    return answer[0].upper() + answer[1:] + ("." if lang == "en" else "。")
+
+
+def courteous(rng: random.Random, answer: str, lang: str, tails: float) -> str:
+    """A reply: the answer, and in this share of the replies a courteous tail."""
+    parts = [as_sentence(answer, lang)]
+    return glue(parts + [say(rng, TAILS, lang)] if rng.random() < tails else parts, lang)
+
+
+def rude(rng: random.Random, answer: str, lang: str) -> str:
+    return say(rng, RUDE, lang).replace("{a}", as_sentence(answer, lang))
+
+
+def rambling(rng: random.Random, answer: str, lang: str) -> str:
+    """The answer followed by irrelevant sentences, or in the midst of them."""
+    idle = [expand(text.strip(), rng, lang, {}) for text in split_choices(RAMBLES[lang], rng.randint(2, 4), rng)]
+    if rng.random() < 0.5:
+        return glue([as_sentence(answer, lang), *idle], lang)
+    found = say(rng, BURIED, lang).replace("{a}", as_sentence(answer, lang)).replace("{bare}", answer)
+    idle.insert(rng.randint(1, len(idle)), found)
+    return glue(idle, lang)
+
+
+def split_choices(source: str, k: int, rng: random.Random) -> list[str]:
+    """k of the phrases of a table whose phrases have [a|b] in them."""
+    return rng.sample(re.split(r"\|(?![^\[]*\])", source), k)
+
+
+def near_numbers(rng: random.Random, right: int, question: str) -> list[str]:
+    """Numbers that one could take for the right one: a little off, one digit changed, or out of the question."""
+    digits = list(str(right))
+    digits[rng.randrange(len(digits))] = str(rng.randint(1, 9))
+    found = {right + off for off in (-10, -2, -1, 1, 2, 10)} | {int("".join(digits))}
+    found |= set(map(int, re.findall(r"\d+", question)))
+    return [str(number) for number in sorted(found) if number >= 0]
+
+
+def other_opposites(word: str, lang: str) -> list[str]:
+    """Words of OPPOSITES that are clearly not the opposite of a word, of which `word` is the right one."""
+    col = slice(0, 2) if lang == "en" else slice(2, 4)
+    rows = table(OPPOSITES)
+    near = {row[0] for row in rows if word in row[col]}
+    near |= {head for group in table(ALIKE.replace("\n", " ")) if near & set(group) for head in group}
+    return [other for row in rows if row[0] not in near for other in row[col]]
+
+
+def mistakes(rng: random.Random, fact: Fact) -> list[str]:
+    """Plausible answers to the question of a fact, all but the right one of them wrong."""
+    kind, lang, question, right = fact.kind, fact.lang, fact.question, answer_of(fact)
+    col, comma = (0, ", ") if lang == "en" else (1, "、")
+    if right in FLIP:
+        return [FLIP[right]]
+    if kind == "sort" and comma in right:
+        row = right.split(comma)
+        swapped = [row[:i] + [row[i + 1], row[i]] + row[i + 2 :] for i in range(len(row) - 1)]
+        return [comma.join(some) for some in [*swapped, row[::-1]]]
+    if kind in ("compare", "sort"):
+        return re.findall(r"\d+", question)
+    if kind == "rank":
+        return list(re.search(r", (.+) or (.+)\?" if lang == "en" else r"^(.+)和(.+?)，", question).groups())
+    if kind == "class":
+        heads = [line.split(":")[0].split()[col].replace("_", " ") for line in CLASSES.split("\n")]
+        return [head for head in heads if head in question and head not in right]
+    if kind == "who":
+        people = list(people_in(question, lang).values())
+        things = [] if right in people else rng.sample(table(FOODS + "," + TOYS), 3)
+        return people + [f"the {noun(row, lang)}" if lang == "en" else noun(row, lang).text for row in things]
+    if kind == "has":
+        people = list(people_in(question, lang).values())
+        colours = [row[col] for row in table(COLOURS) if row[col] in question]
+        things = [noun(row, lang).text for row in table(TOYS)]
+        things = ["the " * (lang == "en") + thing for thing in things if thing in question]
+        return people if right in people else colours if right in colours else things
+    if kind == "place":
+        return re.search(r"list (.+)\?" if lang == "en" else "“(.+)”", question)[1].split(comma)
+    if kind in ("after", "before", "after_n", "before_n"):
+        names = [[row[col] for row in table(source)] for source in (DAYS, MONTHS)]
+        return names[0] if right in names[0] else names[1]
+    if kind == "opposite":
+        return other_opposites(right, lang)
+    if kind in ("count", "length"):
+        return [str(int(right) + off) for off in (-2, -1, 1, 2) if int(right) + off > 0]
+    return near_numbers(rng, int(right), question)
+
+
+def wrong_answer(rng: random.Random, fact: Fact) -> str:
+    return rng.choice([answer for answer in mistakes(rng, fact) if answer != answer_of(fact)])
+
+
+def turn(asked: str, replied: str) -> list[dict]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
+
+
+def earlier_turns(rng: random.Random, lang: str, draw: Callable[[], Fact], facts: list[Fact]) -> list[dict]:
+    """The turns before the last question: a greeting, one or two questions, or a question and thanks."""
+    style = rng.choice(("greeting", "questions", "questions", "thanks"))
+    if style == "greeting":
+        return turn(say(rng, GREETINGS, lang), say(rng, WELCOMES, lang))
+    messages = []
+    for _ in range(rng.choice((1, 1, 2)) if style == "questions" else 1):
+        facts.append(draw())
+        messages += turn(facts[-1].question, courteous(rng, answer_of(facts[-1]), lang, 0.5))
+    if style == "thanks":
+        messages += turn(say(rng, THANKS, lang), say(rng, NO_PROBLEM, lang))
+    return messages
+
+
+def make_chat(rng: random.Random, name: str, lang: str, split: str, used: set[str]) -> Chat:
+    """One record of a file."""
+
+    def draw() -> Fact:
+        return draw_asked(rng, name, lang, split, used)
+
+    facts: list[Fact] = []
+    multi, system = (0.18, 0.1) if name == "sft" else (0.09, 0.065)
+    messages = earlier_turns(rng, lang, draw, facts) if rng.random() < multi else []
+    if rng.random() < system:
+        messages.insert(0, {"role": "system", "content": say(rng, SYSTEM, lang)})
+    fact = draw()
+    facts.append(fact)
+    answer = answer_of(fact)
+    if name == "sft":
+        reply = courteous(rng, answer, lang, 0.5)
+        if split == "train" and not messages:  # another form of record, and a shorter one
+            return Chat(lang, {"prompt": fact.question, "completion": reply}, facts)
+        record = {"messages": messages + turn(fact.question, reply)}
+        return Chat(lang, record if split == "train" else record | {"answer": answer}, facts)
+    prompt = [*messages, {"role": "user", "content": fact.question}] if messages else fact.question
+    if name == "prompts":
+        return Chat(lang, {"prompt": prompt, "answer": answer}, facts)
+    category = rng.choices(list(CATEGORIES), list(CATEGORIES.values()))[0]
+    if category == "wrong":
+        rejected = courteous(rng, wrong_answer(rng, fact), lang, 0.75)
+    else:
+        rejected = (rude if category == "rude" else rambling)(rng, answer, lang)
+    chosen = courteous(rng, answer, lang, 0.75)
+    return Chat(lang, {"prompt": prompt, "chosen": chosen, "rejected": rejected, "category": category}, facts)
+
+
+def make_chats(rng: random.Random) -> dict[tuple[str, str], list[Chat]]:
+    """All records of the three files for both splits, by split and file; no record comes twice."""
+    chats = {}
+    for split in ("train", "val"):
+        for name, counts in CHAT_COUNTS.items():
+            used: set[str] = set()
+            found: dict[str, Chat] = {}
+            while len(found) < counts[split]:
+                chat = make_chat(rng, name, LANGS[len(found) % 2], split, used)
+                found.setdefault(json.dumps(chat.record), chat)
+            chats[split, name] = list(found.values())
+            rng.shuffle(chats[split, name])
+    return chats
+
+
+def to_bytes(chats: list[Chat]) -> bytes:
+    lines = (json.dumps(chat.record, ensure_ascii=False, separators=(",", ":")) for chat in chats)
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def first_sentence(reply: str) -> str:
+    """The part of a reply that answers: up to the first end of a sentence; a point between digits is none."""
+    return re.split(r"[。！!？?\n]|(?<!\d)\.|\.(?!\d)", reply.strip())[0].strip().lower()
+
+
+def check_chat(split: str, name: str, chat: Chat) -> None:
+    """Raise an error if a record has facts of the other split, or a reply that should (not) be right is (not)."""
+    record, fact = chat.record, chat.facts[-1]
+    for known in chat.facts:
+        if not held_out(known.key) if split == "val" else any(map(held_out, keys_of(known))):
+            raise ValueError(f"a fact of the other split in {split}/{name}: {known.key}")
+    right = answer_of(fact).lower()
+    good = record.get("chosen") or record.get("completion") or record.get("messages", [{"content": ""}])[-1]["content"]
+    if good and first_sentence(good) != right:
+        raise ValueError(f"not the right answer: {record}")
+    if record.get("category") == "wrong" and first_sentence(record["rejected"]) == right:
+        raise ValueError(f"a wrong answer is right: {record}")
+    if re.search(r"[\[\]{}|~]|  ", " ".join(str(value) for value in record.values() if isinstance(value, str))):
+        raise ValueError(f"a template was not filled in: {record}")
+    if len(fact.question.split()) > 45:
+        raise ValueError(f"a long question: {fact.question}")
+
+
+def check_chats(chats: dict[tuple[str, str], list[Chat]]) -> None:
+    """Raise an error if a record is wrong or comes twice, or if two files share a question."""
+    asked: dict[tuple[str, str], set[str]] = {}
+    for (split, name), mine in chats.items():
+        for chat in mine:
+            check_chat(split, name, chat)
+        if len({json.dumps(chat.record) for chat in mine}) != len(mine):
+            raise ValueError(f"a record of {split}/{name} occurs twice")
+        asked[split, name] = {fact.question for chat in mine for fact in chat.facts}
+    for one in asked:
+        for other in asked:
+            if one < other and asked[one] & asked[other]:
+                raise ValueError(f"{one} and {other} share {sorted(asked[one] & asked[other])[:3]}")
+
+
+def check(train: list[Doc], val: list[Doc], chats: dict[tuple[str, str], list[Chat]]) -> None:
+    """Raise an error if the splits overlap, something occurs twice, or training has a held-out fact."""
+    check_chats(chats)
     texts = [doc.text for doc in train + val]
     if len(set(texts)) != len(texts):
         raise ValueError("a document occurs twice")
@@ -1706,7 +2097,7 @@ def ngram_share(train: list[Doc], val: list[Doc], lang: str) -> float:
     return sum(gram in known for gram in asked) / len(asked)
 
 
-def summary(train: list[Doc], val: list[Doc], sizes: dict[str, int], packed: int) -> None:
+def summary(train: list[Doc], val: list[Doc], chats: dict, sizes: dict[str, int], packed: int) -> None:
     """Print what was made."""
     for split, docs in (("train", train), ("val", val)):
         print(f"{split}: {len(docs)} documents, {sizes[split]} bytes")
@@ -1720,6 +2111,9 @@ def summary(train: list[Doc], val: list[Doc], sizes: dict[str, int], packed: int
     everything = "\n".join(doc.text for doc in train)
     print("distinct characters:", len(set(everything)), "of them Chinese:", len(set(re.findall("[一-鿿]", everything))))
     print("distinct English words:", len(set(re.findall("[a-z]+", everything.lower()))))
+    for (split, name), mine in chats.items():
+        kinds = Counter(chat.facts[-1].kind for chat in mine)
+        print(f"{split}/{name}: {len(mine)} records, {len(to_bytes(mine))} bytes;", *(f"{k} {kinds[k]}" for k in kinds))
     print(f"gzip: {packed / sizes['train']:.1%} of the training file")
     for lang in LANGS:
         print(f"story n-grams of val known from train, {lang}: {ngram_share(train, val, lang):.1%}")
@@ -1734,7 +2128,8 @@ def main() -> None:
     seen: set[str] = set()
     train = make_split(rng, "train", TRAIN_BYTES, seen)
     val = make_split(rng, "val", VAL_BYTES, seen)
-    check(train, val)
+    chats = make_chats(random.Random(args.seed + 1))
+    check(train, val, chats)
     sizes, packed = {}, 0
     for split, docs in (("train", train), ("val", val)):
         data = b"".join(to_line(doc) for doc in docs)
@@ -1743,7 +2138,9 @@ def main() -> None:
         path.write_bytes(data)
         sizes[split] = len(data)
         packed = packed or len(gzip.compress(data, mtime=0))
-    summary(train, val, sizes, packed)
+    for (split, name), mine in chats.items():
+        (args.out / split / f"{name}.jsonl").write_bytes(to_bytes(mine))
+    summary(train, val, chats, sizes, packed)
 
 
 if __name__ == "__main__":
