@@ -305,6 +305,7 @@ class RLHFConfig:
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
     dpo_sft_coef: float = 0.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
     reward_center_coef: float = 0.01  # reward model: weight of (chosen + rejected)², which keeps scores around 0
+    reward_sft_coef: float = 0.5  # reward model: weight of the chosen answer's loss a token beside it, as regulariser
     temperature: float = 1.0  # PPO, GRPO: of the rollouts' sampling
     missing_end_penalty: float = 1.0  # PPO, GRPO: taken off the score of an answer that does not end
     minibatch_size: int = 64  # PPO, GRPO: answers of an update
@@ -325,8 +326,8 @@ class RLHFConfig:
         check_types(self)
         check_least(self, 1, "minibatch_size", "update_epochs", "kl_horizon")
         check_least(self, 2, "group_size")
-        check_least(self, 0, "dpo_sft_coef", "reward_center_coef", "missing_end_penalty", "stop_kl", "kl_coef",
-                    "kl_target", "value_coef")
+        check_least(self, 0, "dpo_sft_coef", "reward_center_coef", "reward_sft_coef", "missing_end_penalty", "stop_kl",
+                    "kl_coef", "kl_target", "value_coef")
         for field in ("dpo_beta", "clip_range", "value_clip"):
             check(self, getattr(self, field) > 0, field, "above 0")
         check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more")
@@ -2014,10 +2015,13 @@ class RewardModel(MiniGPT):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) int64, padded on the right where `attention_mask` is 0 -> the score at the last real token, (B,)."""
-        scores = self.token_scores(input_ids, token_mask=attention_mask)
-        if attention_mask is None:
-            return scores[:, -1]
-        return scores.gather(1, attention_mask.long().sum(dim=1, keepdim=True) - 1)[:, 0]
+        return self.final_score(self.hidden_states(input_ids, token_mask=attention_mask)[0], attention_mask)
+
+    def final_score(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (B, T, C) -> the score at the last real token, (B,)."""
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = -1 if attention_mask is None else attention_mask.long().sum(dim=1) - 1
+        return self.score(hidden[rows, last]).float()[:, 0]
 
 
 # ======================================================================================================================
@@ -3380,7 +3384,10 @@ class DPOTrainer(Trainer):
 
 
 class RewardTrainer(Trainer):
-    """Trains a RewardModel to score chosen answers above rejected ones (Bradley-Terry; arXiv:2203.02155)."""
+    """Trains a RewardModel to score chosen answers above rejected ones (Bradley-Terry; arXiv:2203.02155).
+
+    It goes on to learn to write the chosen answers, too, which makes scores hold on unseen ones (arXiv:2406.10216).
+    """
 
     stage = "reward"
 
@@ -3392,8 +3399,14 @@ class RewardTrainer(Trainer):
         return self.model(batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)).view(-1, 2)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        scores = self.scores(batch)
+        ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))
+        hidden, _ = self.model.hidden_states(ids, token_mask=mask)
+        scores = self.model.final_score(hidden, mask).view(-1, 2)
         loss = reward_loss(scores[:, 0], scores[:, 1]) + self.rl.reward_center_coef * scores.sum(dim=1).square().mean()
+        if self.rl.reward_sft_coef:
+            hidden, labels = hidden[::2, :-1], labels[::2, 1:]  # the chosen answers
+            nats = chunked_cross_entropy(hidden[labels != -100], self.model.output_weight, labels[labels != -100])
+            loss = loss + self.rl.reward_sft_coef * nats / (labels != -100).sum()
         return loss * len(scores)
 
     @torch.no_grad()

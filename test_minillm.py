@@ -266,7 +266,7 @@ def test_training_is_deterministic_and_stops_cleanly(tokenizer, monkeypatch):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(m) == (0, 4)
+    assert doctest.testmod(m) == (0, 5)
 
 
 def test_chat_template(tokenizer):
@@ -386,10 +386,10 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
         ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
         ("a.txt", b"", "a.txt: no text to train on, but no records"),
         ("a.csv", b"a", "unknown kind of data file"),
-        ("a.jsonl", b"", "no text"),
+        ("a.jsonl", b"", "a.jsonl: nothing for this stage, but no records: it takes text"),
         ("a.json", b"[" * 100_000, "a.json:1: JSON that can not be read"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1: JSON that can not be read"),
-        ("a.jsonl", b'{"messages": []}\n', "no text to train on"),
+        ("a.jsonl", b'{"messages": []}\n', "a.jsonl: nothing for this stage, but chat records: it takes text"),
         ("a.txt.gz", b"no gzip", "damaged .gz"),
     ],
 )

@@ -48,9 +48,9 @@ LANGS = ("en", "zh")
 
 # The questions of conversations, preferences and prompts: how often a kind is drawn, and which kinds train only.
 KIND_WEIGHTS = {
-    "has": 3, "place": 2.5, "who": 2.5, "compare": 2.5, "sort": 1.5, "length": 1, "count": 0.7, "rank": 0.7, "add": 0.6,
-    "sub": 0.3, "next": 0.3, "add_word": 0.2, "sub_word": 0.2, "mul": 0.1, "after": 0.1, "before": 0.1, "after_n": 0.1,
-    "before_n": 0.1, "opposite": 0.1, "class": 0.1,
+    "compare": 3, "most": 2.5, "who": 2, "length": 1.5, "has": 0.8, "rank": 0.8, "place": 0.6, "add": 0.5, "count": 0.5,
+    "next": 0.4, "sort": 0.2, "sub": 0.2, "add_word": 0.1, "sub_word": 0.1, "mul": 0.1, "after": 0.1, "before": 0.1,
+    "after_n": 0.1, "before_n": 0.1, "opposite": 0.1, "class": 0.1,
 }
 TRAIN_ONLY = ("mul", "after", "before", "after_n", "before_n", "opposite", "class")
 CHAT_COUNTS = {
@@ -1197,11 +1197,16 @@ FACT_FORMS = """
 @en? {story} Who has the {x}? => {A} | {story} What does {A} have? => the {x} | {story} What colour is the {x}? => {c}
 @zh {story} | {story} | {story}
 @zh? {story}谁有{x}？ => {A} | {story}{A}有什么？ => {x} | {story}{x}是什么颜色的？ => {c}
+= most
+@en {p}: the largest is {hi}. | Of {p}, the smallest is {lo}.
+@en? Which is the largest of {p}? => {hi} | Which is the smallest of {p}? => {lo}
+@zh {p}里面，最大的是{hi}。 | {p}里面，最小的是{lo}。
+@zh? {p}里面，最大的是几？ => {hi} | {p}里面，最小的是几？ => {lo}
 = place
 @en The {nth} word in the list {list} is {p}. | {list}: the {nth} word is {p}.
 @en? Which word is {nth} in the list {list}? => {p} | What is the {nth} word in the list {list}? => {p}
-@zh “{list}”里面，第{nth}个词是{p}。 | 在“{list}”里面，{p}是第{nth}个词。
-@zh? “{list}”里面，第{nth}个词是什么？ => {p} | 在“{list}”里面，哪个词是第{nth}个？ => {p}
+@zh “{list}”里面，{nth}个词是{p}。 | 在“{list}”里面，{p}是{nth}个词。
+@zh? “{list}”里面，{nth}个词是什么？ => {p} | 在“{list}”里面，哪个词是{nth}个？ => {p}
 = class
 @en {p} is {q}. | We know that {p} is {q}. | {p} is {q}, not {wrong}.
 @en? Is {p} {first} or {second}? => {q} | What is {p}: {first} or {second}? => {q} | Is {p} {q}? => yes | Is {p}
@@ -1715,8 +1720,8 @@ def has_fact(rng: random.Random, lang: str, kind: str) -> Fact:
 
 def place_fact(rng: random.Random, lang: str, kind: str) -> Fact:
     rows = rng.sample(table(rng.choice((FOODS, ANIMALS, TOYS))), rng.randint(3, 5))
-    words, i = [noun(row, lang).text for row in rows], rng.randrange(len(rows))
-    nth = ("first", "second", "third", "fourth", "fifth")[i] if lang == "en" else "一二三四五"[i]
+    words, i = [noun(row, lang).text for row in rows], rng.choice((0, 1, len(rows) - 1))
+    nth = (("first", "second", "last") if lang == "en" else ("第一", "第二", "最后一"))[min(i, 2)]
     listed = (", " if lang == "en" else "、").join(words)
     return phrase(rng, kind, lang, ("place", i, *(row[0] for row in rows)), list=listed, nth=nth, p=words[i])
 
@@ -1742,7 +1747,7 @@ FACTS: dict[str, Callable[[random.Random, str, str], Fact]] = {
     "who": who_fact,
     "class": class_fact,
 }
-ASKED = FACTS | {"has": has_fact, "place": place_fact}  # kinds that are only asked about in conversations
+ASKED = FACTS | {"has": has_fact, "most": sort_fact, "place": place_fact}  # with kinds for conversations alone
 NO_LONG_ANSWER = ("who", "add_word", "sub_word", "sort", "abc", "count", "length", "next", "compare", "rank")
 
 
@@ -1924,7 +1929,7 @@ def mistakes(rng: random.Random, fact: Fact) -> list[str]:
         row = right.split(comma)
         swapped = [row[:i] + [row[i + 1], row[i]] + row[i + 2 :] for i in range(len(row) - 1)]
         return [comma.join(some) for some in [*swapped, row[::-1]]]
-    if kind in ("compare", "sort"):
+    if kind in ("compare", "most", "sort"):
         return re.findall(r"\d+", question)
     if kind == "rank":
         return list(re.search(r", (.+) or (.+)\?" if lang == "en" else r"^(.+)和(.+?)，", question).groups())
