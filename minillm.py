@@ -275,13 +275,17 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
         return TrainConfig(**{
             "pretrain": {"minutes": 3, "batch_size": 8, "learning_rate": 1e-2, "schedule": "wsd",
                          "decay_fraction": 0.6},
-            "sft": {"minutes": 3, "max_steps": 600, "batch_size": 8, "learning_rate": 3e-3, "schedule": "wsd"},
-            "dpo": {"minutes": 3, "max_steps": 250, "batch_size": 32, "learning_rate": 1e-4, "optimizer": "adamw"},
-            "reward": {"minutes": 4, "max_steps": 600, "batch_size": 32, "learning_rate": 1e-3},
-            "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 64, "learning_rate": 1e-4, "optimizer": "adamw",
-                    "schedule": "constant", "log_every": 1, "eval_every": 25, "save_every": 25},
-            "grpo": {"minutes": 6, "max_steps": 100, "batch_size": 16, "learning_rate": 1e-4, "optimizer": "adamw",
-                     "schedule": "constant", "log_every": 1, "eval_every": 25, "save_every": 25},
+            "sft": {"minutes": 4, "max_steps": 1200, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
+                    "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
+            "dpo": {"minutes": 4, "max_steps": 300, "batch_size": 32, "learning_rate": 2e-4, "optimizer": "adamw"},
+            "reward": {"minutes": 5, "max_steps": 1200, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
+                       "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
+            "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 64, "learning_rate": 2e-4, "optimizer": "adamw",
+                    "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
+                    "save_every": 25, "answer_tokens": 32},
+            "grpo": {"minutes": 6, "max_steps": 100, "batch_size": 16, "learning_rate": 2e-4, "optimizer": "adamw",
+                     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
+                     "save_every": 25, "answer_tokens": 32},
         }[stage])
     steps = {"small": 10_000, "moe": 10_000, "medium": 20_000, "large": 50_000}[preset]
     common = {"eval_every": 500, "save_every": 500, "eval_tokens": 131_072}
@@ -945,7 +949,7 @@ def as_messages(value: object, role: str) -> list[dict]:
         if not isinstance(item, dict):
             raise ValueError(f"a message must be an object with role and content, not {type(item).__name__}")
         who, said = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if who not in ROLES or not isinstance(said, str):
+        if not isinstance(who, str) or who not in ROLES or not isinstance(said, str):
             raise ValueError(f"a message needs a role (or from), one of {', '.join(ROLES)}, and a content (or value) "
                              f"of type string: found {str(item)[:80]}")
         messages.append({"role": ROLES[who], "content": said})
@@ -971,10 +975,13 @@ def chat_messages(record: dict) -> list[dict]:
     elif "completion" in record and "prompt" in record:
         messages = as_messages(record["prompt"], "user") + as_messages(record["completion"], "assistant")
     else:
-        history = [turn for pair in record.get("history") or [] for turn in zip(("user", "assistant"), pair,
-                                                                                strict=True)]
-        ask = [record.get("instruction"), record.get("input")]
-        said = [*history, ("user", "\n".join(text for text in ask if text)), ("assistant", record["output"])]
+        history, ask = record.get("history") or [], [record.get("instruction") or "", record.get("input") or ""]
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise ValueError("\"history\" must be a list of pairs [question, answer]")
+        if not all(isinstance(text, str) for text in ask):
+            raise ValueError('"instruction" and "input" must be strings')
+        said = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
+        said += [("user", "\n".join(filter(None, ask))), ("assistant", record["output"])]
         messages = [message for role, text in said for message in as_messages(text, role)]
     messages = with_system(record, messages)
     if all(message["role"] != "assistant" for message in messages):
@@ -1101,11 +1108,17 @@ def kinds_of(paths: str | Path | list) -> dict[str, int]:
 
 def documents(files: list[Path], named: set[Path], split: str, on_bad_record: str) -> Iterator[Piece]:
     """The pieces of every document of the text records and .txt files among `files`."""
+    total = 0
     for path, _, record in select(files, named, "text", BadRecords(on_bad_record)):
         if record is None:
-            yield from text_pieces(path, split, len(files) == 1)
+            for piece in text_pieces(path, split, len(files) == 1):
+                total += 1
+                yield piece
         elif record["text"]:
+            total += 1
             yield "val" if split != "all" and in_validation(record["text"]) else "train", record["text"], True, True
+    if not total:
+        raise UserError(f"no text to train on in {', '.join(map(str, files))}: all of it is empty")
 
 
 def sample_texts(files: list[Path], split: str, on_bad_record: str) -> Iterator[str]:
@@ -1367,7 +1380,7 @@ class RecordDataLoader(BatchLoader):
         files, named = data_files(paths), set(path_list(paths))
         rules = (self.kind, split == "all", [path in named for path in files], on_bad_record, *map(inspect.getsource, (
             examples, chat_messages, preference_messages, prompt_messages, checkable_answer, as_messages, with_system,
-            BPETokenizer)))
+            BPETokenizer.encode_chat, BPETokenizer.apply_chat_template)))
         parts = ("train", "train.lengths", "val", "val.lengths")
         made = encode_once(files, rules, parts, examples(files, named, self.kind, split, on_bad_record),
                            _encode_examples, lambda item: len(str(item)), tokenizer, cache_dir)
@@ -1376,14 +1389,16 @@ class RecordDataLoader(BatchLoader):
         super().__init__(paths, made[2 if split == "val" else 0].name, batch_size, seq_len, split, shuffle, seed)
         self.tokenizer = tokenizer
         self.ends = lengths.cumsum(0, dtype=torch.int64)
+        self.lengths = lengths.view(-1, 3)[:, :2].amax(dim=1).tolist()  # of each record's longer sequence
         self.items = [i for i in range(len(lengths) // 3) if self.usable(i)]
         self.warn()
         if not self.items:
-            raise UserError(f"{', '.join(self.source['paths'])}: no record of the {split} part fits seq_len={seq_len}")
+            raise UserError(f"{', '.join(self.source['paths'])}: none of {len(lengths) // 3} {self.kind} records fits "
+                            f"{seq_len} tokens (--seq-len; of a prompt, what --answer-tokens leave)")
 
     def usable(self, i: int) -> bool:
         """Whether record i can be used; called once for each."""
-        fits = max(len(self.sequence(i, 0)), len(self.sequence(i, 1))) <= self.seq_len
+        fits = self.lengths[i] <= self.seq_len
         self.too_long += not fits
         return fits
 
@@ -1401,10 +1416,16 @@ class RecordDataLoader(BatchLoader):
         return self.tokenizer.decode(self.sequence(i, part) >> 1)
 
     def order(self) -> list[int]:
-        """The records of this epoch."""
+        """The records of this epoch; shuffled, a batch's are of similar length, so that it needs little padding."""
         if not self.shuffle:
             return self.items
-        return [self.items[i] for i in torch.randperm(len(self.items), generator=self.generator()).tolist()]
+        draw, size = self.generator(), self.batch_size
+        mixed = [self.items[i] for i in torch.randperm(len(self.items), generator=draw).tolist()]
+        windows = [sorted(mixed[i:i + 4 * size], key=self.lengths.__getitem__)
+                   for i in range(0, len(mixed), 4 * size)]
+        batches = [window[i:i + size] for window in windows for i in range(0, len(window), size)]
+        last = [batches.pop()] if len(batches[-1]) < size else []  # the only one that may be smaller
+        return [i for k in torch.randperm(len(batches), generator=draw).tolist() for i in batches[k]] + sum(last, [])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         order = self.order()
@@ -2854,8 +2875,10 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def step(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """What counts as a step of the run: here one update. Returns what to log, and the "tokens" it took."""
-        result = self.update(batches) | {"tokens": sum(map(self.tokens, batches))}
+        """What counts as a step of the run: here one update. Returns what to log, its "tokens" and the loss's "weight".
+        """
+        result = self.update(batches) | {"tokens": sum(map(self.tokens, batches)),
+                                         "weight": sum(map(self.weight, batches))}
         self.step_count += 1
         return result
 
@@ -2941,9 +2964,9 @@ class Trainer:
         total = weight = 0.0
         batches = iter(dataloader)
         while group := list(itertools.islice(batches, self.config.accumulation_steps)):
-            count = sum(map(self.weight, group))
-            total += self.step(group)["loss"] * count
-            weight += count
+            result = self.step(group)
+            total += result["loss"] * result["weight"]
+            weight += result["weight"]
         if not weight:
             raise UserError("the dataloader gave no batch")
         return total / weight
@@ -3048,6 +3071,7 @@ class Trainer:
                 result = self.step(group)
                 losses.append(result["loss"])
                 count = result.pop("tokens")
+                del result["weight"]
                 tokens, self.tokens_seen = tokens + count, self.tokens_seen + count
                 if self.step_count % config.log_every == 0 or self.step_count == 1:
                     speed = tokens / (time.monotonic() - since)
@@ -3325,8 +3349,7 @@ class DPOTrainer(Trainer):
 
     def cache_reference(self, loader: DPODataLoader) -> None:
         logprobs = torch.zeros(len(loader.ends) // 3, 2)
-        items = sorted(loader.items, key=lambda i: len(loader.sequence(i, 0)))
-        for part in _batched(items, lambda _: 1, loader.batch_size):
+        for part in _batched(sorted(loader.items, key=loader.lengths.__getitem__), lambda _: 1, loader.batch_size):
             logprobs[part] = self.reference_logprobs(self._to_device(loader.collate(part))).cpu()
         loader.reference_logprobs = logprobs
 
@@ -3380,7 +3403,8 @@ class DPOTrainer(Trainer):
                         self.rl.dpo_kind)
         return {"loss": nats / len(labels), "bpb": nats / math.log(2) / size, "tokens": len(labels), "bytes": size,
                 "dpo_loss": loss.item(), "chosen_logprob": -nats / len(policy),
-                **pair_accuracies(gain[:, 0] - gain[:, 1], torch.cat(categories), self.val_data.categories)}
+                **pair_accuracies(gain[:, 0] - gain[:, 1], torch.cat(categories),
+                                  getattr(self.val_data, "categories", []))}
 
 
 class RewardTrainer(Trainer):
@@ -3405,8 +3429,8 @@ class RewardTrainer(Trainer):
         loss = reward_loss(scores[:, 0], scores[:, 1]) + self.rl.reward_center_coef * scores.sum(dim=1).square().mean()
         if self.rl.reward_sft_coef:
             hidden, labels = hidden[::2, :-1], labels[::2, 1:]  # the chosen answers
-            nats = chunked_cross_entropy(hidden[labels != -100], self.model.output_weight, labels[labels != -100])
-            loss = loss + self.rl.reward_sft_coef * nats / (labels != -100).sum()
+            logprobs = token_logprobs(hidden, self.model.output_weight, labels).sum(dim=1)
+            loss = loss - self.rl.reward_sft_coef * (logprobs / (labels != -100).sum(dim=1)).mean()
         return loss * len(scores)
 
     @torch.no_grad()
@@ -3422,7 +3446,7 @@ class RewardTrainer(Trainer):
         scores, lengths, categories = torch.cat(scores), torch.cat(lengths), torch.cat(categories)
         longer = pair_accuracies(lengths[:, 0] - lengths[:, 1], categories, [])["pair_accuracy"]
         return {"loss": reward_loss(scores[:, 0], scores[:, 1]).item(), "tokens": tokens, "longer_accuracy": longer,
-                **pair_accuracies(scores[:, 0] - scores[:, 1], categories, self.val_data.categories)}
+                **pair_accuracies(scores[:, 0] - scores[:, 1], categories, getattr(self.val_data, "categories", []))}
 
     @torch.no_grad()
     def samples(self) -> str:
@@ -3480,11 +3504,14 @@ class RLTrainer(Trainer):
         self.kl_coef, self.moved = self.rl.kl_coef, 0.0
 
     def extra_state(self) -> dict:
-        return {"reference": digest(self.reference.state_dict()), "kl_coef": self.kl_coef}
+        models = {"reference": self.reference, "reward": self.reward}
+        return {"kl_coef": self.kl_coef} | {name: digest(model.state_dict()) for name, model in models.items()
+                                            if isinstance(model, nn.Module)}
 
     def load_extra_state(self, state: dict) -> None:
-        if state["reference"] != self.extra_state()["reference"]:
-            raise UserError("the reference model is not the one that this run started from: its run has changed since")
+        for name in ("reference", "reward"):
+            if state.get(name) != self.extra_state().get(name):
+                raise UserError(f"the {name} is not the model that this run started with: its run has changed since")
         self.kl_coef = state["kl_coef"] if self.rl.kl_target else self.rl.kl_coef
 
     def logprobs(self, model: MiniGPT, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -3557,6 +3584,7 @@ class RLTrainer(Trainer):
                        for rows in torch.randperm(len(batch["input_ids"])).split(self.rl.minibatch_size))
         results = []
         for rows in minibatches:
+            self.moved = 0.0
             results.append(self.update([{name: value[rows.to(self.device)] for name, value in batch.items()}]))
             if self.rl.stop_kl and self.moved > self.rl.stop_kl:
                 break
@@ -3564,7 +3592,12 @@ class RLTrainer(Trainer):
         mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         share = stats.pop("rollout_s") / (time.monotonic() - began)
         return {**mean, **stats, "rollout_share": share, "updates": len(results), "moved": self.moved,
-                "kl_coef": self.kl_coef, "tokens": int(batch["token_mask"].sum())}
+                "kl_coef": self.kl_coef, "tokens": int(batch["token_mask"].sum()), "weight": len(batch["input_ids"])}
+
+    def note_move(self, batch: dict[str, torch.Tensor], logprobs: torch.Tensor) -> None:
+        """Note how far the policy is from the one that wrote the answers (nats a token), for `stop_kl`."""
+        kl = kl_estimate(batch["logprobs"], logprobs.detach(), "k3")
+        self.moved = max(self.moved, masked_mean(kl, batch["mask"]).item())
 
     def quality(self, result: dict[str, float]) -> float:
         return result.get("exact_match", result["reward"])
@@ -3622,7 +3655,7 @@ class PPOTrainer(RLTrainer):
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
-        self.moved = masked_mean(kl_estimate(batch["logprobs"], logprobs.detach(), "k3"), mask).item()
+        self.note_move(batch, logprobs)
         policy = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, self.rl.clip_range)
         value = ppo_value_loss(self.values(batch), batch["values"], batch["returns"], mask, self.rl.value_clip)
         return (policy + self.rl.value_coef * value) * mask.sum()
@@ -3652,7 +3685,7 @@ class GRPOTrainer(RLTrainer):
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
-        self.moved = masked_mean(kl_estimate(batch["logprobs"], logprobs.detach(), "k3"), mask).item()
+        self.note_move(batch, logprobs)
         each = mask.sum(dim=1, keepdim=True) if self.rl.advantage_kind == "grpo" else self.config.answer_tokens
         weights = mask / each  # (N, T - 1)
         loss = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], weights, self.rl.clip_range)
@@ -3714,6 +3747,7 @@ def open_stage(stage: str, run_dir: str | Path, parent: str | Path, sources: dic
     model, tokenizer, _ = load_run(parent)
     if isinstance(model, RewardModel):
         raise UserError(f"{parent} holds a reward model, which can not be the beginning of another stage")
+    reward_source = load_reward(reward, tokenizer) if stage in ("ppo", "grpo") else None
     torch.manual_seed(train.seed)
     data = {part: open_data(stage, tokenizer, model.config, train, sources[part], part == "train", cache_dir)
             for part in ("train", "val")}
@@ -3722,7 +3756,7 @@ def open_stage(stage: str, run_dir: str | Path, parent: str | Path, sources: dic
     origin = {"parent": str(Path(parent).absolute())}
     if stage in ("ppo", "grpo"):
         trainer = (PPOTrainer if stage == "ppo" else GRPOTrainer)(
-            model, tokenizer, device, reward=load_reward(reward, tokenizer), **options)
+            model, tokenizer, device, reward=reward_source, **options)
         origin["reward"] = reward if reward == "answer" else str(Path(reward).absolute())
     else:
         model = RewardModel(model) if stage == "reward" else model

@@ -225,6 +225,7 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
 
 def post_train(args) -> int:
     """sft, dpo, reward, ppo, grpo: from the parent's run."""
+    train_config(args), m.RLHFConfig(**m.given_flags(args, m.RLHFConfig))  # flags are checked before anything else
     stage, runs = args.stage, Path(args.out) / (args.config or "tiny")
     run_dir, saved = runs / stage, {}
     if resuming := can_resume(run_dir, args):

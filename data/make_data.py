@@ -13,7 +13,8 @@ Output: JSON lines in train/ and val/ below --out.
     pretrain     {"text": ...}
     sft          {"messages": [{"role": ..., "content": ...}, ...]}, in validation with "answer", the bare answer to
                  the last question; in training, single turns are {"prompt": ..., "completion": ...}
-    preference   {"prompt": question or messages, "chosen": ..., "rejected": ..., "category": wrong, rude or rambling}
+    preference   {"prompt": question or messages, "chosen": ..., "rejected": ...}, in validation with "category": wrong,
+                 rude or rambling
     prompts      {"prompt": question or messages, "answer": ...}
 
 Splits.  Every fact has a key that depends on neither language nor wording, such as ("add", 7, 15).  A hash of the key
@@ -54,12 +55,12 @@ KIND_WEIGHTS = {
 }
 TRAIN_ONLY = ("mul", "after", "before", "after_n", "before_n", "opposite", "class")
 CHAT_COUNTS = {
-    "sft": {"train": 5600, "val": 500},
-    "preference": {"train": 3200, "val": 450},
+    "sft": {"train": 5500, "val": 500},
+    "preference": {"train": 5000, "val": 450},
     "prompts": {"train": 1800, "val": 600},
 }
 CHAT_HASH = {"sft": 40, "preference": 35, "prompts": 25}  # of 100 questions
-CATEGORIES = {"wrong": 60, "rude": 22, "rambling": 18}
+CATEGORIES = {"wrong": 70, "rude": 17, "rambling": 13}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary.  English and Chinese stand side by side, so that one row is one thing in both languages.
@@ -1349,6 +1350,7 @@ class Chat:
     lang: str
     record: dict
     facts: list[Fact]
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -1902,12 +1904,13 @@ def split_choices(source: str, k: int, rng: random.Random) -> list[str]:
 
 
 def near_numbers(rng: random.Random, right: int, question: str) -> list[str]:
-    """Numbers that one could take for the right one: a little off, one digit changed, or out of the question."""
-    digits = list(str(right))
-    digits[rng.randrange(len(digits))] = str(rng.randint(1, 9))
-    found = {right + off for off in (-10, -2, -1, 1, 2, 10)} | {int("".join(digits))}
-    found |= set(map(int, re.findall(r"\d+", question)))
-    return [str(number) for number in sorted(found) if number >= 0]
+    """Numbers that one could take for the right one: a little off, or with a digit changed, lost or from elsewhere."""
+    digits, others = str(right), re.findall(r"\d+", question)
+    k, given = rng.randrange(len(digits)), rng.choice(others)
+    changed = digits[:k] + str(rng.randint(1, 9)) + digits[k + 1 :]
+    found = {right + off for off in (-10, -2, -1, 1, 2, 10)}
+    found |= {int(changed), int(digits[0] + given[-1]), int(digits[-1])}
+    return [str(number) for number in sorted(found) if 0 <= number != right]
 
 
 def other_opposites(word: str, lang: str) -> list[str]:
@@ -1930,7 +1933,7 @@ def mistakes(rng: random.Random, fact: Fact) -> list[str]:
         swapped = [row[:i] + [row[i + 1], row[i]] + row[i + 2 :] for i in range(len(row) - 1)]
         return [comma.join(some) for some in [*swapped, row[::-1]]]
     if kind in ("compare", "most", "sort"):
-        return re.findall(r"\d+", question)
+        return rng.choice((re.findall(r"\d+", question), near_numbers(rng, int(right), question)))
     if kind == "rank":
         return list(re.search(r", (.+) or (.+)\?" if lang == "en" else r"^(.+)和(.+?)，", question).groups())
     if kind == "class":
@@ -1955,7 +1958,7 @@ def mistakes(rng: random.Random, fact: Fact) -> list[str]:
         return other_opposites(right, lang)
     if kind in ("count", "length"):
         return [str(int(right) + off) for off in (-2, -1, 1, 2) if int(right) + off > 0]
-    return near_numbers(rng, int(right), question)
+    return near_numbers(rng, int(right), question) + re.findall(r"\d+", question)
 
 
 def wrong_answer(rng: random.Random, fact: Fact) -> str:
@@ -2005,11 +2008,12 @@ def make_chat(rng: random.Random, name: str, lang: str, split: str, used: set[st
         return Chat(lang, {"prompt": prompt, "answer": answer}, facts)
     category = rng.choices(list(CATEGORIES), list(CATEGORIES.values()))[0]
     if category == "wrong":
-        rejected = courteous(rng, wrong_answer(rng, fact), lang, 0.75)
+        rejected = courteous(rng, wrong_answer(rng, fact), lang, 0.4)  # neither length nor courtesy tells
     else:
         rejected = (rude if category == "rude" else rambling)(rng, answer, lang)
-    chosen = courteous(rng, answer, lang, 0.75)
-    return Chat(lang, {"prompt": prompt, "chosen": chosen, "rejected": rejected, "category": category}, facts)
+    chosen = courteous(rng, answer, lang, 0.4 if category == "wrong" else 0.75)
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return Chat(lang, record if split == "train" else record | {"category": category}, facts, category)
 
 
 def make_chats(rng: random.Random) -> dict[tuple[str, str], list[Chat]]:
@@ -2047,7 +2051,7 @@ def check_chat(split: str, name: str, chat: Chat) -> None:
     good = record.get("chosen") or record.get("completion") or record.get("messages", [{"content": ""}])[-1]["content"]
     if good and first_sentence(good) != right:
         raise ValueError(f"not the right answer: {record}")
-    if record.get("category") == "wrong" and first_sentence(record["rejected"]) == right:
+    if chat.category == "wrong" and first_sentence(record["rejected"]) == right:
         raise ValueError(f"a wrong answer is right: {record}")
     if re.search(r"[\[\]{}|~]|  ", " ".join(str(value) for value in record.values() if isinstance(value, str))):
         raise ValueError(f"a template was not filled in: {record}")
