@@ -3365,7 +3365,7 @@ class DPOTrainer(Trainer):
 
     def load_extra_state(self, state: dict) -> None:
         if state != self.extra_state():
-            raise UserError("the reference model is not the one that this run started from: its run has changed since")
+            raise UserError("the reference is not the model that this run started with: its run has changed since")
 
     def weight(self, batch: dict[str, torch.Tensor]) -> int:
         return len(batch["input_ids"])
