@@ -275,10 +275,10 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
         return TrainConfig(**{
             "pretrain": {"minutes": 3, "batch_size": 8, "learning_rate": 1e-2, "schedule": "wsd",
                          "decay_fraction": 0.6},
-            "sft": {"minutes": 4, "max_steps": 1200, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
+            "sft": {"minutes": 3, "max_steps": 700, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
                     "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
             "dpo": {"minutes": 4, "max_steps": 300, "batch_size": 32, "learning_rate": 2e-4, "optimizer": "adamw"},
-            "reward": {"minutes": 5, "max_steps": 1200, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
+            "reward": {"minutes": 5, "max_steps": 1800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                        "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
             "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 64, "learning_rate": 2e-4, "optimizer": "adamw",
                     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
@@ -309,7 +309,7 @@ class RLHFConfig:
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
     dpo_sft_coef: float = 0.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
     reward_center_coef: float = 0.01  # reward model: weight of (chosen + rejected)², which keeps scores around 0
-    reward_sft_coef: float = 0.5  # reward model: weight of the chosen answer's loss a token beside it, as regulariser
+    reward_sft_coef: float = 1.0  # reward model: weight of the chosen answer's loss a token beside it, as regulariser
     temperature: float = 1.0  # PPO, GRPO: of the rollouts' sampling
     missing_end_penalty: float = 1.0  # PPO, GRPO: taken off the score of an answer that does not end
     minibatch_size: int = 64  # PPO, GRPO: answers of an update
@@ -3019,10 +3019,6 @@ class Trainer:
         """Greedy answers to chats that end in a generation prompt."""
         settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, do_sample=False)
         return TextGenerator(self.model, self.tokenizer).continue_rows(questions, settings)
-
-    def sample_question(self) -> list[int]:
-        """A held-out question, always the same."""
-        return self.val_data.question(self.val_data.items[0])
 
     def samples(self) -> str:
         """Text to show beside an evaluation: answers to a few held-out questions."""

@@ -44,23 +44,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 SHARES = {"story": 0.45, "description": 0.15, "dialogue": 0.15, "facts": 0.25}
-TRAIN_BYTES, VAL_BYTES = 2_800_000, 250_000
+TRAIN_BYTES, VAL_BYTES = 2_300_000, 250_000
 LANGS = ("en", "zh")
 
 # The questions of conversations, preferences and prompts: how often a kind is drawn, and which kinds train only.
 KIND_WEIGHTS = {
-    "compare": 3, "most": 2.5, "who": 2, "length": 1.5, "has": 0.8, "rank": 0.8, "place": 0.6, "add": 0.5, "count": 0.5,
-    "next": 0.4, "sort": 0.2, "sub": 0.2, "add_word": 0.1, "sub_word": 0.1, "mul": 0.1, "after": 0.1, "before": 0.1,
-    "after_n": 0.1, "before_n": 0.1, "opposite": 0.1, "class": 0.1,
+    "compare": 3, "most": 3, "who": 2, "length": 1.5, "rank": 0.5, "count": 0.4, "has": 0.3, "place": 0.3, "add": 0.3,
+    "next": 0.2, "sub": 0.1, "sort": 0.1, "add_word": 0.1, "sub_word": 0.1, "mul": 0.05, "after": 0.05, "before": 0.05,
+    "after_n": 0.05, "before_n": 0.05, "opposite": 0.05, "class": 0.05,
 }
 TRAIN_ONLY = ("mul", "after", "before", "after_n", "before_n", "opposite", "class")
 CHAT_COUNTS = {
     "sft": {"train": 5500, "val": 500},
-    "preference": {"train": 5000, "val": 450},
+    "preference": {"train": 8000, "val": 450},
     "prompts": {"train": 1800, "val": 600},
 }
 CHAT_HASH = {"sft": 40, "preference": 35, "prompts": 25}  # of 100 questions
-CATEGORIES = {"wrong": 70, "rude": 17, "rambling": 13}
+CATEGORIES = {"wrong": 66, "rude": 19, "rambling": 15}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary.  English and Chinese stand side by side, so that one row is one thing in both languages.
