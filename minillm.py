@@ -280,10 +280,10 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
             "dpo": {"minutes": 4, "max_steps": 300, "batch_size": 32, "learning_rate": 2e-4, "optimizer": "adamw"},
             "reward": {"minutes": 5, "max_steps": 1800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                        "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
-            "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 64, "learning_rate": 2e-4, "optimizer": "adamw",
+            "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 128, "learning_rate": 2e-4, "optimizer": "adamw",
                     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
                     "save_every": 25, "answer_tokens": 32},
-            "grpo": {"minutes": 6, "max_steps": 100, "batch_size": 16, "learning_rate": 2e-4, "optimizer": "adamw",
+            "grpo": {"minutes": 6, "max_steps": 80, "batch_size": 64, "learning_rate": 4e-4, "optimizer": "adamw",
                      "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
                      "save_every": 25, "answer_tokens": 32},
         }[stage])
@@ -316,7 +316,7 @@ class RLHFConfig:
     update_epochs: int = 2  # PPO, GRPO: passes over a rollout
     clip_range: float = 0.2  # PPO, GRPO: how far the ratio of probabilities counts, 1 ± this
     stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates when the policy has moved so far (nats a token); 0 is off
-    kl_coef: float = 0.05  # PPO: penalty on each token's KL, taken off its reward; GRPO: weight of KL in the loss
+    kl_coef: float = 0.05  # PPO: penalty on each token's KL, taken off its reward
     kl_target: float = 0.0  # PPO: adapt kl_coef to keep the KL of an answer (nats) near this; 0 keeps kl_coef
     kl_horizon: int = 2000  # PPO: answers over which kl_coef adapts
     gamma: float = 1.0  # PPO: discount of later rewards
@@ -324,6 +324,7 @@ class RLHFConfig:
     value_clip: float = 0.2  # PPO: how far the critic's estimate may move in a rollout's updates
     value_coef: float = 0.5  # PPO: weight of the critic's loss
     group_size: int = 8  # GRPO: answers to each prompt, each compared with the others
+    grpo_kl_coef: float = 0.0  # GRPO: weight of the KL in the loss
     advantage_kind: Literal["dr_grpo", "grpo"] = "dr_grpo"  # GRPO: grpo divides by the group's deviation, too
 
     def __post_init__(self) -> None:
@@ -331,7 +332,7 @@ class RLHFConfig:
         check_least(self, 1, "minibatch_size", "update_epochs", "kl_horizon")
         check_least(self, 2, "group_size")
         check_least(self, 0, "dpo_sft_coef", "reward_center_coef", "reward_sft_coef", "missing_end_penalty", "stop_kl",
-                    "kl_coef", "kl_target", "value_coef")
+                    "kl_coef", "kl_target", "value_coef", "grpo_kl_coef")
         for field in ("dpo_beta", "clip_range", "value_clip"):
             check(self, getattr(self, field) > 0, field, "above 0")
         check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more")
@@ -3216,7 +3217,7 @@ class Trainer:
         for module, saved in zip(self.modules, [state["model"], *state["critic"]], strict=True):
             module.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)  # moments as they were; settings as they are now
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(settings)
@@ -3551,7 +3552,7 @@ class RLTrainer(Trainer):
         stats = {"reward": scores.mean().item(), "kl": (kl * batch["mask"]).sum(dim=1).mean().item(),
                  "entropy": -masked_mean(batch["logprobs"], batch["mask"]).item(), "ended": ended.float().mean().item(),
                  "answer_length": lengths.float().mean().item(), "rollout_s": took,
-                 "rollout_tok_per_s": lengths.sum().item() / took}
+                 "rollout_tok_per_s": lengths.sum().item() / took, "tokens": batch["token_mask"].sum().item()}
         if all(prompts["answers"]):
             stats["accuracy"] = sum(map(answer_matches, replies, prompts["answers"])) / len(replies)
         return batch, stats
@@ -3576,8 +3577,9 @@ class RLTrainer(Trainer):
         """A rollout, and a few epochs of minibatch updates on it, fewer if the policy has moved by `stop_kl`."""
         began = time.monotonic()
         batch, stats = self.experience(batches[0])
-        minibatches = (rows for _ in range(self.rl.update_epochs)
-                       for rows in torch.randperm(len(batch["input_ids"])).split(self.rl.minibatch_size))
+        count = len(batch["input_ids"])  # 0 where nothing is to be learned from the rollout
+        minibatches = (rows for _ in range(self.rl.update_epochs if count else 0)
+                       for rows in torch.randperm(count).split(self.rl.minibatch_size))
         results = []
         for rows in minibatches:
             self.moved = 0.0
@@ -3585,10 +3587,11 @@ class RLTrainer(Trainer):
             if self.rl.stop_kl and self.moved > self.rl.stop_kl:
                 break
         self.step_count += 1
+        updates, results = len(results), results or [{"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}]
         mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         share = stats.pop("rollout_s") / (time.monotonic() - began)
-        return {**mean, **stats, "rollout_share": share, "updates": len(results), "moved": self.moved,
-                "kl_coef": self.kl_coef, "tokens": int(batch["token_mask"].sum()), "weight": len(batch["input_ids"])}
+        return {**mean, **stats, "rollout_share": share, "updates": updates, "moved": self.moved,
+                "kl_coef": self.kl_coef, "weight": max(1, count)}
 
     def note_move(self, batch: dict[str, torch.Tensor], logprobs: torch.Tensor) -> None:
         """Note how far the policy is from the one that wrote the answers (nats a token), for `stop_kl`."""
@@ -3673,8 +3676,12 @@ class GRPOTrainer(RLTrainer):
             name: value.repeat_interleave(G, dim=0) if isinstance(value, torch.Tensor)
             else [item for item in value for _ in range(G)] for name, value in prompts.items()})
         batch["advantages"] = grpo_advantages(batch["scores"], G, self.rl.advantage_kind)
-        equal = (batch["scores"].view(-1, G) == batch["scores"].view(-1, G)[:, :1]).all(dim=1)
-        return batch, stats | {"equal_groups": equal.float().mean().item()}
+        equal = (batch["advantages"].view(-1, G) == 0).all(dim=1)
+        stats["equal_groups"] = equal.float().mean().item()
+        if not self.rl.grpo_kl_coef:  # they have no gradient: why compute it?
+            keep = ~equal.repeat_interleave(G)
+            batch = {name: value[keep] for name, value in batch.items()}
+        return batch, stats
 
     def weight(self, batch: dict[str, torch.Tensor]) -> int:
         return len(batch["input_ids"])
@@ -3685,9 +3692,9 @@ class GRPOTrainer(RLTrainer):
         each = mask.sum(dim=1, keepdim=True) if self.rl.advantage_kind == "grpo" else self.config.answer_tokens
         weights = mask / each  # (N, T - 1)
         loss = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], weights, self.rl.clip_range)
-        if self.kl_coef:
+        if self.rl.grpo_kl_coef:
             kl = kl_estimate(logprobs, batch["reference_logprobs"], "k3")
-            loss = loss + self.kl_coef * masked_mean(kl, weights)
+            loss = loss + self.rl.grpo_kl_coef * masked_mean(kl, weights)
         return loss * weights.sum()
 
 

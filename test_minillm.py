@@ -1665,18 +1665,28 @@ def test_the_reference_stays_as_it_is(tokenizer, cls):
 
 @pytest.mark.parametrize("kind", ["dr_grpo", "grpo"])
 def test_equal_rewards_give_no_gradient(tokenizer, kind):
-    rl = {"kl_coef": 0.0, "missing_end_penalty": 0.0, "advantage_kind": kind, "group_size": 5}
+    rl = {"missing_end_penalty": 0.0, "advantage_kind": kind, "group_size": 5}
     trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda messages, reply, answer: 0.1 * float(answer), **rl)
+    trainer.rl.grpo_kl_coef = 1.0  # all answers are kept
     batch, stats = trainer.experience(four_prompts(tokenizer))
     assert len(batch["scores"]) == 20 and stats["equal_groups"] == 1 and (batch["advantages"] == 0).all()
+    trainer.rl.grpo_kl_coef = 0.0
     trainer.loss(batch).backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in trainer.model.parameters())
+    before = m.digest(trainer.model.state_dict())
+    result = trainer.step([four_prompts(tokenizer)])  # and without it they are left out
+    assert result["updates"] == 0 and trainer.step_count == 1 and m.digest(trainer.model.state_dict()) == before
+    scores = itertools.cycle([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+    trainer.reward = lambda *_: next(scores)
+    batch, stats = trainer.experience(four_prompts(tokenizer))
+    assert stats["equal_groups"] == 0.5 and all(len(value) == 10 for value in batch.values())
+    assert (batch["scores"].view(2, 5) == torch.tensor([2.0, 1, 1, 1, 1])).all()
 
 
 @pytest.mark.parametrize("kind", ["dr_grpo", "grpo"])
 def test_grpo_loss_against_its_equation(tokenizer, monkeypatch, kind):
     let_write(monkeypatch)
-    trainer = rl_trainer(m.GRPOTrainer, tokenizer, advantage_kind=kind, group_size=2, kl_coef=0.2)
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, advantage_kind=kind, group_size=2, grpo_kl_coef=0.2)
     prompts = {k: v[:2] for k, v in four_prompts(tokenizer).items()}
     scores = iter([1.0, 0.0, 0.0, 3.0])
     trainer.reward = lambda *_: next(scores)
