@@ -275,12 +275,13 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
         return TrainConfig(**{
             "pretrain": {"minutes": 3, "batch_size": 8, "learning_rate": 1e-2, "schedule": "wsd",
                          "decay_fraction": 0.6},
-            "sft": {"minutes": 3, "max_steps": 700, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
-                    "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
-            "dpo": {"minutes": 4, "max_steps": 300, "batch_size": 32, "learning_rate": 2e-4, "optimizer": "adamw"},
+            "sft": {"minutes": 3, "max_steps": 400, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
+                    "decay_fraction": 0.7, "eval_every": 200, "save_every": 200},
+            "dpo": {"minutes": 4, "max_steps": 800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
+                    "decay_fraction": 0.7, "eval_every": 200, "save_every": 200},
             "reward": {"minutes": 5, "max_steps": 1800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                        "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
-            "ppo": {"minutes": 6, "max_steps": 100, "batch_size": 128, "learning_rate": 2e-4, "optimizer": "adamw",
+            "ppo": {"minutes": 6, "max_steps": 150, "batch_size": 128, "learning_rate": 2e-4, "optimizer": "adamw",
                     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
                     "save_every": 25, "answer_tokens": 32},
             "grpo": {"minutes": 6, "max_steps": 80, "batch_size": 64, "learning_rate": 4e-4, "optimizer": "adamw",
@@ -307,12 +308,12 @@ class RLHFConfig:
 
     dpo_beta: float = 0.1  # DPO: how much staying near the reference counts
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
-    dpo_sft_coef: float = 0.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
+    dpo_sft_coef: float = 1.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
     reward_center_coef: float = 0.01  # reward model: weight of (chosen + rejected)², which keeps scores around 0
     reward_sft_coef: float = 1.0  # reward model: weight of the chosen answer's loss a token beside it, as regulariser
     temperature: float = 1.0  # PPO, GRPO: of the rollouts' sampling
     missing_end_penalty: float = 1.0  # PPO, GRPO: taken off the score of an answer that does not end
-    minibatch_size: int = 64  # PPO, GRPO: answers of an update
+    minibatch_size: int = 128  # PPO, GRPO: answers of an update
     update_epochs: int = 2  # PPO, GRPO: passes over a rollout
     clip_range: float = 0.2  # PPO, GRPO: how far the ratio of probabilities counts, 1 ± this
     stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates when the policy has moved so far (nats a token); 0 is off
@@ -323,6 +324,7 @@ class RLHFConfig:
     gae_lambda: float = 0.95  # PPO: generalised advantage estimation, 0 trusts the critic, 1 the rewards
     value_clip: float = 0.2  # PPO: how far the critic's estimate may move in a rollout's updates
     value_coef: float = 0.5  # PPO: weight of the critic's loss
+    critic_warmup: int = 5  # PPO: first steps that train the critic alone, so that the policy is not misled
     group_size: int = 8  # GRPO: answers to each prompt, each compared with the others
     grpo_kl_coef: float = 0.0  # GRPO: weight of the KL in the loss
     advantage_kind: Literal["dr_grpo", "grpo"] = "dr_grpo"  # GRPO: grpo divides by the group's deviation, too
@@ -332,7 +334,7 @@ class RLHFConfig:
         check_least(self, 1, "minibatch_size", "update_epochs", "kl_horizon")
         check_least(self, 2, "group_size")
         check_least(self, 0, "dpo_sft_coef", "reward_center_coef", "reward_sft_coef", "missing_end_penalty", "stop_kl",
-                    "kl_coef", "kl_target", "value_coef", "grpo_kl_coef")
+                    "kl_coef", "kl_target", "value_coef", "critic_warmup", "grpo_kl_coef")
         for field in ("dpo_beta", "clip_range", "value_clip"):
             check(self, getattr(self, field) > 0, field, "above 0")
         check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more")
@@ -1285,6 +1287,7 @@ def _encode_examples(batch: list[Example]) -> dict[str, bytes]:
                 values = [2 * i for i in tokenizer.apply_chat_template(sequence[0], add_generation_prompt=True)]
             else:
                 values = [2 * i + own for i, own in zip(*tokenizer.encode_chat(*sequence), strict=True)]
+                del values[-len(tokenizer.encode("\n")):]  # end with the end-of-turn, as answers do that are sampled
             tokens.extend(values)
             lengths.append(len(values))
         encoded |= {split: tokens.tobytes(), split + ".lengths": lengths.tobytes()}
@@ -1422,8 +1425,8 @@ class RecordDataLoader(BatchLoader):
             return self.items
         draw, size = self.generator(), self.batch_size
         mixed = [self.items[i] for i in torch.randperm(len(self.items), generator=draw).tolist()]
-        windows = [sorted(mixed[i:i + 4 * size], key=self.lengths.__getitem__)
-                   for i in range(0, len(mixed), 4 * size)]
+        windows = [sorted(mixed[i:i + 16 * size], key=self.lengths.__getitem__)
+                   for i in range(0, len(mixed), 16 * size)]
         batches = [window[i:i + size] for window in windows for i in range(0, len(window), size)]
         last = [batches.pop()] if len(batches[-1]) < size else []  # the only one that may be smaller
         return [i for k in torch.randperm(len(batches), generator=draw).tolist() for i in batches[k]] + sum(last, [])
@@ -3655,9 +3658,11 @@ class PPOTrainer(RLTrainer):
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
         self.note_move(batch, logprobs)
-        policy = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, self.rl.clip_range)
         value = ppo_value_loss(self.values(batch), batch["values"], batch["returns"], mask, self.rl.value_clip)
-        return (policy + self.rl.value_coef * value) * mask.sum()
+        loss = self.rl.value_coef * value
+        if self.step_count >= self.rl.critic_warmup:
+            loss = loss + ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, self.rl.clip_range)
+        return loss * mask.sum()
 
 
 class GRPOTrainer(RLTrainer):

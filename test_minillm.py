@@ -1798,7 +1798,7 @@ def test_only_the_assistants_own_tokens_are_trained(tmp_path, tokenizer):
     loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, packing=False, batch_size=1)
     for batch, chat in zip(loader, [CHATS[i] for i in loader.order()], strict=True):
         ids, labels = batch["input_ids"][0], batch["labels"][0]
-        assert ids.tolist() == tokenizer.apply_chat_template(chat["messages"])
+        assert [*ids.tolist(), *tokenizer.encode("\n")] == tokenizer.apply_chat_template(chat["messages"])
         trained = (labels != -100).nonzero().flatten()
         assert torch.equal(labels[trained], ids[trained])
         said = [message["content"] for message in chat["messages"] if message["role"] == "assistant"]
@@ -1872,7 +1872,7 @@ def test_conversations_of_a_row_do_not_see_each_other(tmp_path, tokenizer):
 
 def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
     chat = turns("a" * 10, "b" * 10, "c" * 10, "d" * 10, "e", "f" * 20)
-    whole = tokenizer.apply_chat_template(chat)
+    whole = tokenizer.apply_chat_template(chat)[:-1]  # all but the newline after the last turn
     two, one = len(tokenizer.apply_chat_template(chat[:4])), len(tokenizer.apply_chat_template(chat[:2]))
     head = len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True))
     records = [{"messages": chat}, {"messages": turns("q", "r")}]
@@ -1888,7 +1888,7 @@ def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
                 loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, **options)
         batch = list(loader)[loader.order().index(0)]
         assert batch["input_ids"][0].tolist() == whole[:kept]
-        assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut and kept < len(whole))
+        assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut)
         assert batch["labels"][0].max() >= 0
     with pytest.warns(UserWarning, match="1 are cut .* 1 of which hold nothing to train on"):
         loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=head - 1)
@@ -2048,8 +2048,9 @@ BEFORE = turns("你好", "你好！", ASK)
 def test_every_form_of_preference(tmp_path, tokenizer, record, prompt):
     batch = next(iter(load(m.DPODataLoader, tmp_path, tokenizer, [record])))
     for side, answer in enumerate((CHOSEN, REJECTED)):
-        ids = tokenizer.apply_chat_template([*prompt, answer])
+        ids = tokenizer.apply_chat_template([*prompt, answer])[:-1]  # ends with the end-of-turn, as a rollout does
         n = len(ids)
+        assert ids[-1] == tokenizer.im_end_id
         assert batch["input_ids"][0, side, :n].tolist() == ids
         assert batch["attention_mask"][0, side].sum() == n and (batch["input_ids"][0, side, n:] == 0).all()
         labels = batch["labels"][0, side]
