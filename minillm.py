@@ -32,13 +32,13 @@ import difflib
 import gzip
 import hashlib
 import heapq
-import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -308,7 +308,7 @@ class RLHFConfig:
 
     dpo_beta: float = 0.1  # DPO: how much staying near the reference counts
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
-    dpo_sft_coef: float = 1.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
+    dpo_sft_coef: float = 0.0  # DPO: weight of the chosen answer's loss a token beside it, against its collapse
     reward_center_coef: float = 0.01  # reward model: weight of (chosen + rejected)², which keeps scores around 0
     reward_sft_coef: float = 1.0  # reward model: weight of the chosen answer's loss a token beside it, as regulariser
     temperature: float = 1.0  # PPO, GRPO: of the rollouts' sampling
@@ -322,9 +322,10 @@ class RLHFConfig:
     kl_horizon: int = 2000  # PPO: answers over which kl_coef adapts
     gamma: float = 1.0  # PPO: discount of later rewards
     gae_lambda: float = 0.95  # PPO: generalised advantage estimation, 0 trusts the critic, 1 the rewards
-    value_clip: float = 0.2  # PPO: how far the critic's estimate may move in a rollout's updates
+    value_clip: float = 1.0  # PPO: how far the critic's estimate may move in a rollout's updates, in units of the score
     value_coef: float = 0.5  # PPO: weight of the critic's loss
-    critic_warmup: int = 5  # PPO: first steps that train the critic alone, so that the policy is not misled
+    critic_rate: float = 5.0  # PPO: the critic's learning rate, as a multiple of the policy's
+    critic_warmup: int = 8  # PPO: first steps that train the critic alone, so that the policy is not misled
     group_size: int = 8  # GRPO: answers to each prompt, each compared with the others
     grpo_kl_coef: float = 0.0  # GRPO: weight of the KL in the loss
     advantage_kind: Literal["dr_grpo", "grpo"] = "dr_grpo"  # GRPO: grpo divides by the group's deviation, too
@@ -335,11 +336,17 @@ class RLHFConfig:
         check_least(self, 2, "group_size")
         check_least(self, 0, "dpo_sft_coef", "reward_center_coef", "reward_sft_coef", "missing_end_penalty", "stop_kl",
                     "kl_coef", "kl_target", "value_coef", "critic_warmup", "grpo_kl_coef")
-        for field in ("dpo_beta", "clip_range", "value_clip"):
+        for field in ("dpo_beta", "clip_range", "value_clip", "critic_rate"):
             check(self, getattr(self, field) > 0, field, "above 0")
         check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more")
         for field in ("gamma", "gae_lambda"):
             check(self, 0 <= getattr(self, field) <= 1, field, "in [0, 1]")
+
+
+def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
+    """The defaults of a preset. A tiny model forgets right answers under plain DPO: it keeps learning them beside."""
+    get_config(preset)
+    return RLHFConfig(dpo_sft_coef=1.0) if preset == "tiny" else RLHFConfig()
 
 
 @dataclass
@@ -1014,13 +1021,17 @@ def preference_messages(record: dict) -> tuple[list[dict], list[dict], list[dict
     return with_system(record, prompt), chosen, rejected
 
 
+def before_answer(messages: list[dict]) -> list[dict]:
+    """What stands before the last assistant turn."""
+    return messages[:max(i for i, message in enumerate(messages) if message["role"] == "assistant")]
+
+
 def prompt_messages(record: dict) -> list[dict]:
     """What the assistant has to answer: a record's prompt, or a conversation less its last assistant turn."""
     if record_kind(record) == "prompt":
         messages = with_system(record, as_messages(record["prompt"], "user"))
     else:
-        messages = chat_messages(record)
-        messages = messages[:max(i for i, message in enumerate(messages) if message["role"] == "assistant")]
+        messages = before_answer(chat_messages(record))
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("a prompt must end with a message to answer")
     return messages
@@ -1263,8 +1274,8 @@ def examples(files: list[Path], named: set[Path], kind: str, split: str, on_bad_
                 prompt, chosen, rejected = preference_messages(record)
                 parts = [(prompt + chosen, len(prompt)), (prompt + rejected, len(prompt)), category]
             elif kind == "chat":
-                prompt = prompt_messages(record)
-                parts = [(chat_messages(record), 0), checkable_answer(record), category]
+                messages = chat_messages(record)
+                prompt, parts = before_answer(messages), [(messages, 0), checkable_answer(record), category]
             else:
                 prompt = prompt_messages(record)
                 parts = [(prompt, None), checkable_answer(record), category]
@@ -1297,6 +1308,8 @@ def _encode_examples(batch: list[Example]) -> dict[str, bytes]:
 class BatchLoader:
     """What all loaders share: batches in an order that seed and epoch decide, and the exact cursor as `state_dict`."""
 
+    fixed: tuple[str, ...] = ("seed", "seq_len")  # what the order depends on
+
     def __init__(self, paths: str | Path | list, corpus: str, batch_size: int, seq_len: int, split: str,
                  shuffle: bool | None, seed: int) -> None:
         self.corpus, self.batch_size, self.seq_len, self.seed = corpus, batch_size, seq_len, seed
@@ -1312,13 +1325,13 @@ class BatchLoader:
         self.epoch = self.index = 0
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("epoch", "index", "seed", "seq_len", "corpus")}
+        return {name: getattr(self, name) for name in ("epoch", "index", "corpus", *self.fixed)}
 
     def load_state_dict(self, state: dict) -> None:
         if state["corpus"] != self.corpus:
             raise UserError("the data, its split or the tokenizer are not those of the checkpoint: give the same "
                             "--data and --val-data as before")
-        for name in ("seed", "seq_len"):
+        for name in self.fixed:
             if state[name] != getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)}, but the checkpoint stands in an epoch with "
                                 f"{name}={state[name]}: give that")
@@ -1375,15 +1388,15 @@ class RecordDataLoader(BatchLoader):
     those too long for `seq_len` are left out (or shortened by the subclass), with one warning that counts them.
     """
 
-    kind = ""
-    too_long = 0
+    kind, fixed, too_long = "", ("seed", "seq_len", "batch_size"), 0
 
     def __init__(self, paths: str | Path | list, tokenizer: BPETokenizer, batch_size: int = 16, seq_len: int = 256,
                  split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
                  cache_dir: str | Path = "out/cache", on_bad_record: str = "stop") -> None:
         files, named = data_files(paths), set(path_list(paths))
         rules = (self.kind, split == "all", [path in named for path in files], on_bad_record, *map(inspect.getsource, (
-            examples, chat_messages, preference_messages, prompt_messages, checkable_answer, as_messages, with_system,
+            examples, chat_messages, preference_messages, prompt_messages, before_answer, checkable_answer, as_messages,
+            with_system,
             BPETokenizer.encode_chat, BPETokenizer.apply_chat_template)))
         parts = ("train", "train.lengths", "val", "val.lengths")
         made = encode_once(files, rules, parts, examples(files, named, self.kind, split, on_bad_record),
@@ -1428,8 +1441,9 @@ class RecordDataLoader(BatchLoader):
         windows = [sorted(mixed[i:i + 16 * size], key=self.lengths.__getitem__)
                    for i in range(0, len(mixed), 16 * size)]
         batches = [window[i:i + size] for window in windows for i in range(0, len(window), size)]
-        last = [batches.pop()] if len(batches[-1]) < size else []  # the only one that may be smaller
-        return [i for k in torch.randperm(len(batches), generator=draw).tolist() for i in batches[k]] + sum(last, [])
+        if len(batches) > 1 and len(batches[-1]) < size:
+            batches.pop()  # a small batch would be a noisy step; its records have their turn in another epoch
+        return [i for k in torch.randperm(len(batches), generator=draw).tolist() for i in batches[k]]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         order = self.order()
@@ -1460,7 +1474,7 @@ class ConversationDataLoader(RecordDataLoader):
     alone is too long, it is cut and lacks its end-of-turn.
     """
 
-    kind = "chat"
+    kind, fixed = "chat", (*RecordDataLoader.fixed, "packing")
 
     def __init__(self, *args, packing: bool = True, **options) -> None:
         self.packing, self.shortened, self.cut, self.useless = packing, [], [], []
@@ -2036,7 +2050,7 @@ class RewardModel(MiniGPT):
 
     def token_scores(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
         """(B, T) int64 -> a score after each token, (B, T) float32; options as in `hidden_states`."""
-        return self.score(self.hidden_states(input_ids, **options)[0]).float()[..., 0]
+        return self.head(self.hidden_states(input_ids, **options)[0])
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) int64, padded on the right where `attention_mask` is 0 -> the score at the last real token, (B,)."""
@@ -2046,7 +2060,13 @@ class RewardModel(MiniGPT):
         """Hidden states (B, T, C) -> the score at the last real token, (B,)."""
         rows = torch.arange(len(hidden), device=hidden.device)
         last = -1 if attention_mask is None else attention_mask.long().sum(dim=1) - 1
-        return self.score(hidden[rows, last]).float()[:, 0]
+        return self.head(hidden[rows, last])
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, C) -> scores (…)."""
+        with torch.autocast(hidden.device.type, enabled=False):  # float32: in bf16 near scores would be ties
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            return F.linear(hidden.to(wide), self.score.weight.to(wide))[..., 0]
 
 
 # ======================================================================================================================
@@ -2719,6 +2739,11 @@ def load_checkpoint(path: str | Path, repair: bool = False) -> dict:
     raise UserError(f"no checkpoint can be read: {'; '.join(problems)}")
 
 
+def holds_run(run_dir: str | Path) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return any((Path(run_dir) / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+
+
 def run_config(run_dir: str | Path) -> dict:
     """The config.json of a run directory."""
     path = Path(run_dir) / "config.json"
@@ -2841,7 +2866,9 @@ class Trainer:
             if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and long:
                 for block in module.layers:
                     block.compile()
-        self.optimizers = build_optimizers(self.modules, config)
+        self.optimizers = [optimizer for module in self.modules for optimizer in build_optimizers(module, config)]
+        self.rates = [1.0 if k == 0 else self.rl.critic_rate for k, module in enumerate(self.modules)
+                      for _ in build_optimizers(module, config)]  # of each optimizer, as a multiple of the run's
         self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
         self.step_count = self.tokens_seen = self.skipped = self.skipped_in_row = 0
         self.micro_splits = 1  # into how many micro-batches a batch is cut, since memory ran out
@@ -2912,12 +2939,13 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.line.say(f"out of memory: going on with micro-batches of {-(-rows // 2)} rows, the same batch in all")
-        for optimizer in self.optimizers:
+        for optimizer, multiple in zip(self.optimizers, self.rates, strict=True):
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-        parameters = [p for p in self.modules.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf).item()
+                group["lr"] = rate * multiple
+        norms = [torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None],
+                                                self.config.grad_clip or math.inf).item() for module in self.modules]
+        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan  # a critic's is clipped by itself
         self._update(norm, loss)
         self._zero_grad()
         return {"loss": loss, "grad_norm": norm, "lr": rate}
@@ -2949,7 +2977,8 @@ class Trainer:
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                    self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale if unscaling met an infinity
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
@@ -3215,17 +3244,20 @@ class Trainer:
                             f"here { {k: shape.get(k) for k in other} }")
         if state["tokenizer_hash"] != self.tokenizer.content_hash():
             raise UserError(f"{path} was trained with another tokenizer")
+        if state["config"]["train"].get("lora_rank", 0) != self.config.lora_rank:
+            raise UserError(f"{path} was trained with --lora-rank {state['config']['train'].get('lora_rank', 0)}")
         if len(state["optimizers"]) != len(self.optimizers):
             raise UserError(f"{path} was trained with --optimizer {state['config']['train']['optimizer']}")
-        for module, saved in zip(self.modules, [state["model"], *state["critic"]], strict=True):
+        for module, saved in zip(self.modules, [state["model"], *state.get("critic", [])], strict=True):
             module.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)  # moments as they were; settings as they are now
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(settings)
-        self.load_extra_state(state["extra"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.load_extra_state(state.get("extra", {}))
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         if state["data"] is not None and hasattr(self.train_data, "load_state_dict"):
             self.train_data.load_state_dict(state["data"])
         self.step_count, self.tokens_seen = state["step"], state["tokens"]
@@ -3317,7 +3349,7 @@ def remove_dropout(modules: nn.Module) -> None:
 
 def pair_accuracies(margins: torch.Tensor, categories: torch.Tensor, names: list[str]) -> dict[str, float]:
     """{"pair_accuracy"}: the share of pairs with a margin (pairs,) above 0, and that share in each named category."""
-    right = (margins > 0).float() + 0.5 * (margins == 0)
+    right = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())  # rounding errors are ties
     found = {f"pair_accuracy_{name}": right[categories == k].mean().item() for k, name in enumerate(names) if name}
     return {"pair_accuracy": right.mean().item()} | found
 
@@ -3365,7 +3397,7 @@ class DPOTrainer(Trainer):
 
     def load_extra_state(self, state: dict) -> None:
         if state != self.extra_state():
-            raise UserError("the reference is not the model that this run started with: its run has changed since")
+            raise UserError("the reference is not the one that this run started with: give that")
 
     def weight(self, batch: dict[str, torch.Tensor]) -> int:
         return len(batch["input_ids"])
@@ -3484,8 +3516,9 @@ class RLTrainer(Trainer):
     """What PPO and GRPO share: rollouts, their scores, minibatch updates, held-out evaluation.
 
     A step takes a batch of a PromptDataLoader. `reward`: a RewardModel, or a function of (messages, reply, answer) that
-    gives a number. `reference`: the model to stay near (default: a copy of `model`). In an experience position j
-    predicts token j + 1: log-probabilities, values and rewards at j, (N, T - 1), all belong to that token.
+    gives a number. `reference`: the model to stay near (default: a copy of `model`). A subclass's `experience` is a
+    rollout with its advantages, one row an answer, in which position j predicts token j + 1: log-probabilities, values
+    and rewards at j, (N, T - 1), all belong to that token.
     """
 
     def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, device: str | torch.device = "cpu", *,
@@ -3504,14 +3537,15 @@ class RLTrainer(Trainer):
         self.kl_coef, self.moved = self.rl.kl_coef, 0.0
 
     def extra_state(self) -> dict:
-        models = {"reference": self.reference, "reward": self.reward}
-        return {"kl_coef": self.kl_coef} | {name: digest(model.state_dict()) for name, model in models.items()
-                                            if isinstance(model, nn.Module)}
+        parts = {"reference": self.reference, "reward": self.reward}
+        return {"kl_coef": self.kl_coef} | {
+            name: digest(part.state_dict()) if isinstance(part, nn.Module) else part.__qualname__
+            for name, part in parts.items()}
 
     def load_extra_state(self, state: dict) -> None:
         for name in ("reference", "reward"):
             if state.get(name) != self.extra_state().get(name):
-                raise UserError(f"the {name} is not the model that this run started with: its run has changed since")
+                raise UserError(f"the {name} is not the one that this run started with: give that")
         self.kl_coef = state["kl_coef"] if self.rl.kl_target else self.rl.kl_coef
 
     def logprobs(self, model: MiniGPT, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -3568,13 +3602,9 @@ class RLTrainer(Trainer):
         asked = [self.tokenizer.decode_chat(row[len(row) - n:]) for row, n in rows]
         scores = [self.reward(*args) for args in zip(asked, replies, prompts["answers"], strict=True)]
         for value in scores:
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not hasattr(value, "__float__") or not math.isfinite(float(value)):
                 raise UserError(f"the reward function gave {value!r}: it must give a finite number")
-        return torch.tensor(scores, dtype=torch.float32, device=self.device)
-
-    def experience(self, prompts: dict) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """A rollout with the advantages that the algorithm gives it; values have one row an answer."""
-        raise TypeError(f"{type(self).__name__} does not say what its advantages are")
+        return torch.tensor(list(map(float, scores)), device=self.device)
 
     def step(self, batches: list[dict]) -> dict[str, float]:
         """A rollout, and a few epochs of minibatch updates on it, fewer if the policy has moved by `stop_kl`."""
@@ -3582,15 +3612,15 @@ class RLTrainer(Trainer):
         batch, stats = self.experience(batches[0])
         count = len(batch["input_ids"])  # 0 where nothing is to be learned from the rollout
         minibatches = (rows for _ in range(self.rl.update_epochs if count else 0)
-                       for rows in torch.randperm(count).split(self.rl.minibatch_size))
-        results = []
+                       for rows in torch.randperm(count).chunk(-(-count // self.rl.minibatch_size)))
+        results, self.moved = [], 0.0
         for rows in minibatches:
             self.moved = 0.0
             results.append(self.update([{name: value[rows.to(self.device)] for name, value in batch.items()}]))
             if self.rl.stop_kl and self.moved > self.rl.stop_kl:
                 break
         self.step_count += 1
-        updates, results = len(results), results or [{"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}]
+        updates, results = len(results), results or [{"loss": 0.0, "grad_norm": 0.0}]
         mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         share = stats.pop("rollout_s") / (time.monotonic() - began)
         return {**mean, **stats, "rollout_share": share, "updates": updates, "moved": self.moved,
@@ -3685,11 +3715,15 @@ class GRPOTrainer(RLTrainer):
         stats["equal_groups"] = equal.float().mean().item()
         if not self.rl.grpo_kl_coef:  # they have no gradient: why compute it?
             keep = ~equal.repeat_interleave(G)
+            share = keep.float().mean()
             batch = {name: value[keep] for name, value in batch.items()}
+        else:
+            share = torch.ones(())
+        batch["rows"] = torch.ones_like(batch["scores"]) / share  # they count in the mean all the same
         return batch, stats
 
-    def weight(self, batch: dict[str, torch.Tensor]) -> int:
-        return len(batch["input_ids"])
+    def weight(self, batch: dict[str, torch.Tensor]) -> float:
+        return batch["rows"].sum().item()
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
@@ -3720,12 +3754,13 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable[
     if path.endswith(".py"):
         if not Path(path).is_file():
             raise UserError(f"--reward {source}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location("minillm_reward", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, name, None)):
+        function = runpy.run_path(path).get(name)
+        if not callable(function):
             raise UserError(f"--reward {source}: {path} has no function {name}")
-        return getattr(module, name)
+        return function
+    if not holds_run(source):
+        raise UserError(f"--reward {source} is neither answer, nor FILE.py:function, nor the run directory of a reward "
+                        "model (trained with --stage reward)")
     model, its_tokenizer, _ = load_run(source)
     if not isinstance(model, RewardModel):
         raise UserError(f"--reward {source}: that run holds no reward model: train one with --stage reward")
@@ -3755,6 +3790,9 @@ def open_stage(stage: str, run_dir: str | Path, parent: str | Path, sources: dic
     model, tokenizer, _ = load_run(parent)
     if isinstance(model, RewardModel):
         raise UserError(f"{parent} holds a reward model, which can not be the beginning of another stage")
+    if train.answer_tokens >= model.config.max_position_embeddings:
+        raise UserError(f"answer_tokens={train.answer_tokens} leave no room for a question in the context of "
+                        f"max_position_embeddings={model.config.max_position_embeddings}")
     reward_source = load_reward(reward, tokenizer) if stage in ("ppo", "grpo") else None
     torch.manual_seed(train.seed)
     data = {part: open_data(stage, tokenizer, model.config, train, sources[part], part == "train", cache_dir)
@@ -3804,10 +3842,9 @@ class RLHFPipeline:
             run_dir = self.out / stage
             if not self.finished(run_dir):
                 print(f"\n== {stage}: {run_dir}", flush=True)
-                resume = (run_dir / "checkpoint.pt").exists()
                 trainer = open_stage(stage, run_dir, self.base if stage == "sft" else self.out / "sft", self.sources,
                                      self.train[stage], self.config, reward=str(self.out / "reward"),
-                                     device=self.device, cache_dir=self.cache_dir, resume=resume)
+                                     device=self.device, cache_dir=self.cache_dir, resume=holds_run(run_dir))
                 result = trainer.fit()
                 if "signal" in result:
                     return [*rows, result]
@@ -3816,7 +3853,7 @@ class RLHFPipeline:
 
     @staticmethod
     def finished(run_dir: Path) -> bool:
-        return (run_dir / "checkpoint.pt").exists() and load_checkpoint(run_dir / "checkpoint.pt")["finished"]
+        return holds_run(run_dir) and load_checkpoint(run_dir / "checkpoint.pt").get("finished", True)
 
     def row(self, stage: str, run_dir: Path) -> dict:
         """What a finished stage comes to."""

@@ -94,7 +94,7 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str | N
             room = limit - min(config.new_tokens(0), limit // 2)
             while len(messages) > len(start) + 1 and len(
                     generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room:
-                del messages[len(start)]  # the context is full: the oldest message is forgotten
+                del messages[len(start):len(start) + 2]  # the context is full: the oldest turn is forgotten
             messages.append({"role": "assistant", "content": answer(generator, messages, config)})
 
 

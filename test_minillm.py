@@ -1538,7 +1538,7 @@ def rl_trainer(cls, tokenizer, reward=lambda messages, reply, answer: float(answ
         reward=reward,
         reference=reference,
         config=m.TrainConfig(**train),
-        rl_config=m.RLHFConfig(**rl),
+        rl_config=m.RLHFConfig(**{"critic_warmup": 0, **rl}),
     )
 
 
@@ -1647,7 +1647,12 @@ def test_the_reference_stays_as_it_is(tokenizer, cls):
     model = random_model(shape(dropout=0.5)).train()
     reference = random_model(model.config, seed=5).train()
     trainer = cls(
-        model, tokenizer, reward=lambda *_: random.random(), reference=reference, config=m.TrainConfig(answer_tokens=6)
+        model,
+        tokenizer,
+        reward=lambda *_: random.random(),
+        reference=reference,
+        config=m.TrainConfig(answer_tokens=6),
+        rl_config=m.RLHFConfig(critic_warmup=0),
     )
     assert not trainer.reference.training and not any(p.requires_grad for p in trainer.reference.parameters())
     before = m.digest(trainer.reference.state_dict())
@@ -2104,7 +2109,6 @@ def test_every_form_of_prompt(tmp_path, tokenizer, record, prompt, answer):
         (m.ConversationDataLoader, {"messages": [USER, {"role": "system", "content": "s"}, CHOSEN]}, "only come first"),
         (m.ConversationDataLoader, {"messages": [USER]}, "without an assistant message"),
         (m.ConversationDataLoader, {"messages": []}, "without an assistant message"),
-        (m.ConversationDataLoader, {"messages": [CHOSEN]}, "a message to answer"),
         (m.ConversationDataLoader, {"instruction": "a", "output": "b", "history": [["a"]]}, ""),
         (m.ConversationDataLoader, {"instruction": 3, "output": "b"}, ""),
         (m.ConversationDataLoader, PLAIN | {"answer": {"a": 1}}, '"answer" must be'),
@@ -2167,6 +2171,22 @@ def test_answer_matches(reply, answer, same):
 
 def pairs() -> list[dict]:
     return [record_for(m.DPODataLoader, i) for i in range(12)]
+
+
+def test_a_rollout_is_scored_as_the_pairs_were(tmp_path, tokenizer, monkeypatch):
+    """The reward model reads a sampled answer to the very token at which it was trained to judge."""
+    records = [{"prompt": "你好吗", "chosen": "好。", "rejected": "bad"}]
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, records)
+    model = m.RewardModel(random_model(shape(vocab_size=310)))
+    torch.nn.init.normal_(model.score.weight)
+    with torch.no_grad():
+        trained = m.RewardTrainer(model, tokenizer).scores(loader.collate([0]))[0]
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, model)
+    rows = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in ("好。", "bad")]
+    width = max(map(len, rows))
+    let_write(monkeypatch, torch.tensor([row + [0] * (width - len(row)) for row in rows]))
+    batch, _ = trainer.rollout(prompt_batch(tokenizer, ["你好吗", "你好吗"], ["", ""]))
+    torch.testing.assert_close(batch["scores"], trained, rtol=0, atol=1e-5)
 
 
 def test_dpo_compares_sums_of_logprobs(tmp_path, tokenizer):
@@ -2384,7 +2404,7 @@ def test_a_parent_that_has_changed_is_refused(tmp_path, base):
         state = m.load_checkpoint(parent / "checkpoint.pt")
         state["model"]["norm.weight"] += 1e-3
         m.save_checkpoint(parent / "checkpoint.pt", state)
-        with pytest.raises(m.UserError, match="the reference is not the model"):
+        with pytest.raises(m.UserError, match="the reference is not the one"):
             open_from(base, stage, tmp_path / stage, parent, resume=True)
     with pytest.raises(m.UserError, match="holds a reward model"):
         open_from(base, "sft", tmp_path / "x", base / "reward")
@@ -2399,7 +2419,7 @@ def test_load_reward(tmp_path, base, tokenizer):
     assert m.load_reward(f"{tmp_path}/mine.py:f", tokenizer)([], "four", "") == 4
     for source, message in (
         (str(base / "pretrain"), "no reward model"),
-        (str(tmp_path), "no run directory"),
+        (str(tmp_path), "is neither answer, nor FILE.py:function, nor the run directory"),
         (f"{tmp_path}/mine.py:g", "no function g"),
         (f"{tmp_path}/mine.py:x", "no function x"),
         (f"{tmp_path}/nine.py:f", "there is no file"),

@@ -44,7 +44,7 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of --config tiny --stage pretrain; each stage "
                 "has its own]")
-    m.add_flags(parser, m.RLHFConfig(), "learning from preferences and rewards")
+    m.add_flags(parser, m.get_rlhf_config("tiny"), "learning from preferences and rewards")
     m.add_flags(parser, m.get_config("tiny"), "shape of a new model [defaults of --config tiny]",
                 skip=("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer's, always
     return parser
@@ -141,7 +141,7 @@ def train_tokenizer(args) -> int:
 
 def can_resume(run_dir: Path, args) -> bool:
     """Whether there is a checkpoint to go on from; what may not be touched is an error. Changes nothing."""
-    holds_run = any((run_dir / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+    holds_run = m.holds_run(run_dir)
     if args.resume and args.overwrite:
         raise m.UserError("--resume and --overwrite exclude each other")
     if args.resume and not run_dir.is_dir():
@@ -206,9 +206,17 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
     limits = [f"{train.minutes:g} minutes"] * bool(train.minutes) + [f"{train.max_steps} steps"] * bool(train.max_steps)
     print(f"model: {size}; {' or '.join(limits)} on {trainer.device} in {str(trainer.dtype).removeprefix('torch.')}",
           flush=True)
-    if args.overwrite and run_dir.exists():  # not before all that can go wrong has gone well
-        shutil.rmtree(run_dir)
-    result = trainer.fit()
+    old = run_dir.with_name(run_dir.name + ".old")
+    if args.overwrite and run_dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        run_dir.rename(old)  # it comes back if the new run gets nowhere
+    try:
+        result = trainer.fit()
+    finally:
+        if old.exists() and not m.holds_run(run_dir):
+            shutil.rmtree(run_dir, ignore_errors=True)
+            old.rename(run_dir)
+        shutil.rmtree(old, ignore_errors=True)
     if "signal" in result:
         print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
         return 128 + result["signal"]
@@ -239,7 +247,8 @@ def post_train(args) -> int:
     check_shape(args, shape)
     train = train_config(args, m.TrainConfig(**saved["train"]) if saved else None)
     check_seq_len(train, shape)
-    rl = dataclasses.replace(m.RLHFConfig(**saved.get("rl", {})), **m.given_flags(args, m.RLHFConfig))
+    rl = m.RLHFConfig(**saved["rl"]) if saved else m.get_rlhf_config(args.config or "tiny")
+    rl = dataclasses.replace(rl, **m.given_flags(args, m.RLHFConfig))
     m.keep_freed_memory()
     trainer = m.open_stage(stage, run_dir, parent, data_sources(args, saved.get("data")), train, rl, reward=reward,
                            device=m.pick_device(args.device), cache_dir=Path(args.out) / "cache", started=args.started,
@@ -257,23 +266,21 @@ def rlhf(args) -> int:
     """SFT, reward model and PPO, one after the other, after pretraining if there is no base model; resumable."""
     runs = Path(args.out) / (args.config or "tiny")
     base = Path(args.init or runs / "pretrain")
-    if args.overwrite:
-        for stage in m.RLHFPipeline.stages:
-            shutil.rmtree(runs / stage, ignore_errors=True)
+    trains = {stage: train_config(with_values(args, stage=stage)) for stage in m.RLHFPipeline.stages}
+    rl = dataclasses.replace(m.get_rlhf_config(args.config or "tiny"), **m.given_flags(args, m.RLHFConfig))
+    for source in data_sources(args).values():
+        m.data_files(source["paths"])
     if not args.init and not m.RLHFPipeline.finished(base):
         print(f"== pretrain: {base}")
-        holds = (base / "checkpoint.pt").exists()
-        args = argparse_copy(args, stage="pretrain", resume=holds, overwrite=False)
-        if status := pretrain(args):
+        if status := pretrain(with_values(args, stage="pretrain", resume=m.holds_run(base), overwrite=False)):
             return status
     shape = m.MiniGPTConfig(**m.run_config(base)["model"])
     check_shape(args, shape)
-    trains = {}
-    for stage in m.RLHFPipeline.stages:
-        trains[stage] = train_config(argparse_copy(args, stage=stage))
-        check_seq_len(trains[stage], shape)
+    for train in trains.values():
+        check_seq_len(train, shape)
     m.keep_freed_memory()
-    rl = m.RLHFConfig(**m.given_flags(args, m.RLHFConfig))
+    for stage in m.RLHFPipeline.stages if args.overwrite else ():
+        shutil.rmtree(runs / stage, ignore_errors=True)
     pipeline = m.RLHFPipeline(rl, base, runs, data_sources(args), trains, device=m.pick_device(args.device),
                               cache_dir=Path(args.out) / "cache")
     rows = pipeline.run()
@@ -284,7 +291,7 @@ def rlhf(args) -> int:
     return 0
 
 
-def argparse_copy(args, **changes):
+def with_values(args, **changes):
     """The parsed flags with other values for some of them."""
     return type(args)(**vars(args) | changes)
 
@@ -312,7 +319,8 @@ def evaluate(args) -> int:
         train.eval_prompts = sys.maxsize
     source = data_sources(args, saved["data"])["val"]
     there = m.kinds_of(source["paths"])
-    own = {"pretrain": "text", "dpo": "preference", "reward": "preference"}.get(saved["stage"], "chat")
+    own = {"sft": "chat", "dpo": "preference", "reward": "preference", "ppo": "prompt", "grpo": "prompt"}.get(
+        saved["stage"], "text")
     kind = own if own in there or saved["stage"] == "reward" else next(iter(there), "text")
     stage = {"text": "pretrain", "chat": "sft", "preference": "dpo", "prompt": "ppo"}[kind]
     val_data = m.open_data(stage, tokenizer, model.config, train, source, False, Path(args.out) / "cache")
@@ -325,6 +333,8 @@ def evaluate(args) -> int:
     print(f"{args.init} at step {state['step']} on {kind} records of {', '.join(map(str, source['paths']))} "
           f"({source['split']})")
     result = trainer.exact_match() if kind == "prompt" else trainer.evaluate(vars(args).get("eval_tokens"))
+    if not result:
+        raise m.UserError(f'{", ".join(map(str, source["paths"]))}: prompts without any "answer" can not be scored')
     print(json.dumps(result))
     return 0
 
@@ -333,8 +343,9 @@ def inspect(args) -> int:
     """Show conversations as the model will see them."""
     runs = Path(args.out) / (args.config or "tiny")
     parent = Path(args.init or runs / "pretrain")
-    if args.stage != "sft":
-        raise m.UserError(f"--inspect shows what --stage sft would train on, not {args.stage}")
+    if args.stage != "sft" or args.inspect < 1:
+        raise m.UserError(f"--inspect {args.inspect} --stage {args.stage} is not possible: it shows 1 or more of what "
+                          "--stage sft would train on")
     train = train_config(args)
     if (parent / "config.json").exists():
         model, tokenizer, _ = m.load_run(parent)
@@ -362,6 +373,9 @@ def plot(runs: list[str], path: Path) -> int:
               ("val_exact_match", "val_pair_accuracy"), ("answer_length",), ("lr",), ("grad_norm",))
     panels = [[name for name in names if name in logged] for names in wanted]
     panels = [names for names in panels if names]
+    if not panels or path.suffix != ".png":
+        raise m.UserError(f"{', '.join(runs)}: nothing has been logged yet" if not panels else
+                          f"--png {path} is not possible: it must end in .png")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False)

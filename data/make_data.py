@@ -1961,8 +1961,26 @@ def mistakes(rng: random.Random, fact: Fact) -> list[str]:
     return near_numbers(rng, int(right), question) + re.findall(r"\d+", question)
 
 
+def strange(rng: random.Random, fact: Fact) -> list[str]:
+    """Answers of the right kind that have nothing to do with the question, as a model gives that guesses."""
+    right, col = answer_of(fact), 0 if fact.lang == "en" else 1
+    if right.isdigit():
+        top = rng.choice((9, 20, 99)) if int(right) < 100 else 999
+        return [str(rng.randint(0, top)) for _ in range(3)]
+    people = [row[col] for row in table(PEOPLE)]
+    if right in people:
+        return rng.sample(people, 3)
+    things = [noun(row, fact.lang) for row in rng.sample(table(FOODS + "," + TOYS + "," + ANIMALS), 3)]
+    if fact.kind in ("has", "who") and col == 0 and right.startswith("the "):
+        return [f"the {thing}" for thing in things]
+    return [thing.text for thing in things] if fact.kind in ("place", "who") else []
+
+
 def wrong_answer(rng: random.Random, fact: Fact) -> str:
-    return rng.choice([answer for answer in mistakes(rng, fact) if answer != answer_of(fact)])
+    """A plausible mistake, or in a third of the cases a strange one."""
+    right, found = answer_of(fact), strange(rng, fact) if rng.random() < 0.35 else []
+    found = [answer for answer in found if answer != right]
+    return rng.choice(found or [answer for answer in mistakes(rng, fact) if answer != right])
 
 
 def turn(asked: str, replied: str) -> list[dict]:
