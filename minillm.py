@@ -2866,9 +2866,10 @@ class Trainer:
             if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and long:
                 for block in module.layers:
                     block.compile()
-        self.optimizers = [optimizer for module in self.modules for optimizer in build_optimizers(module, config)]
-        self.rates = [1.0 if k == 0 else self.rl.critic_rate for k, module in enumerate(self.modules)
-                      for _ in build_optimizers(module, config)]  # of each optimizer, as a multiple of the run's
+        rates = (1.0, self.rl.critic_rate)  # of the model's and the critic's optimizers, as multiples of the run's
+        built = [(optimizer, rate) for module, rate in zip(self.modules, rates, strict=False)
+                 for optimizer in build_optimizers(module, config)]
+        self.optimizers, self.rates = map(list, zip(*built, strict=True))
         self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
         self.step_count = self.tokens_seen = self.skipped = self.skipped_in_row = 0
         self.micro_splits = 1  # into how many micro-batches a batch is cut, since memory ran out
