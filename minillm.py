@@ -281,7 +281,7 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
                     "decay_fraction": 0.7, "eval_every": 200, "save_every": 200},
             "reward": {"minutes": 5, "max_steps": 1800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                        "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
-            "ppo": {"minutes": 6, "max_steps": 150, "batch_size": 128, "learning_rate": 2e-4, "optimizer": "adamw",
+            "ppo": {"minutes": 6, "max_steps": 150, "batch_size": 128, "learning_rate": 1e-4, "optimizer": "adamw",
                     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
                     "save_every": 25, "answer_tokens": 32},
             "grpo": {"minutes": 6, "max_steps": 80, "batch_size": 64, "learning_rate": 4e-4, "optimizer": "adamw",
@@ -1389,6 +1389,7 @@ class RecordDataLoader(BatchLoader):
     """
 
     kind, fixed, too_long = "", ("seed", "seq_len", "batch_size"), 0
+    window = 16  # batches whose records are sorted by length together
 
     def __init__(self, paths: str | Path | list, tokenizer: BPETokenizer, batch_size: int = 16, seq_len: int = 256,
                  split: str = "train", *, shuffle: bool | None = None, seed: int = 0,
@@ -1438,8 +1439,8 @@ class RecordDataLoader(BatchLoader):
             return self.items
         draw, size = self.generator(), self.batch_size
         mixed = [self.items[i] for i in torch.randperm(len(self.items), generator=draw).tolist()]
-        windows = [sorted(mixed[i:i + 16 * size], key=self.lengths.__getitem__)
-                   for i in range(0, len(mixed), 16 * size)]
+        window = self.window * size
+        windows = [sorted(mixed[i:i + window], key=self.lengths.__getitem__) for i in range(0, len(mixed), window)]
         batches = [window[i:i + size] for window in windows for i in range(0, len(window), size)]
         if len(batches) > 1 and len(batches[-1]) < size:
             batches.pop()  # a small batch would be a noisy step; its records have their turn in another epoch
@@ -1596,7 +1597,7 @@ class PromptDataLoader(RecordDataLoader):
     Prompts are padded on the left and have at most `seq_len` tokens. "answers": the checkable ones, "" where none is.
     """
 
-    kind = "prompt"
+    kind, window = "prompt", 1  # like lengths are like tasks: a step on one of them would unlearn the others
 
     def collate(self, items: list[int]) -> dict[str, torch.Tensor | list[str]]:
         return pad_left([self.question(i) for i in items], self.tokenizer.pad_id) | {
