@@ -361,13 +361,13 @@ def inspect(args) -> int:
 
 def plot(runs: list[str], path: Path) -> int:
     """Draw what runs have logged, a panel a figure, all runs together."""
+    rows = {run: m.read_metrics(run) for run in runs}
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
         raise m.UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    rows = {run: m.read_metrics(run) for run in runs}
     logged = {name for found in rows.values() for row in found for name in row}
     wanted = (("loss", "val_loss"), ("val_bpb",), ("reward", "val_reward"), ("kl", "val_kl"),
               ("val_exact_match", "val_pair_accuracy"), ("answer_length",), ("lr",), ("grad_norm",))
