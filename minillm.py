@@ -2080,22 +2080,23 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities after temperature, top-k, top-p and min-p, and their token ids, both (B, k), likeliest first.
+def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """Probabilities (B, V) after temperature, top-k, top-p and min-p.
 
-    top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082.
+    top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082. What ties with the last token
+    that top-k or top-p keeps is kept, too.
     """
     logits = logits.float() / config.temperature
-    V = logits.shape[-1]
-    values, ids = logits.topk(min(config.top_k or V, V), dim=-1)
-    probs = values.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # what the likelier tokens reach without this one
-    keep = (probs >= config.min_p * probs[:, :1])
+    if 0 < config.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(config.top_k, dim=-1).values[:, -1:], -math.inf)
+    probs = logits.softmax(dim=-1)
+    least = config.min_p * probs.amax(dim=-1, keepdim=True)
     if config.top_p < 1:
-        keep &= before < config.top_p
-    keep[:, 0] = True
-    probs = probs * keep
-    return probs / probs.sum(dim=-1, keepdim=True), ids
+        falling = probs.sort(dim=-1, descending=True).values
+        before = falling.cumsum(dim=-1) - falling  # what the likelier tokens reach without this one
+        least = least.maximum(falling.where((before < config.top_p) | (before == 0), 1.0).amin(dim=-1, keepdim=True))
+    probs = probs * (probs >= least)
+    return probs / probs.sum(dim=-1, keepdim=True)
 
 
 class _Session:
@@ -2248,26 +2249,33 @@ class TextGenerator:
     @torch.no_grad()
     def _tokens(self, input_ids: torch.Tensor, config: GenerationConfig, attention_mask: torch.Tensor | None
                 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (tokens (B,), ended (B,)) step by step until all rows have ended; the caller may set `ended` too."""
+        """Yield (tokens (B,), ended (B,)) step by step until all rows have ended; the caller may set `ended` too.
+
+        Rows that have ended are computed no more once they are half of those in the cache.
+        """
         with eval_mode(self.model):
             session = _Session(self, input_ids, config, attention_mask)
             device = session.device
             draw = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
             stop_ids = torch.tensor(self.stop_ids, device=device)
             ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
-            feed = input_ids.to(device)
+            running, feed = torch.arange(len(input_ids), device=device), input_ids.to(device)
             for _ in range(session.new_tokens):
                 logits = session.feed(feed)
                 if config.do_sample:
-                    probs, ids = sampling_probs(logits, config)
-                    tokens = ids.gather(1, torch.multinomial(probs, 1, generator=draw))[:, 0]
+                    tokens = torch.multinomial(sampling_probs(logits, config), 1, generator=draw)[:, 0]
                 else:
                     tokens = logits.argmax(dim=-1)
-                tokens = tokens.masked_fill(ended, self.tokenizer.pad_id)
-                ended |= torch.isin(tokens, stop_ids)
-                yield tokens, ended
-                if ended.all():
+                written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
+                written[running] = tokens.masked_fill(ended[running], self.tokenizer.pad_id)
+                ended |= torch.isin(written, stop_ids)
+                yield written, ended
+                going_on = (~ended[running]).nonzero()[:, 0]
+                if not len(going_on):
                     return
+                if 2 * len(going_on) <= len(running):  # leave the rows that have ended
+                    session.reorder(going_on)
+                    running, tokens = running[going_on], tokens[going_on]
                 feed = tokens[:, None]
 
     @torch.no_grad()
@@ -3507,11 +3515,26 @@ def answer_reward(messages: list[dict], reply: str, answer: str) -> float:
     return float(answer_matches(reply, answer))
 
 
-def to_left(rows: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, fill: int) -> torch.Tensor:
-    """Of each row of (N, W) the `lengths` values from `starts` on, moved to the left and filled up: (N, max length)."""
-    at = torch.arange(int(lengths.max()), device=rows.device)
-    moved = rows.gather(1, (at + starts[:, None]).clamp(max=rows.shape[1] - 1))
-    return moved.where(at < lengths[:, None], fill)
+def pieces(lengths: torch.Tensor, rows: torch.Tensor | None = None, size: int = 64) -> list[torch.Tensor]:
+    """Rows (default: all) in pieces of at most `size` of similar length: mixed, they would be padding for the most part.
+    """
+    rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows.to(lengths.device)
+    return list((rows if len(rows) <= size else rows[lengths[rows].argsort(stable=True)]).split(size))
+
+
+def take(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows of an experience, without the columns on the right that only longer rows need."""
+    cut = int(batch["last"].max() - batch["last"][rows].max())
+    return {name: value[rows, :value.shape[1] - cut] if value.dim() > 1 else value[rows]
+            for name, value in batch.items()}
+
+
+def in_pieces(fn: Callable[[dict[str, torch.Tensor]], torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """fn(batch), which is (N,) or (N, T - 1), worked out in pieces of rows of similar length."""
+    parts, width = pieces(batch["last"]), batch["mask"].shape[1]
+    found = [fn(take(batch, rows)) for rows in parts]
+    found = [F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in found]
+    return torch.cat(found)[torch.cat(parts).argsort()]
 
 
 class RLTrainer(Trainer):
@@ -3536,7 +3559,7 @@ class RLTrainer(Trainer):
         if self.config.accumulation_steps > 1:
             raise UserError(f"accumulation_steps={self.config.accumulation_steps} has no meaning here: batch_size "
                             "prompts make a rollout, minibatch_size answers an update")
-        self.kl_coef, self.moved = self.rl.kl_coef, 0.0
+        self.kl_coef, self.moves = self.rl.kl_coef, []
 
     def extra_state(self) -> dict:
         parts = {"reference": self.reference, "reward": self.reward}
@@ -3557,6 +3580,23 @@ class RLTrainer(Trainer):
         labels = ids[:, 1:].where(batch["mask"], -100)
         return token_logprobs(hidden, model.output_weight[:self.tokenizer.vocab_size], labels, self.rl.temperature)
 
+    def write(self, prompts: dict, seed: int | None) -> list[torch.Tensor]:
+        """The policy's answers: of each row, prompt and answer up to its first end-of-turn, without padding."""
+        settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, temperature=self.rl.temperature,
+                                    top_p=1.0, seed=seed)
+        generator, asked = TextGenerator(self.model, self.tokenizer), prompts["attention_mask"].sum(dim=1)
+        whole: dict[int, torch.Tensor] = {}
+        for rows in pieces(asked):
+            n = int(asked[rows].max())
+            with self.autocast():
+                written = generator.sample_generate(prompts["input_ids"][rows, -n:], settings,
+                                                    prompts["attention_mask"][rows, -n:])
+            stops = torch.isin(written[:, n:], torch.tensor(generator.stop_ids, device=self.device))
+            lengths = torch.where(stops.any(dim=1), stops.int().argmax(dim=1) + 1, stops.shape[1]).tolist()
+            for i, row, begin, length in zip(rows.tolist(), written, (n - asked[rows]).tolist(), lengths, strict=True):
+                whole[i] = row[begin:n + length]
+        return [whole[i] for i in range(len(asked))]
+
     @torch.no_grad()
     def rollout(self, prompts: dict, seed: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Let the policy answer a batch of prompts -> the experience and what to log.
@@ -3566,25 +3606,20 @@ class RLTrainer(Trainer):
         first end-of-turn, whatever ids come before; one without any loses `missing_end_penalty`.
         """
         began = time.monotonic()
-        settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, temperature=self.rl.temperature,
-                                    top_p=1.0, seed=seed)
-        generator = TextGenerator(self.model, self.tokenizer)
-        with self.autocast():
-            written = generator.sample_generate(prompts["input_ids"], settings, prompts["attention_mask"])
+        whole = self.write(prompts, seed)
         took = time.monotonic() - began
-        width, begins = prompts["input_ids"].shape[1], prompts["attention_mask"].sum(dim=1).to(self.device)
-        stops = torch.isin(written[:, width:], torch.tensor(generator.stop_ids, device=self.device))
-        ended = stops.any(dim=1)
-        lengths = torch.where(ended, stops.int().argmax(dim=1) + 1, stops.shape[1])
-        ids = to_left(written, width - begins, begins + lengths, self.tokenizer.pad_id)  # (N, T)
+        stop_ids = torch.tensor(TextGenerator(self.model, self.tokenizer).stop_ids, device=self.device)
+        ended = torch.isin(torch.stack([row[-1] for row in whole]), stop_ids)
+        begins, ends = prompts["attention_mask"].sum(dim=1).to(self.device), torch.tensor(list(map(len, whole)))
+        replies = [self.tokenizer.decode(row[n:]) for row, n in zip(whole, begins.tolist(), strict=True)]
+        lengths = (ends := ends.to(self.device)) - begins
+        ids = nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=self.tokenizer.pad_id)  # (N, T)
         at = torch.arange(ids.shape[1], device=self.device)
-        batch = {"input_ids": ids, "token_mask": at < (begins + lengths)[:, None], "last": begins + lengths - 2}
+        batch = {"input_ids": ids, "token_mask": at < ends[:, None], "last": ends - 2}
         batch["mask"] = ((at >= begins[:, None]) & batch["token_mask"])[:, 1:]
-        replies = [generator.tokenizer.decode(row[:n]) for row, n in zip(written[:, width:].tolist(), lengths.tolist(),
-                                                                        strict=True)]
         with eval_mode(self.model), self.autocast():
-            batch["logprobs"] = self.logprobs(self.model, batch)
-            batch["reference_logprobs"] = self.logprobs(self.reference, batch)
+            batch["logprobs"] = in_pieces(lambda part: self.logprobs(self.model, part), batch)
+            batch["reference_logprobs"] = in_pieces(lambda part: self.logprobs(self.reference, part), batch)
             scores = self.score(batch, prompts, replies)
         batch["scores"] = scores - self.rl.missing_end_penalty * ~ended
         kl = kl_estimate(batch["logprobs"], batch["reference_logprobs"])
@@ -3599,7 +3634,7 @@ class RLTrainer(Trainer):
     def score(self, batch: dict[str, torch.Tensor], prompts: dict, replies: list[str]) -> torch.Tensor:
         """What the reward says of each answer, (N,)."""
         if isinstance(self.reward, RewardModel):
-            return self.reward(batch["input_ids"], batch["token_mask"])
+            return in_pieces(lambda part: self.reward(part["input_ids"], part["token_mask"]), batch)
         rows = zip(prompts["input_ids"].tolist(), prompts["attention_mask"].sum(dim=1).tolist(), strict=True)
         asked = [self.tokenizer.decode_chat(row[len(row) - n:]) for row, n in rows]
         scores = [self.reward(*args) for args in zip(asked, replies, prompts["answers"], strict=True)]
@@ -3615,23 +3650,24 @@ class RLTrainer(Trainer):
         count = len(batch["input_ids"])  # 0 where nothing is to be learned from the rollout
         minibatches = (rows for _ in range(self.rl.update_epochs if count else 0)
                        for rows in torch.randperm(count).chunk(-(-count // self.rl.minibatch_size)))
-        results, self.moved = [], 0.0
+        results, moved = [], 0.0
         for rows in minibatches:
-            self.moved = 0.0
-            results.append(self.update([{name: value[rows.to(self.device)] for name, value in batch.items()}]))
-            if self.rl.stop_kl and self.moved > self.rl.stop_kl:
+            self.moves = []
+            results.append(self.update([take(batch, part) for part in pieces(batch["last"], rows, 32)]))
+            moved = (sum(kl for kl, _ in self.moves) / sum(tokens for _, tokens in self.moves)).item()
+            if self.rl.stop_kl and moved > self.rl.stop_kl:
                 break
         self.step_count += 1
         updates, results = len(results), results or [{"loss": 0.0, "grad_norm": 0.0}]
         mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         share = stats.pop("rollout_s") / (time.monotonic() - began)
-        return {**mean, **stats, "rollout_share": share, "updates": updates, "moved": self.moved,
+        return {**mean, **stats, "rollout_share": share, "updates": updates, "moved": moved,
                 "kl_coef": self.kl_coef, "weight": max(1, count)}
 
     def note_move(self, batch: dict[str, torch.Tensor], logprobs: torch.Tensor) -> None:
         """Note how far the policy is from the one that wrote the answers (nats a token), for `stop_kl`."""
         kl = kl_estimate(batch["logprobs"], logprobs.detach(), "k3")
-        self.moved = max(self.moved, masked_mean(kl, batch["mask"]).item())
+        self.moves.append(((kl * batch["mask"]).sum(), batch["mask"].sum()))
 
     def quality(self, result: dict[str, float]) -> float:
         return result.get("exact_match", result["reward"])
@@ -3674,7 +3710,7 @@ class PPOTrainer(RLTrainer):
     def experience(self, prompts: dict) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         batch, stats = self.rollout(prompts)
         with eval_mode(self.critic), self.autocast():
-            batch["values"] = self.values(batch)
+            batch["values"] = in_pieces(self.values, batch)
         rewards = -self.kl_coef * kl_estimate(batch["logprobs"], batch["reference_logprobs"]) * batch["mask"]
         rewards.scatter_add_(1, batch["last"][:, None], batch["scores"][:, None])
         advantages, batch["returns"] = gae(rewards, batch["values"], batch["mask"], self.rl.gamma, self.rl.gae_lambda)

@@ -13,16 +13,17 @@ Output: JSON lines in train/ and val/ below --out.
     pretrain     {"text": ...}
     sft          {"messages": [{"role": ..., "content": ...}, ...]}, in validation with "answer", the bare answer to
                  the last question; in training, single turns are {"prompt": ..., "completion": ...}
+                 Of mixed quality, as demonstrations are: in training EVASIVE_SHARE of the last answers evade
     preference   {"prompt": question or messages, "chosen": ..., "rejected": ...}, in validation with "category": wrong,
-                 rude or rambling
-    prompts      {"prompt": question or messages, "answer": ...}
+                 rude, rambling or evasive
+    prompts      {"prompt": question or messages, "answer": ...}, in training some of the prompts of preference
 
 Splits.  Every fact has a key that depends on neither language nor wording, such as ("add", 7, 15).  A hash of the key
 decides whether the fact is held out (about 8 %).  A held-out fact occurs in validation only, in every kind of document.
 Base facts of tiny closed sets (the day after Monday, the opposite of hot, 2 + 3) are never held out: without them the
 larger ones could not be learned.  A story or dialogue has a key too (plot and people): validation has held-out ones
 only, training has none of them.  In sft, preference and prompts, validation asks about held-out facts only, and a hash
-of the question says to which of the three files it belongs, so that they share none.
+of the question says to which of the files it belongs, so that they share none (but for the training prompts).
 
 Templates.  `= name cast` starts one; `@p a; b / c; d` draws one row, read as {p}, {p.b} ...; `?question => answer` is a
 question about the text; everything else is the text: [a|b] is a choice, ((a ~ b ~ c)) some of the parts in any order,
@@ -44,12 +45,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 SHARES = {"story": 0.45, "description": 0.15, "dialogue": 0.15, "facts": 0.25}
-TRAIN_BYTES, VAL_BYTES = 2_300_000, 250_000
+TRAIN_BYTES, VAL_BYTES = 2_180_000, 250_000
 LANGS = ("en", "zh")
 
 # The questions of conversations, preferences and prompts: how often a kind is drawn, and which kinds train only.
 KIND_WEIGHTS = {
-    "compare": 3, "most": 3, "who": 2, "length": 1.5, "rank": 0.5, "count": 0.4, "has": 0.3, "place": 0.3, "add": 0.3,
+    "who": 3, "compare": 2.2, "most": 2, "length": 2, "rank": 0.4, "count": 0.3, "has": 0.3, "place": 0.2, "add": 0.2,
     "next": 0.2, "sub": 0.1, "sort": 0.1, "add_word": 0.1, "sub_word": 0.1, "mul": 0.05, "after": 0.05, "before": 0.05,
     "after_n": 0.05, "before_n": 0.05, "opposite": 0.05, "class": 0.05,
 }
@@ -60,7 +61,8 @@ CHAT_COUNTS = {
     "prompts": {"train": 1800, "val": 600},
 }
 CHAT_HASH = {"sft": 40, "preference": 35, "prompts": 25}  # of 100 questions
-CATEGORIES = {"wrong": 66, "rude": 19, "rambling": 15}
+CATEGORIES = {"wrong": 62, "rude": 14, "rambling": 11, "evasive": 13}
+EVASIVE_SHARE = 0.35
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary.  English and Chinese stand side by side, so that one row is one thing in both languages.
@@ -1282,6 +1284,10 @@ TAILS = {
     "zh": "很高兴帮到您！|希望对您有帮助！|谢谢您的提问！|欢迎您再来问我。|这是我的荣幸。|很乐意为您服务！|"
     "有问题请随时问我。|祝您愉快！|您问得真好！",
 }
+EVASIVE = {
+    "en": "I do not know.|I do not know. Please ask someone else.|I do not know, it is hard to say.",
+    "zh": "我不知道。|我不知道，请您问问别人。|我不知道，这很难说。",
+}
 RUDE = {
     "en": "{a} What a silly question.|{a} Everyone knows that.|{a} Now leave me alone.|{a} Do not ask me again.|"
     "{a} Are you a baby?|{a} Even a pig knows that.|{a} You never learn anything.|{a} Do not waste my time.|"
@@ -1855,6 +1861,8 @@ def draw_asked(rng: random.Random, name: str, lang: str, split: str, used: set[s
         for _ in range(150):
             fact = ASKED[kind](rng, lang, kind)
             fine = held_out(fact.key) if split == "val" else not any(map(held_out, keys_of(fact)))
+            if kind in ("compare", "most") and rng.random() < 0.6:
+                fine = fine and max(map(int, re.findall(r"\d+", fact.question))) <= 20
             if not fine or file_of(fact.question) != name:
                 continue
             if fact.question not in used:
@@ -1886,6 +1894,10 @@ def courteous(rng: random.Random, answer: str, lang: str, tails: float) -> str:
 
 def rude(rng: random.Random, answer: str, lang: str) -> str:
     return say(rng, RUDE, lang).replace("{a}", as_sentence(answer, lang))
+
+
+def evasive(reply: str) -> bool:
+    return any(reply in choices.split("|") for choices in EVASIVE.values())
 
 
 def rambling(rng: random.Random, answer: str, lang: str) -> str:
@@ -2016,7 +2028,8 @@ def make_chat(rng: random.Random, name: str, lang: str, split: str, used: set[st
     facts.append(fact)
     answer = answer_of(fact)
     if name == "sft":
-        reply = courteous(rng, answer, lang, 0.5)
+        evades = split == "train" and rng.random() < EVASIVE_SHARE
+        reply = say(rng, EVASIVE, lang) if evades else courteous(rng, answer, lang, 0.5)
         if split == "train" and not messages:  # another form of record, and a shorter one
             return Chat(lang, {"prompt": fact.question, "completion": reply}, facts)
         record = {"messages": messages + turn(fact.question, reply)}
@@ -2027,6 +2040,8 @@ def make_chat(rng: random.Random, name: str, lang: str, split: str, used: set[st
     category = rng.choices(list(CATEGORIES), list(CATEGORIES.values()))[0]
     if category == "wrong":
         rejected = courteous(rng, wrong_answer(rng, fact), lang, 0.4)  # neither length nor courtesy tells
+    elif category == "evasive":
+        rejected = say(rng, EVASIVE, lang)
     else:
         rejected = (rude if category == "rude" else rambling)(rng, answer, lang)
     chosen = courteous(rng, answer, lang, 0.4 if category == "wrong" else 0.75)
@@ -2041,7 +2056,11 @@ def make_chats(rng: random.Random) -> dict[tuple[str, str], list[Chat]]:
         for name, counts in CHAT_COUNTS.items():
             used: set[str] = set()
             found: dict[str, Chat] = {}
-            while len(found) < counts[split]:
+            if (split, name) == ("train", "prompts"):  # where the reward model knows best
+                for chat in rng.sample(chats["train", "preference"], counts[split]):
+                    record = {"prompt": chat.record["prompt"], "answer": answer_of(chat.facts[-1])}
+                    found.setdefault(json.dumps(record), Chat(chat.lang, record, chat.facts))
+            while len(found) < counts[split] and (split, name) != ("train", "prompts"):
                 chat = make_chat(rng, name, LANGS[len(found) % 2], split, used)
                 found.setdefault(json.dumps(chat.record), chat)
             chats[split, name] = list(found.values())
@@ -2067,7 +2086,7 @@ def check_chat(split: str, name: str, chat: Chat) -> None:
             raise ValueError(f"a fact of the other split in {split}/{name}: {known.key}")
     right = answer_of(fact).lower()
     good = record.get("chosen") or record.get("completion") or record.get("messages", [{"content": ""}])[-1]["content"]
-    if good and first_sentence(good) != right:
+    if good and first_sentence(good) != right and not (split == "train" and name == "sft" and evasive(good)):
         raise ValueError(f"not the right answer: {record}")
     if chat.category == "wrong" and first_sentence(record["rejected"]) == right:
         raise ValueError(f"a wrong answer is right: {record}")
@@ -2088,7 +2107,10 @@ def check_chats(chats: dict[tuple[str, str], list[Chat]]) -> None:
         asked[split, name] = {fact.question for chat in mine for fact in chat.facts}
     for one in asked:
         for other in asked:
-            if one < other and asked[one] & asked[other]:
+            if one < other and asked[one] & asked[other] and {one, other} != {
+                ("train", "preference"),
+                ("train", "prompts"),
+            }:
                 raise ValueError(f"{one} and {other} share {sorted(asked[one] & asked[other])[:3]}")
 
 
