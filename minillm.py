@@ -272,21 +272,20 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
     if stage not in STAGES:
         raise UserError(f"stage {stage!r} has no training defaults: choose from {', '.join(STAGES)}")
     if preset == "tiny":
+        reinforced = {"learning_rate": 3e-4, "optimizer": "adamw", "weight_decay": 0.0, "schedule": "wsd",
+                      "decay_fraction": 0.5, "warmup_steps": 5, "log_every": 1, "eval_every": 10, "save_every": 10,
+                      "eval_prompts": 600, "answer_tokens": 32}
         return TrainConfig(**{
             "pretrain": {"minutes": 3, "batch_size": 8, "learning_rate": 1e-2, "schedule": "wsd",
                          "decay_fraction": 0.6},
-            "sft": {"minutes": 3, "max_steps": 400, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
-                    "decay_fraction": 0.7, "eval_every": 200, "save_every": 200},
+            "sft": {"minutes": 4, "max_steps": 900, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
+                    "decay_fraction": 0.7, "eval_every": 300, "save_every": 300, "eval_prompts": 500},
             "dpo": {"minutes": 4, "max_steps": 800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                     "decay_fraction": 0.7, "eval_every": 200, "save_every": 200},
             "reward": {"minutes": 5, "max_steps": 1800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                        "decay_fraction": 0.7, "eval_every": 300, "save_every": 300},
-            "ppo": {"minutes": 6, "max_steps": 150, "batch_size": 128, "learning_rate": 1e-4, "optimizer": "adamw",
-                    "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
-                    "save_every": 25, "answer_tokens": 32},
-            "grpo": {"minutes": 6, "max_steps": 80, "batch_size": 64, "learning_rate": 4e-4, "optimizer": "adamw",
-                     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5, "log_every": 1, "eval_every": 25,
-                     "save_every": 25, "answer_tokens": 32},
+            "ppo": {"minutes": 6, "max_steps": 30, "batch_size": 256, **reinforced},
+            "grpo": {"minutes": 6, "max_steps": 50, "batch_size": 32, **reinforced},
         }[stage])
     steps = {"small": 10_000, "moe": 10_000, "medium": 20_000, "large": 50_000}[preset]
     common = {"eval_every": 500, "save_every": 500, "eval_tokens": 131_072}
@@ -346,7 +345,9 @@ class RLHFConfig:
 def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
     """The defaults of a preset. A tiny model forgets right answers under plain DPO: it keeps learning them beside."""
     get_config(preset)
-    return RLHFConfig(dpo_sft_coef=1.0) if preset == "tiny" else RLHFConfig()
+    if preset == "tiny":  # one update on each rollout: its noise, not the number of updates, is what limits learning
+        return RLHFConfig(dpo_sft_coef=1.0, minibatch_size=256, update_epochs=1, critic_warmup=3)
+    return RLHFConfig()
 
 
 @dataclass
