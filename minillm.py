@@ -2844,7 +2844,7 @@ def describe(result: dict[str, float], names: Iterable[str] = tuple(SHOWN)) -> s
 
 
 class Trainer:
-    """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass gives `loss` and `weight`.
+    """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass gives `loss`, and `weight` if not of tokens.
 
     `config`: TrainConfig. `train_data`, `val_data`: iterables of batches (`fit` goes round train_data as often as it
     takes; one with `state_dict` is resumed where it stood). `run_dir`: where `fit` keeps checkpoints and metrics.
@@ -2897,8 +2897,8 @@ class Trainer:
         raise TypeError(f"{type(self).__name__} does not say what its loss is")
 
     def weight(self, batch: dict[str, torch.Tensor]) -> int:
-        """How many terms `loss` sums up."""
-        raise TypeError(f"{type(self).__name__} does not say what its loss counts")
+        """How many terms `loss` sums up: the trained tokens, unless a subclass says otherwise."""
+        return int((batch["labels"][:, 1:] != -100).sum())
 
     def extra_state(self) -> dict:
         """What a checkpoint must hold besides."""
@@ -3287,9 +3287,6 @@ class PreTrainer(Trainer):
 
     stage = "pretrain"
 
-    def weight(self, batch: dict[str, torch.Tensor]) -> int:
-        return int((batch["labels"][:, 1:] != -100).sum())
-
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         labels = batch["labels"][:, 1:]
         mask = batch.get("attention_mask")  # padding is on the right, where causality already hides it
@@ -3329,9 +3326,6 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning: next-token prediction on the assistant's tokens of conversations, packed or not."""
 
     stage = "sft"
-
-    def weight(self, batch: dict[str, torch.Tensor]) -> int:
-        return int((batch["labels"][:, 1:] != -100).sum())
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         segments, positions = batch["segments"][:, :-1], batch["position_ids"][:, :-1]
@@ -3517,8 +3511,7 @@ def answer_reward(messages: list[dict], reply: str, answer: str) -> float:
 
 
 def pieces(lengths: torch.Tensor, rows: torch.Tensor | None = None, size: int = 64) -> list[torch.Tensor]:
-    """Rows (default: all) in pieces of at most `size` of similar length: mixed, they would be padding for the most part.
-    """
+    """Rows (default: all) in pieces of at most `size` of similar length: mixed ones would be mostly padding."""
     rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows.to(lengths.device)
     return list((rows if len(rows) <= size else rows[lengths[rows].argsort(stable=True)]).split(size))
 
@@ -3920,4 +3913,4 @@ class RLHFPipeline:
                              for value in (row["before"], row["after"]))
             answer = " ".join(row["answer"].split())
             lines.append(f"{row['stage']:<9}{row['seconds']:>8.0f}  {row['metric']:<16}{before:>8}{after:>8}  {answer}")
-        return "\n".join(line if len(line) <= 100 else line[:99] + "…" for line in lines)
+        return "\n".join((line if len(line) <= 100 else line[:99] + "…").rstrip() for line in lines)

@@ -1642,6 +1642,62 @@ def test_the_ratio_is_one_at_first_and_nothing_old_has_a_gradient(tokenizer, mon
     assert (ratios[1] - 1).abs().max() > 1e-3
 
 
+def mixed_prompts(tokenizer) -> dict:
+    return prompt_batch(tokenizer, ["a" * n for n in (9, 1, 30, 4, 17, 2, 25)], list("1234567"))
+
+
+def in_small_pieces(monkeypatch) -> None:
+    plain = m.pieces
+    monkeypatch.setattr(m, "pieces", lambda lengths, rows=None, size=64: plain(lengths, rows, 2))
+
+
+def test_pieces_hold_every_row_once_and_like_lengths():
+    lengths = torch.tensor([5, 1, 9, 1, 7, 3, 8])
+    assert [part.tolist() for part in m.pieces(lengths, size=3)] == [[1, 3, 5], [0, 4, 6], [2]]
+    assert [part.tolist() for part in m.pieces(lengths, torch.tensor([6, 0, 2]), size=2)] == [[0, 6], [2]]
+    assert [part.tolist() for part in m.pieces(lengths, torch.tensor([6, 0, 2]))] == [[6, 0, 2]]
+    rows = torch.tensor([3, 5])
+    part = m.take({"last": lengths, "wide": torch.arange(84).view(7, 12), "narrow": torch.arange(77).view(7, 11)}, rows)
+    assert part["last"].tolist() == [1, 3] and part["wide"].shape == (2, 6) and part["narrow"].shape == (2, 5)
+    assert part["narrow"][0].tolist() == list(range(33, 38))
+
+
+def test_a_rollout_in_pieces_is_the_rollout(tokenizer, monkeypatch):
+    """Rows keep their order and their figures, however they were grouped."""
+    in_small_pieces(monkeypatch)
+    reward = m.RewardModel(random_model(shape(vocab_size=310), seed=3))
+    torch.nn.init.normal_(reward.score.weight)
+    trainer = rl_trainer(m.PPOTrainer, tokenizer, reward, missing_end_penalty=0.0)
+    prompts = mixed_prompts(tokenizer)
+    batch, _ = trainer.experience(prompts)
+    with torch.no_grad():
+        for row, n in enumerate(prompts["attention_mask"].sum(dim=1).tolist()):
+            assert torch.equal(batch["input_ids"][row, :n], prompts["input_ids"][row, -n:])
+            ids, end = batch["input_ids"][row, : batch["last"][row] + 2][None], int(batch["last"][row]) + 1
+            logprobs = trainer.model(ids)[0, :-1, :300].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            assert batch["mask"][row].nonzero().flatten().tolist() == list(range(n - 1, end))
+            torch.testing.assert_close(batch["logprobs"][row, n - 1 : end], logprobs[n - 1 :], rtol=0, atol=1e-5)
+            assert batch["scores"][row].item() == pytest.approx(trainer.reward(ids).item(), abs=1e-5)
+            value = trainer.critic(ids[:, :n]).item()
+            assert batch["values"][row, n - 1].item() == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
+def test_an_update_in_pieces_is_the_update(tokenizer, monkeypatch, cls):
+    in_small_pieces(monkeypatch)
+    torch.manual_seed(0)
+    trainer = rl_trainer(cls, tokenizer, lambda *_: random.random(), group_size=2)
+    batch, _ = trainer.experience(mixed_prompts(tokenizer))
+    found = []
+    for parts in ([batch], [m.take(batch, rows) for rows in m.pieces(batch["last"])]):
+        trainer.modules.zero_grad()
+        loss = trainer._accumulate(parts)
+        found.append([torch.tensor(loss), *(p.grad for p in trainer.modules.parameters() if p.grad is not None)])
+    assert len(parts) > 3 and len(found[0]) > 10
+    for whole, pieced in zip(*found, strict=True):
+        torch.testing.assert_close(pieced, whole, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
 def test_the_reference_stays_as_it_is(tokenizer, cls):
     model = random_model(shape(dropout=0.5)).train()
