@@ -3385,6 +3385,8 @@ class DPOTrainer(Trainer):
                 self.cache_reference(loader)
 
     def cache_reference(self, loader: DPODataLoader) -> None:
+        if len(loader.items) > 1000:
+            self.line.say(f"the reference scores {len(loader.items):,} pairs, once")
         logprobs = torch.zeros(len(loader.ends) // 3, 2)
         for part in _batched(sorted(loader.items, key=loader.lengths.__getitem__), lambda _: 1, loader.batch_size):
             logprobs[part] = self.reference_logprobs(self._to_device(loader.collate(part))).cpu()
