@@ -360,7 +360,7 @@ class GenerationConfig:
     do_sample: bool = True  # draw from the distribution; off is greedy
     temperature: float = 0.8  # below 1 sharpens, above 1 flattens
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p; 1 keeps all
+    top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p, and ties; 1 keeps all
     min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred already less likely (CTRL)
     num_beams: int = 1  # hypotheses of beam search; 1 is none
@@ -1027,6 +1027,11 @@ def before_answer(messages: list[dict]) -> list[dict]:
     return messages[:max(i for i, message in enumerate(messages) if message["role"] == "assistant")]
 
 
+def last_content(messages: list[dict]) -> str:
+    """What was said last, "" of an empty conversation: an answer may stand alone."""
+    return messages[-1]["content"] if messages else ""
+
+
 def prompt_messages(record: dict) -> list[dict]:
     """What the assistant has to answer: a record's prompt, or a conversation less its last assistant turn."""
     if record_kind(record) == "prompt":
@@ -1054,9 +1059,19 @@ def answer_matches(reply: str, answer: str) -> bool:
     (True, False, False)
     """
     def plain(text: str) -> str:
-        sentence = re.split(r"[。！？!?\n]|\.(?![0-9])", text.strip(), maxsplit=1)[0]
-        return " ".join(sentence.lower().split())
-    return plain(reply) in map(plain, answer.split("\n"))
+        return " ".join(text.lower().split())
+
+    def sentence(text: str) -> str:
+        return plain(re.split(r"[。！？!?\n]|\.(?![0-9])", text.strip(), maxsplit=1)[0])
+
+    for one in answer.split("\n"):
+        whole, said = plain(one).rstrip("。！？!?."), plain(reply)
+        if sentence(one) != whole:  # the end of a sentence inside, as in Mr. Smith
+            if whole and said.startswith(whole) and not said[len(whole):len(whole) + 1].isalnum():
+                return True
+        elif whole and sentence(reply) == whole:
+            return True
+    return False
 
 
 def in_validation(key: str) -> bool:
@@ -1084,7 +1099,8 @@ def text_pieces(path: Path, split: str, alone: bool) -> Iterator[Piece]:
 
 
 WANTED = {"text": 'text: .txt files and {"text": …}', "chat": 'conversations: {"messages": […]} and its kin',
-          "preference": 'pairs: {"prompt", "chosen", "rejected"}', "prompt": '{"prompt"} records or conversations'}
+          "preference": 'pairs: {"prompt", "chosen", "rejected"}',
+          "prompt": '{"prompt"} records, or conversations where no file has any'}
 
 
 def select(files: list[Path], named: set[Path], kind: str, bad: BadRecords) -> Iterator[tuple[Path, str, dict | None]]:
@@ -3071,7 +3087,7 @@ class Trainer:
         items = [i for i in self.val_data.items[:20] if len(self.val_data.question(i)) + self.config.answer_tokens
                  <= self.model.config.max_position_embeddings][:3]
         questions = [self.val_data.question(i) for i in items]
-        asked = [self.tokenizer.decode_chat(ids)[-1]["content"] for ids in questions]
+        asked = [last_content(self.tokenizer.decode_chat(ids)) for ids in questions]
         return "\n".join(f"  {question} → {reply}".replace("\n", "\n  ")
                          for question, reply in zip(asked, self.answers(questions), strict=True))
 
@@ -3136,7 +3152,8 @@ class Trainer:
             if self.progress() < 1:
                 self.save_checkpoint(self.run_dir / "checkpoint.pt")
                 return evaluated | {"signal": caught[0]}
-            return self._evaluate_and_save()
+            result = self._evaluate_and_save()
+            return result | ({"signal": caught[0]} if caught else {})
 
     @contextlib.contextmanager
     def _signals(self, caught: list[int]) -> Iterator[None]:
@@ -3560,8 +3577,8 @@ class RLTrainer(Trainer):
     def extra_state(self) -> dict:
         parts = {"reference": self.reference, "reward": self.reward}
         return {"kl_coef": self.kl_coef} | {
-            name: digest(part.state_dict()) if isinstance(part, nn.Module) else part.__qualname__
-            for name, part in parts.items()}
+            name: digest(part.state_dict()) if isinstance(part, nn.Module)
+            else getattr(part, "__qualname__", type(part).__qualname__) for name, part in parts.items()}
 
     def load_extra_state(self, state: dict) -> None:
         for name in ("reference", "reward"):
@@ -3579,11 +3596,13 @@ class RLTrainer(Trainer):
     def write(self, prompts: dict, seed: int | None) -> list[torch.Tensor]:
         """The policy's answers: of each row, prompt and answer up to its first end-of-turn, without padding."""
         settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, temperature=self.rl.temperature,
-                                    top_p=1.0, seed=seed)
+                                    top_p=1.0)
         generator, asked = TextGenerator(self.model, self.tokenizer), prompts["attention_mask"].sum(dim=1)
         whole: dict[int, torch.Tensor] = {}
-        for rows in pieces(asked):
+        for k, rows in enumerate(pieces(asked)):
             n = int(asked[rows].max())
+            if seed is not None:
+                settings = dataclasses.replace(settings, seed=(seed + 7919 * k) % 2 ** 32)  # else pieces draw alike
             with self.autocast():
                 written = generator.sample_generate(prompts["input_ids"][rows, -n:], settings,
                                                     prompts["attention_mask"][rows, -n:])
@@ -3675,6 +3694,7 @@ class RLTrainer(Trainer):
         stats, seen = Counter(), 0
         with self.evaluating():
             for k, prompts in enumerate(self.val_data):
+                prompts = {name: value[:self.config.eval_prompts - seen] for name, value in prompts.items()}
                 found = self.rollout(prompts, self.config.seed + k)[1]
                 seen += len(prompts["answers"])
                 for name in ("reward", "kl", "answer_length"):
@@ -3713,7 +3733,7 @@ class PPOTrainer(RLTrainer):
         batch["advantages"] = whiten(advantages, batch["mask"])
         if self.rl.kl_target:  # arXiv:1909.08593, section 2.2
             error = min(max(stats["kl"] / self.rl.kl_target - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + error * len(rewards) / self.rl.kl_horizon
+            self.kl_coef *= 1 + error * min(1.0, len(rewards) / self.rl.kl_horizon)
         return batch, stats
 
     def weight(self, batch: dict[str, torch.Tensor]) -> int:
@@ -3788,7 +3808,10 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable[
     if path.endswith(".py"):
         if not Path(path).is_file():
             raise UserError(f"--reward {source}: there is no file {path}")
-        function = runpy.run_path(path).get(name)
+        try:
+            function = runpy.run_path(path).get(name)
+        except SyntaxError as error:
+            raise UserError(f"--reward {source}: {path}:{error.lineno}: {error.msg}") from error
         if not callable(function):
             raise UserError(f"--reward {source}: {path} has no function {name}")
         return function
@@ -3856,7 +3879,8 @@ class RLHFPipeline:
     """
 
     stages = ("sft", "reward", "ppo")
-    metrics = {"pretrain": "bpb", "sft": "exact_match", "reward": "pair_accuracy", "ppo": "exact_match"}
+    metrics = {"pretrain": ("bpb",), "sft": ("exact_match", "bpb"), "reward": ("pair_accuracy",),
+               "ppo": ("exact_match", "reward")}  # the first that was logged: data need not have checkable answers
 
     def __init__(self, config: RLHFConfig, base: str | Path = "out/tiny/pretrain", out: str | Path = "out/tiny",
                  sources: dict[str, dict] | None = None, train: dict[str, TrainConfig] | None = None, *,
@@ -3874,7 +3898,9 @@ class RLHFPipeline:
         rows = [self.row("pretrain", self.base)]
         for stage in self.stages:
             run_dir = self.out / stage
-            if not self.finished(run_dir):
+            if self.finished(run_dir):
+                print(f"{stage}: finished already, in {run_dir}", flush=True)
+            else:
                 print(f"\n== {stage}: {run_dir}", flush=True)
                 trainer = open_stage(stage, run_dir, self.base if stage == "sft" else self.out / "sft", self.sources,
                                      self.train[stage], self.config, reward=str(self.out / "reward"),
@@ -3891,8 +3917,9 @@ class RLHFPipeline:
 
     def row(self, stage: str, run_dir: Path) -> dict:
         """What a finished stage comes to."""
-        name = self.metrics[stage]
-        found = [row for row in read_metrics(run_dir) if f"val_{name}" in row]
+        logged = read_metrics(run_dir)
+        name = next((n for n in self.metrics[stage] if any(f"val_{n}" in row for row in logged)), "")
+        found = [row for row in logged if f"val_{name}" in row] or [logged[-1] | {"val_": None}]
         row = {"stage": stage, "seconds": found[-1]["elapsed_s"], "metric": name.replace("_", " "),
                "before": found[0][f"val_{name}"] if len(found) > 1 and found[0]["step"] == 0 else None,
                "after": found[-1][f"val_{name}"], "answer": ""}
@@ -3901,7 +3928,7 @@ class RLHFPipeline:
             prompts = open_data("ppo", tokenizer, model.config, self.train["ppo"], self.sources["val"], False,
                                 self.cache_dir)
             question = prompts.question(prompts.items[0])
-            self.question = tokenizer.decode_chat(question)[-1]["content"]
+            self.question = last_content(tokenizer.decode_chat(question))
             row["answer"] = TextGenerator(model, tokenizer).continue_rows(
                 [question], GenerationConfig(max_new_tokens=self.train["ppo"].answer_tokens, do_sample=False))[0]
         return row
@@ -3911,7 +3938,8 @@ class RLHFPipeline:
         lines = [f"{'stage':<9}{'seconds':>8}  {'held-out metric':<16}{'before':>8}{'after':>8}  "
                  f"answer to: {self.question}"]
         for row in rows:
-            before, after = ("" if value is None else f"{value:.4f}" if row["metric"] == "bpb" else f"{value:.1%}"
+            share = row["metric"] in ("exact match", "pair accuracy")
+            before, after = ("" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
                              for value in (row["before"], row["after"]))
             answer = " ".join(row["answer"].split())
             lines.append(f"{row['stage']:<9}{row['seconds']:>8.0f}  {row['metric']:<16}{before:>8}{after:>8}  {answer}")

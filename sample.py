@@ -95,7 +95,10 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str | N
             while len(messages) > len(start) + 1 and len(
                     generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room:
                 del messages[len(start):len(start) + 2]  # the context is full: the oldest turn is forgotten
-            messages.append({"role": "assistant", "content": answer(generator, messages, config)})
+            if reply := answer(generator, messages, config):
+                messages.append({"role": "assistant", "content": reply})
+            else:
+                messages.pop()  # what got no answer is not part of the conversation
 
 
 def answer(generator: m.TextGenerator, messages: list[dict], config: m.GenerationConfig) -> str:

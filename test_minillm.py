@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -1802,8 +1803,42 @@ def test_the_rewards_scores_reach_the_experience(tokenizer, monkeypatch, kind):
             trainer.rollout(four_prompts(tokenizer))
 
 
+def test_a_seeded_rollout_draws_anew_in_each_piece(tokenizer, monkeypatch):
+    in_small_pieces(monkeypatch)
+    trainer = rl_trainer(m.PPOTrainer, tokenizer)
+    rows = [trainer.write(prompt_batch(tokenizer, ["ab"] * 6), 5) for _ in range(2)]
+    assert all(map(torch.equal, *rows)) and len({tuple(row.tolist()) for row in rows[0]}) > 2
+
+
+def test_evaluation_takes_no_more_than_eval_prompts(tokenizer, monkeypatch):
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, train={"eval_prompts": 6})
+    trainer.val_data, seen, plain = [four_prompts(tokenizer)] * 3, [], trainer.rollout
+    monkeypatch.setattr(trainer, "rollout", lambda prompts, seed: seen.append(prompts["answers"]) or plain(prompts))
+    trainer.evaluate()
+    assert [len(answers) for answers in seen] == [4, 2]
+
+
+@pytest.mark.parametrize("kind", ["partial", "object"])
+def test_any_callable_is_a_reward(tokenizer, tmp_path, kind):
+    class Score:
+        def __call__(self, messages, reply, answer):
+            return 1.0
+
+    reward = Score() if kind == "object" else functools.partial(lambda x, *_: x, 1.0)
+    rl_trainer(m.GRPOTrainer, tokenizer, reward).save_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_reward_file_with_a_mistake_is_one_message(tokenizer, tmp_path):
+    (tmp_path / "r.py").write_text("def f(:\n")
+    with pytest.raises(m.UserError, match=r"r\.py:1: "):
+        m.load_reward(f"{tmp_path}/r.py:f", tokenizer)
+
+
 def test_adaptive_kl_and_early_end_of_updates(tokenizer, monkeypatch):
     let_write(monkeypatch)
+    trainer = rl_trainer(m.PPOTrainer, tokenizer, kl_coef=0.1, kl_target=1e-3, kl_horizon=1)
+    trainer.experience(four_prompts(tokenizer))
+    assert trainer.kl_coef == pytest.approx(0.08)  # however short the horizon: never negative
     trainer = rl_trainer(m.PPOTrainer, tokenizer, kl_coef=0.1, kl_target=1e-3, kl_horizon=40)
     trainer.experience(four_prompts(tokenizer))
     assert trainer.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 4 / 40))  # what is written here is likelier there: KL < 0
@@ -2216,6 +2251,10 @@ def test_a_file_without_records_of_the_kind_is_named(tmp_path, tokenizer):
         ("a", "b\nA", True),
         ("", "a", False),
         ("a b", "a", False),
+        ("Mr. Jones", "Mr. Smith", False),
+        ("Mr. Smith! How nice.", "Mr. Smith", True),
+        ("Mr. Smithers", "Mr. Smith", False),
+        ("", ".", False),
     ],
 )
 def test_answer_matches(reply, answer, same):
@@ -2683,9 +2722,53 @@ def test_train_rlhf_in_one_go(base, tmp_path, capsys):
     assert train.main(argv) == 0 and "== " not in capsys.readouterr().out
 
 
+def test_rlhf_on_data_without_answers_or_prompts(base, tmp_path, capsys):
+    """People's own data: nothing checkable, pairs and conversations that may lack a question."""
+    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
+    chats = [{"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yes"}]}
+             for i in range(9)]  # fmt: skip
+    chats.append({"messages": [{"role": "assistant", "content": "hello"}]})
+    pairs = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(9)]
+    prompts = [{"prompt": f"say {i}"} for i in range(9)]
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for name, records in (("chats", chats[::-1]), ("pairs", pairs), ("prompts", prompts)):
+            write_jsonl(tmp_path / part / f"{name}.jsonl", records)
+    argv = ["--data", str(tmp_path / "train"), "--val-data", str(tmp_path / "val"), "--out", str(tmp_path), *QUICK]
+    assert train.main(["--stage", "rlhf", *argv, "--max-steps", "1"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^sft +\d+ +bpb ", table, re.M) and re.search(r"^ppo +\d+ +reward ", table, re.M)
+    assert train.main(["--stage", "rlhf", *argv, "--max-steps", "1"]) == 0
+    assert "sft: finished already" in capsys.readouterr().out
+    assert train.main(["--stage", "dpo", *argv, "--max-steps", "1"]) == 0
+    mtimes = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))]
+    argv[argv.index("--data") + 1] = str(tmp_path / "train/chats.jsonl")
+    assert train.main(["--stage", "rlhf", *argv, "--overwrite", "--max-steps", "1"]) == 2  # and nothing is lost
+    assert "no preference records" in capsys.readouterr().err
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))] == mtimes
+
+
+def test_an_interrupt_in_the_last_evaluation_is_kept(base, tmp_path, monkeypatch):
+    sources = json.loads((base / "sources.json").read_text())
+    trainer = m.open_stage("sft", tmp_path / "sft", base / "pretrain", sources, stage_config(max_steps=2, eval_every=0),
+                           cache_dir=tmp_path / "cache")  # fmt: skip
+    plain = trainer.evaluate
+
+    def evaluate(*args):
+        if trainer.step_count == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    result = trainer.fit()
+    assert result["signal"] == signal.SIGINT and result["loss"] > 0 and m.RLHFPipeline.finished(tmp_path / "sft")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--stage", "sft", "--reward", "answer"], "--reward answer has no meaning"),
+        (["--stage", "rlhf", "--reward", "answer"], "--reward answer has no meaning"),
         (["--stage", "sft", "--init", "/nowhere"], "/nowhere"),
         (["--stage", "sft", "--hidden-size", "64"], "hidden_size=64"),
         (["--stage", "sft", "--seq-len", "999"], "--seq-len 999"),

@@ -217,7 +217,7 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
             shutil.rmtree(run_dir, ignore_errors=True)
             old.rename(run_dir)
         shutil.rmtree(old, ignore_errors=True)
-    if "signal" in result:
+    if "signal" in result and trainer.progress() < 1:
         print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
         return 128 + result["signal"]
     there = shlex.quote(str(run_dir))
@@ -228,12 +228,13 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
     figures = m.describe(result, ("bpb",) if trainer.stage == "pretrain" else m.SHOWN)
     print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {run_dir}")
     print(f"next:  python {followers.get(trainer.stage, f'sample.py --run {there} --chat')}")
-    return 0
+    return 128 + result["signal"] if "signal" in result else 0
 
 
 def post_train(args) -> int:
     """sft, dpo, reward, ppo, grpo: from the parent's run."""
     train_config(args), m.RLHFConfig(**m.given_flags(args, m.RLHFConfig))  # flags are checked before anything else
+    check_reward(args)
     stage, runs = args.stage, Path(args.out) / (args.config or "tiny")
     run_dir, saved = runs / stage, {}
     if resuming := can_resume(run_dir, args):
@@ -262,14 +263,23 @@ def post_train(args) -> int:
     return fit(args, trainer, f"{trainer.model.num_params() / 1e6:.2f} M parameters{lora}")
 
 
+def check_reward(args) -> None:
+    if args.reward and args.stage not in ("ppo", "grpo"):
+        raise m.UserError(f"--reward {args.reward} has no meaning in --stage {args.stage}: ppo and grpo take one")
+
+
 def rlhf(args) -> int:
     """SFT, reward model and PPO, one after the other, after pretraining if there is no base model; resumable."""
     runs = Path(args.out) / (args.config or "tiny")
     base = Path(args.init or runs / "pretrain")
     trains = {stage: train_config(with_values(args, stage=stage)) for stage in m.RLHFPipeline.stages}
     rl = dataclasses.replace(m.get_rlhf_config(args.config or "tiny"), **m.given_flags(args, m.RLHFConfig))
+    check_reward(args)
     for source in data_sources(args).values():
-        m.data_files(source["paths"])
+        there = m.kinds_of(source["paths"])
+        if lacking := {"chat", "preference"} - there.keys():
+            raise m.UserError(f"{', '.join(map(str, source['paths']))}: no {' and no '.join(sorted(lacking))} records: "
+                              "--stage rlhf takes conversations, pairs and prompts")
     if not args.init and not m.RLHFPipeline.finished(base):
         print(f"== pretrain: {base}")
         if status := pretrain(with_values(args, stage="pretrain", resume=m.holds_run(base), overwrite=False)):

@@ -58,7 +58,7 @@ TRAIN_ONLY = ("mul", "after", "before", "after_n", "before_n", "opposite", "clas
 CHAT_COUNTS = {
     "sft": {"train": 5500, "val": 500},
     "preference": {"train": 8000, "val": 450},
-    "prompts": {"train": 1800, "val": 600},
+    "prompts": {"train": 1800, "val": 600},  # in training drawn from the pairs, equal ones once
 }
 CHAT_HASH = {"sft": 40, "preference": 35, "prompts": 25}  # of 100 questions
 CATEGORIES = {"wrong": 62, "rude": 14, "rambling": 11, "evasive": 13}
