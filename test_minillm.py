@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+import bench
 import minillm as m
 import sample
 import train
@@ -2793,6 +2794,132 @@ def test_stages_report_mistakes_in_one_message(tmp_path, base, capsys, argv, mes
     assert message in err and "Traceback" not in err and not list(tmp_path.rglob("*.pt"))
 
 
+# -- bench.py ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Everything is measured once, and nothing in a process of its own."""
+    monkeypatch.setattr(bench, "REPEATS", (1, 1))
+    monkeypatch.setattr(bench, "BUDGET_S", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(m, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(bench, "in_new_process", lambda *_: {"start_bytes": 1e6, "peak_bytes": 3e6, "step_s": 0.5})
+    small = bench.PEER_SHAPE | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    monkeypatch.setattr(bench, "PEER_SHAPE", small)
+
+
+def test_bench_measures_writes_and_compares(hasty, tmp_path, capsys):
+    argv = ["--quick", "--config", "tiny", "--only"]
+    path = str(tmp_path / "figures.json")
+    assert bench.main([*argv, "train", "decode", "--json", path]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    rows = json.loads(Path(path).read_text())["tables"]["presets"]["tiny"]
+    assert rows["parameters, M"] == [m.MiniGPT(m.get_config("tiny")).num_params() / 1e6, 0.0]
+    for row in ("eager training, tok/s", "  backward, eager, ms", "prefill, tok/s", "decode, batch 8, tok/s"):
+        assert rows[row][0] > 0 and row in shown
+    assert not any("compiled" in row for row in rows)
+    assert bench.main([*argv, "decode", "--baseline", path, "--json", path]) == 0  # figures may replace figures
+    shown = capsys.readouterr().out
+    assert f"== against {path}" in shown and "tiny: decode, batch 8, tok/s" in shown and "verdict" in shown
+
+
+def test_bench_tells_noise_from_change():
+    before = {"t": {"c": {"a, tok/s": [100.0, 0.01], "b, ms": [10.0, 0.0], "d, MB": [10.0, 0.1], "e, M": [1.0, 0.0]}}}
+    now = {"t": {"c": {"a, tok/s": bench.Figure(90.0, 0.01), "b, ms": bench.Figure(8.0), "d, MB": bench.Figure(11.9),
+                       "e, M": bench.Figure(2.0), "new, s": bench.Figure(1.0)}}}
+    found = bench.compare(now, before)
+    assert found["verdict"] == {"c: a, tok/s": "worse", "c: b, ms": "better", "c: d, MB": "noise"}
+    assert found["ratio"]["c: b, ms"].value == pytest.approx(0.8)
+    assert bench.figure([1.0, 2.0, 4.0]) == (2.0, pytest.approx(0.375))
+
+
+def test_bench_counts_what_forward_keeps(tokenizer):
+    trainer = m.PreTrainer(random_model(shape()), tokenizer, config=m.TrainConfig(seq_len=64))
+    one, two, four = (bench.saved_bytes(bench.Setup(torch.device("cpu")), trainer, rows) for rows in (1, 2, 4))
+    assert 0 < two - one == pytest.approx((four - two) / 2, rel=0.02)
+    C, H, K, D, F_ = 32, 4, 2, 8, 64
+    least = 2 * (4 * C + (H + 2 * K) * D + (H + K) * D + 4 * F_)  # floats a token that the blocks can not do without
+    assert 4 * 64 * least <= two - one <= 1.5 * 4 * 64 * least
+
+
+def test_bench_plans(hasty, capsys):
+    argv = ["--quick", "--plan", "--config", "tiny", "moe", "--tokens", "1.5M", "--batch-size", "2", "--seq-len", "64"]
+    assert bench.main([*argv, "--check", "--gpu-memory", "100G"]) == 0
+    shown = capsys.readouterr().out
+    assert "plan for 1.5M tokens" in shown and "largest batch in 100 GB" in shown and "moe: step, s" in shown
+    assert bench.main([*argv, "--gpu-memory", "1M", "--gradient-checkpointing"]) == 0
+    assert "not even one does" in capsys.readouterr().out
+
+
+def test_bench_peak_of_a_training(tokenizer):
+    config, train_ = dataclasses.asdict(shape()), dataclasses.asdict(m.TrainConfig(batch_size=2, seq_len=64))
+    for kind in ("train", "plain", "decode"):
+        found = bench.run_alone(kind, "cpu", config, train_, torch.get_num_threads())
+        assert found["peak_bytes"] >= found["start_bytes"] > 1e6 and found["step_s"] > 0
+
+
+def test_bench_profiles(hasty, tmp_path, capsys):
+    assert bench.main(["--quick", "--config", "tiny", "--profile", str(tmp_path / "traces")]) == 0
+    assert "aten::" in capsys.readouterr().out
+    for kind in ("training", "decoding"):
+        assert json.loads((tmp_path / f"traces/tiny-{kind}.json").read_text())["traceEvents"]
+
+
+NANOGPT = """
+import dataclasses, torch
+@dataclasses.dataclass
+class GPTConfig: block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+    def forward(self, ids, targets=None):
+        logits = self.wte(ids) @ self.wte.weight.T
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def generate(self, ids, n, top_k=None):
+        return torch.cat((ids, ids[:, :1].expand(-1, n)), dim=1)
+"""
+
+
+def test_bench_names_peers_and_those_absent(hasty, tmp_path, capsys, monkeypatch):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setattr(bench, "installed", lambda package: False)
+    argv = ["--quick", "--peers", "--only", "train", "decode", "tokenizer", "--peer-path", f"nanogpt={tmp_path}"]
+    assert bench.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if "transformers" in line).split()
+    row = next(line for line in lines if line.startswith("sampling, batch 8")).split()
+    assert head[:3] == ["MiniLLM", "transformers", "nanogpt"] and "absent" in row and max(map(len, lines)) <= 100
+    assert any(line.split()[:1] == ["encoding,"] and line.count("absent") == 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--confg", "tiny"], "did you mean --config"),
+        (["--config", "huge"], "huge"),
+        (["--only", "nothing"], "nothing"),
+        (["--plan", "--tokens", "many"], "many"),
+        (["--plan", "--peers"], "exclude each other"),
+        (["--check"], "--plan"),
+        (["--plan", "--config", "tiny", "--seq-len", "999"], "--seq-len 999"),
+        (["--batch-size", "0"], "batch_size=0"),
+        (["--device", "abacus"], "abacus"),
+        (["--baseline", "/nowhere.json"], "/nowhere.json"),
+        (["--baseline", "{other}"], "does not hold figures"),
+        (["--json", "{other}"], "does not hold figures"),
+        (["--peers", "--peer-path", "nanogpt=/nowhere"], "/nowhere/model.py"),
+        (["--peers", "--peer-path", "other=/nowhere"], "other=/nowhere"),
+    ],
+)
+def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
+    (tmp_path / "other.txt").write_text("{}")
+    assert bench.main([word.replace("{other}", str(tmp_path / "other.txt")) for word in argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err and (tmp_path / "other.txt").read_text() == "{}"
+
+
 # -- benchmarks: run once as plain tests, timed by `pytest --benchmark-only` -------------------------------------------
 
 
@@ -2807,14 +2934,22 @@ def test_benchmark_training_step(benchmark, tokenizer):
     benchmark(trainer.step, [lm_batch(4, 128)])
 
 
+def test_benchmark_prefill(benchmark, generator):
+    benchmark(generator.greedy_search, random_ids(1, 63), settings(max_new_tokens=1))
+
+
 def test_benchmark_decoding(benchmark, generator):
     benchmark(generator.greedy_search, random_ids(1, 8), settings(min_new_tokens=20, max_new_tokens=20))
 
 
-def test_benchmark_encoding(benchmark, tokenizer):
+def test_benchmark_bpe_training(benchmark):
+    benchmark(m.BPETokenizer(vocab_size=400).train, TEXTS * 30)
+
+
+def test_benchmark_bpe_encoding(benchmark, tokenizer):
     benchmark(tokenizer.encode, "".join(TEXTS) * 100)
 
 
-def test_benchmark_rollout(benchmark, tokenizer):
+def test_benchmark_ppo_rollout(benchmark, tokenizer):
     trainer = rl_trainer(m.PPOTrainer, tokenizer, lambda *_: 1.0, train={"answer_tokens": 16})
     benchmark(trainer.experience, prompt_batch(tokenizer, ["a", "bc", "def", "你好"] * 4))
