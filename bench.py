@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -29,12 +30,20 @@ import minillm as m  # noqa: E402
 
 HERE = Path(__file__).parent
 PARTS = ("train", "decode", "moe", "tokenizer", "growth")
+PROMPT = 16  # tokens before those that are decoded
 REPEATS = (3, 25)  # of a measurement: at least, and at most as far as they fit into its seconds
 BUDGET_S = {True: 2.0, False: 8.0}  # those seconds, with --quick and without
 PEER_FILES = {"nanogpt": "model.py", "minimind": "model/model_minimind.py"}
 PEER_SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8,
               "intermediate_size": 768}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GROWTH = {  # of the tiny shape: (what it is called, what changes, rows, tokens of a row)
+    "context, 2 rows": [(f"{n:,} tokens", {"max_position_embeddings": n}, 2, n) for n in (128, 256, 512, 1024, 2048)],
+    "batch, of 256 tokens": [(f"{n} rows", {}, n, 256) for n in (1, 2, 4, 8, 16)],
+    "vocabulary, 4 x 256": [(f"{n:,} tokens", {"vocab_size": n}, 4, 256) for n in (1024, 4096, 16_384, 50_000)],
+    "experts, one a token, 4 x 256": [
+        (f"{n} experts", {"num_experts": n, "num_experts_per_tok": 1, "moe_intermediate_size": 384}, 4, 256)
+        for n in (1, 2, 4, 8, 16)]}
 DATA_SHEETS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
                "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}  # dense TFLOP/s in bfloat16, or float16
 
@@ -160,6 +169,8 @@ def check_flags(args) -> None:
             raise m.UserError(f"--peer-path {word}: there is no {Path(folder) / PEER_FILES[name]}")
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
+    elif args.json and not Path(args.json).parent.is_dir():
+        raise m.UserError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
 
 
 def read_figures(path: str) -> dict[str, Table]:
@@ -190,7 +201,7 @@ def measure(args, cache: Path) -> dict[str, Table]:
                 rows |= found(setup, name)
     if "tokenizer" in parts:
         setup.line.show("tokenizer")
-        tables["tokenizer"] = {"": measure_tokenizer(setup)}
+        tables["tokenizer"] = measure_tokenizers(setup)
     return tables | (growth(setup) if "growth" in parts else {})
 
 
@@ -279,6 +290,14 @@ def new_generator(setup: Setup, config: m.MiniGPTConfig) -> m.TextGenerator:
     torch.manual_seed(0)
     dtype = setup.dtype if setup.device.type == "cuda" else torch.float32
     return m.TextGenerator(m.MiniGPT(config).to(setup.device, dtype).eval(), m.BPETokenizer())
+
+
+def timed_trainers(setup: Setup, train: m.TrainConfig, rows: int, *configs: m.MiniGPTConfig) -> list[TimedTrainer]:
+    """Trainers of some shapes that have been timed in turns on random batches."""
+    trainers = [new_trainer(setup, config, train) for config in configs]
+    batches = itertools.repeat(random_batch(setup, rows, train.seq_len, configs[0]))
+    race(setup, {str(k): lambda t=trainer: t.timed_step(batches) for k, trainer in enumerate(trainers)})
+    return trainers
 
 
 def random_ids(setup: Setup, rows: int, length: int, config: m.MiniGPTConfig) -> torch.Tensor:
@@ -374,31 +393,52 @@ def measure_train(setup: Setup, name: str) -> Rows:
                     "  before there is a model, MB": Figure(alone["start_bytes"] / 1e6)}
 
 
-def bytes_a_step(model: m.MiniGPT, batch: int, keys: float) -> float:
+def bytes_a_step(setup: Setup, c: m.MiniGPTConfig, batch: int, keys: float) -> float:
     """What decoding a token for each row has to read: the weights that they use, and `keys` cached positions a row."""
-    c = model.config
-    weights = model.num_params() - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
+    with torch.device("meta"):
+        weights = m.MiniGPT(c).num_params() - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
     if c.num_experts:
         idle = c.num_experts * (1 - c.num_experts_per_tok / c.num_experts) ** batch  # chosen by no row, on average
         weights -= c.num_hidden_layers * idle * 3 * c.hidden_size * c.moe_intermediate_size
     cached = 2 * c.num_hidden_layers * batch * c.num_key_value_heads * c.head_dim * keys
-    return (weights + cached) * model.embed_tokens.weight.element_size()
+    return (weights + cached) * (setup.dtype.itemsize if setup.device.type == "cuda" else 4)
 
 
 def measure_decode(setup: Setup, name: str) -> Rows:
-    """Prefill, and sampling of one and of eight rows."""
-    config, prompt, new = m.get_config(name), 16, 32 if setup.quick else 128
-    generator, length = new_generator(setup, config), min(512, config.max_position_embeddings - 1)
-    ids, read = random_ids(setup, 1, length, config), bandwidth(setup.device)
-    seconds = race(setup, {"": lambda: generator.greedy_search(ids, settings(1))})[""]
-    found: Rows = {"prefill, tok/s": per_second(length, seconds)}
+    """Prefill, sampling, beam search, and what share of the speed at which weights and cache can be read."""
+    config, read = m.get_config(name), bandwidth(setup.device)
+    found = race_decoding(setup, config, {})["MiniLLM"]
     for batch in (1, 8):
-        ids = random_ids(setup, batch, prompt, config)
-        seconds = race(setup, {"": lambda: generator.sample_generate(ids, settings(new))})[""]  # noqa: B023
-        speed = found[f"decode, batch {batch}, tok/s"] = per_second(batch * new, seconds)
-        least_s = bytes_a_step(generator.model, batch, prompt + new / 2) / read
+        speed = found[f"decode, batch {batch}, tok/s"]
+        least_s = bytes_a_step(setup, config, batch, PROMPT + new_tokens(setup) / 2) / read
         found[f"  batch {batch}, % of memory's limit"] = Figure(100 * least_s * speed.value / batch, speed.spread)
     return found
+
+
+def race_decoding(setup: Setup, config: m.MiniGPTConfig, peers: dict[str, torch.nn.Module]) -> Table:
+    own, new, sampled = new_generator(setup, config), new_tokens(setup), {"do_sample": True, "top_k": 50}
+    length, table = min(512, config.max_position_embeddings - 1), {name: {} for name in ("MiniLLM", *peers)}
+    for row, batch, prompt, n, decode, options in (
+            ("prefill, tok/s", 1, length, 1, own.greedy_search, {"do_sample": False}),
+            ("decode, batch 1, tok/s", 1, PROMPT, new, own.sample_generate, sampled),
+            ("decode, batch 8, tok/s", 8, PROMPT, new, own.sample_generate, sampled),
+            ("decode, 4 beams, tok/s", 1, PROMPT, new, own.beam_search, {"do_sample": False, "num_beams": 4})):
+        setup.line.show(row)
+        ids, beams = random_ids(setup, batch, prompt, config), options.get("num_beams", 1)
+        work = {"MiniLLM": lambda d=decode, i=ids, k=n, b=beams: d(i, settings(k, num_beams=b))}
+        for name, model in peers.items():
+            if name == "nanogpt" and beams == 1:
+                work[name] = lambda f=model.generate, i=ids, k=n: f(i, k, top_k=50)
+            elif name != "nanogpt":
+                work[name] = lambda f=model.generate, i=ids, k=n, o=options: f(
+                    i, max_new_tokens=k, min_new_tokens=k, **o)
+        with torch.no_grad():
+            enter(table, row, batch * (prompt if n == 1 else n), race(setup, work))
+    return table
+
+
+def new_tokens(setup: Setup) -> int:
+    return 32 if setup.quick else 200
 
 
 def measure_moe(setup: Setup, name: str) -> Rows:
@@ -409,9 +449,7 @@ def measure_moe(setup: Setup, name: str) -> Rows:
     rows, width = setup.rows(train), config.moe_intermediate_size * (config.num_experts_per_tok
                                                                      + config.num_shared_experts)
     dense = dataclasses.replace(config, num_experts=0, intermediate_size=width)
-    trainers = [new_trainer(setup, shape, train) for shape in (dense, config)]
-    batches = itertools.repeat(random_batch(setup, rows, train.seq_len, config))
-    race(setup, {str(k): lambda t=trainer: t.timed_step(batches) for k, trainer in enumerate(trainers)})
+    trainers = timed_trainers(setup, train, rows, dense, config)
     pairs = {"MoE's training, % of dense": zip(*(t.update_seconds(rows) for t in trainers), strict=True),
              "  its passes, % of dense": zip(*(t.sums("forward", "backward") for t in trainers), strict=True)}
     return {row: figure([100 * a / b for a, b in times]) for row, times in pairs.items()}
@@ -420,11 +458,9 @@ def measure_moe(setup: Setup, name: str) -> Rows:
 # -- tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def example_texts(setup: Setup | None = None) -> list[str]:
-    """The documents of the example data; with a setup, again and again up to what a tokenizer is trained on."""
+def example_texts() -> list[str]:
     with open(HERE / "data/train/pretrain.jsonl", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    return texts if setup is None else texts * math.ceil((2 if setup.quick else 20) / megabytes(texts))
+        return [json.loads(line)["text"] for line in file]
 
 
 def megabytes(texts: list[str]) -> float:
@@ -432,25 +468,48 @@ def megabytes(texts: list[str]) -> float:
 
 
 def encode_afresh(load: Callable, texts: list[str]) -> Callable[[], int]:
-    """Encode text by text, each time with a copy whose cache is empty yet."""
+    """Encode text by text on one thread, each time with a copy whose cache is empty yet."""
     copies = [load() for _ in range(REPEATS[1])]
     return lambda: sum(map(len, map(copies.pop().encode, texts)))
 
 
-def own_tokenizer(setup: Setup, texts: list[str]) -> Path:
-    tokenizer, path = m.BPETokenizer(vocab_size=4096), setup.cache / "tokenizer.json"
-    tokenizer.train(texts)
-    tokenizer.save(path)
-    return path
+def measure_tokenizers(setup: Setup, names: tuple[str, ...] = ()) -> Table:
+    """Train on the example data (again and again, to 20 MB, or 2 with --quick), encode it (once), as peers do, too."""
+    texts, table = example_texts(), {name: {} for name in ("MiniLLM", *names)}
+    learn = texts * math.ceil((2 if setup.quick else 20) / megabytes(texts))
+    own, there = m.BPETokenizer(vocab_size=4096), [name for name in names if installed(name)]
+    own.train(texts)
+    own.save(setup.cache / "tokenizer.json")
+    trains: dict[str, Callable] = {"MiniLLM": lambda: m.BPETokenizer(4096).train(learn)}
+    encodes = {"MiniLLM": encode_afresh(lambda: m.BPETokenizer.load(setup.cache / "tokenizer.json"), texts)}
+    if "tokenizers" in there:
+        from tokenizers import Tokenizer
+        trained = train_tokenizers(texts).to_str()
+        trains["tokenizers"] = lambda: train_tokenizers(learn)
+        encodes["tokenizers"] = encode_afresh(lambda: Tokenizer.from_str(trained), texts)
+    if "tiktoken" in there:
+        import tiktoken
+        ranks = {token: i for i, token in enumerate(own.token_bytes) if token}
+        tik = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        encodes["tiktoken"] = lambda: sum(map(len, map(tik.encode_ordinary, texts)))
+    if "rustbpe" in there:
+        import rustbpe
+        trains["rustbpe"] = lambda: rustbpe.Tokenizer().train_from_iterator(iter(learn), 4096)
+    seconds = race(setup, trains, warm_up=0)
+    enter(table, "BPE training, MB/s", megabytes(learn), seconds)
+    for name, values in seconds.items():
+        table[name][f"  {megabytes(learn):.0f} MB, s"] = figure(values)
+    enter(table, "encoding, MB/s", megabytes(texts), race(setup, encodes, warm_up=0))
+    return table
 
 
-def measure_tokenizer(setup: Setup) -> Rows:
-    learn, encode = example_texts(setup), example_texts()
-    path = own_tokenizer(setup, encode)
-    seconds = race(setup, {"train": lambda: m.BPETokenizer(4096).train(learn),
-                           "encode": encode_afresh(lambda: m.BPETokenizer.load(path), encode)}, warm_up=0)
-    return {f"BPE training on {megabytes(learn):.0f} MB, s": figure(seconds["train"]),
-            "encoding, MB/s": per_second(megabytes(encode), seconds["encode"])}
+def train_tokenizers(texts: list[str]):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, initial_alphabet=byte_level.alphabet(),
+                                                             show_progress=False))
+    return tokenizer
 
 
 # -- growth ------------------------------------------------------------------------------------------------------------
@@ -458,24 +517,14 @@ def measure_tokenizer(setup: Setup) -> Rows:
 
 def growth(setup: Setup) -> dict[str, Table]:
     """Step time of the tiny shape as one number grows, beside the arithmetic; memory of a large vocabulary."""
-    experts = {"num_experts_per_tok": 1, "moe_intermediate_size": 384}
-    series = {
-        "context, 2 rows": [(f"{n:,} tokens", {"max_position_embeddings": n}, 2, n) for n in
-                            (128, 256, 512, 1024, 2048)],
-        "batch, of 256 tokens": [(f"{n} rows", {}, n, 256) for n in (1, 2, 4, 8, 16)],
-        "vocabulary, 4 x 256": [(f"{n:,} tokens", {"vocab_size": n}, 4, 256) for n in (1024, 4096, 16_384, 50_000)],
-        "experts, one a token, 4 x 256": [(f"{n} experts", {"num_experts": n, **experts}, 4, 256) for n in
-                                          (1, 2, 4, 8, 16)]}
     tables: dict[str, Table] = {}
-    for title, cases in series.items():
+    for title, cases in GROWTH.items():
         table = tables[f"growth: {title}"] = {"passes, ms": {}, "optimizer, ms": {}, "time x": {}, "arithmetic x": {}}
         first = None
         for row, changes, rows, length in cases:
             setup.line.show(f"growth: {row}")
-            config = dataclasses.replace(m.get_config("tiny"), **changes)
-            trainer = new_trainer(setup, config, m.get_train_config("tiny"))
-            batches = itertools.repeat(random_batch(setup, rows, length, config))
-            race(setup, {"": lambda t=trainer, b=batches: t.timed_step(b)})
+            train = dataclasses.replace(m.get_train_config("tiny"), seq_len=length)
+            trainer, = timed_trainers(setup, train, rows, dataclasses.replace(m.get_config("tiny"), **changes))
             passes = figure([1e3 * s for s in trainer.sums("forward", "backward")])
             work = rows * length * trainer.model.flops_per_token(length)
             first = first or (passes.value, work)
@@ -605,11 +654,12 @@ def peers(setup: Setup, parts: list[str], folders: dict[str, str]) -> dict[str, 
             setup.line.show(f"peers: training, {mode}")
             peer_training(setup, models, there, folders, mode)
     if "decode" in parts:
-        peer_decoding(setup, models, there, folders)
+        for column, rows in peer_decoding(setup, there, folders).items():
+            models.setdefault(column, {}).update(rows)
     tables = {"peers: 6 layers x 256, 8 heads, ffn 768, vocabulary 4096": models} if models["MiniLLM"] else {}
     if "tokenizer" in parts:
         setup.line.show("peers: tokenizers")
-        tables["peers: tokenizers"] = peer_tokenizers(setup)
+        tables["peers: tokenizers"] = measure_tokenizers(setup, ("tokenizers", "tiktoken", "rustbpe"))
     for table in tables.values():
         for rows in table.values():
             if not rows:
@@ -644,62 +694,11 @@ def peer_training(setup: Setup, table: Table, there: list[str], folders: dict[st
         table[name][f"  MFU {mode}, % of peak"] = per_second(100 * flops[name] * B * T / peak, values)
 
 
-def peer_decoding(setup: Setup, table: Table, there: list[str], folders: dict[str, str]) -> None:
+def peer_decoding(setup: Setup, there: list[str], folders: dict[str, str]) -> Table:
     config = m.MiniGPTConfig(**PEER_SHAPE, num_key_value_heads=2, max_position_embeddings=1024)
-    own, new = new_generator(setup, config), 32 if setup.quick else 200
-    models = {name: peer_model(setup, name, folders.get(name, ""), config).to(own.model.cos.dtype).eval()
-              for name in there}
-    sampled = {"do_sample": True, "top_k": 50}
-    for row, batch, prompt, n, decode, options in (
-            ("prefill of 512, tok/s", 1, 512, 1, own.greedy_search, {"do_sample": False}),
-            ("sampling, batch 1, tok/s", 1, 16, new, own.sample_generate, sampled),
-            ("sampling, batch 8, tok/s", 8, 16, new, own.sample_generate, sampled),
-            ("4 beams, tok/s", 1, 16, new, own.beam_search, {"do_sample": False, "num_beams": 4})):
-        setup.line.show(f"peers: {row}")
-        ids, beams = random_ids(setup, batch, prompt, config), options.get("num_beams", 1)
-        work = {"MiniLLM": lambda d=decode, i=ids, k=n, b=beams: d(i, settings(k, num_beams=b))}
-        for name, model in models.items():
-            if name == "nanogpt" and beams == 1:
-                work[name] = lambda f=model.generate, i=ids, k=n: f(i, k, top_k=50)
-            elif name != "nanogpt":
-                work[name] = lambda f=model.generate, i=ids, k=n, o=options: f(
-                    i, max_new_tokens=k, min_new_tokens=k, **o)
-        with torch.no_grad():
-            enter(table, row, batch * (prompt if n == 1 else n), race(setup, work))
-
-
-def peer_tokenizers(setup: Setup) -> Table:
-    """Training, and encoding text by text on one thread, each with its own byte-level rules."""
-    learn, encode = example_texts(setup), example_texts()
-    path = own_tokenizer(setup, encode)
-    table: Table = {"MiniLLM": {}, "tokenizers": {}, "tiktoken": {}, "rustbpe": {}}
-    trains = {"MiniLLM": lambda: m.BPETokenizer(4096).train(learn)}
-    encodes = {"MiniLLM": encode_afresh(lambda: m.BPETokenizer.load(path), encode)}
-    if installed("tokenizers"):
-        from tokenizers import Tokenizer
-        text = train_tokenizers(encode).to_str()
-        trains["tokenizers"] = lambda: train_tokenizers(learn)
-        encodes["tokenizers"] = encode_afresh(lambda: Tokenizer.from_str(text), encode)
-    if installed("tiktoken"):
-        import tiktoken
-        ranks = {token: i for i, token in enumerate(m.BPETokenizer.load(path).token_bytes) if token}
-        tik = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        encodes["tiktoken"] = lambda: sum(map(len, map(tik.encode_ordinary, encode)))
-    if installed("rustbpe"):
-        import rustbpe
-        trains["rustbpe"] = lambda: rustbpe.Tokenizer().train_from_iterator(iter(learn), 4096)
-    enter(table, "BPE training, MB/s", megabytes(learn), race(setup, trains, warm_up=0))
-    enter(table, "encoding, MB/s", megabytes(encode), race(setup, encodes, warm_up=0))
-    return table
-
-
-def train_tokenizers(texts: list[str]):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
-    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, initial_alphabet=byte_level.alphabet(),
-                                                             show_progress=False))
-    return tokenizer
+    dtype = setup.dtype if setup.device.type == "cuda" else torch.float32
+    models = {name: peer_model(setup, name, folders.get(name, ""), config).to(dtype).eval() for name in there}
+    return race_decoding(setup, config, models)
 
 
 # -- profile -----------------------------------------------------------------------------------------------------------
@@ -797,26 +796,23 @@ def muon_scratch(optimizers: list[torch.optim.Optimizer]) -> int:
 
 def calibrate(setup: Setup, name: str) -> Plan:
     start, config, train = m.MemoryMonitor(setup.device).current_bytes(), m.get_config(name), setup.train_config(name)
-    rows, trainer = setup.rows(train), new_trainer(setup, config, train)
+    rows = setup.rows(train)
+    trainer, = timed_trainers(setup, train, rows, config)
     trainer.model.gradient_checkpointing = False
     one, two = (saved_bytes(setup, trainer, k) for k in (1, 2))
-    trainer.model.gradient_checkpointing = train.gradient_checkpointing
-    batches = itertools.repeat(random_batch(setup, rows, train.seq_len, config))
-    race(setup, {"": lambda: trainer.timed_step(batches)})
     return Plan(trainer, start, (2 * one - two, two - one),
                 statistics.median(trainer.sums("data", "forward", "backward")) / rows,
                 statistics.median(trainer.sums("optimizer")))
 
 
-def memory_there(device: torch.device) -> float:
+def total_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def plan(setup: Setup, args) -> dict[str, Table]:
-    memory, wanted = args.gpu_memory or memory_there(setup.device), f"{args.tokens / 1e6:,.4g}M tokens"
+    memory, wanted = args.gpu_memory or total_memory(setup.device), f"{args.tokens / 1e6:,.4g}M tokens"
     table, checks = {}, {"predicted": {}, "measured": {}, "of measured, %": {}}
     for name in args.config:
         setup.line.show(f"{name}: calibrating")
