@@ -202,7 +202,8 @@ def measure(args, cache: Path) -> dict[str, Table]:
     if "tokenizer" in parts:
         setup.line.show("tokenizer")
         tables["tokenizer"] = measure_tokenizers(setup)
-    return tables | (growth(setup) if "growth" in parts else {})
+    tables |= growth(setup) if "growth" in parts else {}
+    return {title: table for title, table in tables.items() if any(table.values())}
 
 
 # -- timing ------------------------------------------------------------------------------------------------------------
@@ -858,7 +859,7 @@ def show(cell: Figure | str, spread: bool = True) -> str:
     if isinstance(cell, str):
         return cell
     size = abs(cell.value)
-    digits = 0 if size >= 100 or size == int(size) else 1 if size >= 10 else 2 if size >= 0.1 else 4
+    digits = 0 if size >= 100 or size == int(size) and not cell.spread else 1 if size >= 10 else 2 if size >= 0.1 else 4
     return f"{cell.value:,.{digits}f}" + (f" ±{cell.spread:.0%}" if spread and cell.spread else "")
 
 
