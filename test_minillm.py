@@ -2806,6 +2806,7 @@ def hasty(monkeypatch) -> None:
     monkeypatch.setattr(bench, "in_new_process", lambda *_: {"start_bytes": 1e6, "peak_bytes": 3e6, "step_s": 0.5})
     small = bench.PEER_SHAPE | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
     monkeypatch.setattr(bench, "PEER_SHAPE", small)
+    monkeypatch.setitem(m.PRESETS, "moe", moe_shape)
 
 
 def test_bench_measures_writes_and_compares(hasty, tmp_path, capsys):
@@ -2841,6 +2842,14 @@ def test_bench_counts_what_forward_keeps(tokenizer):
     C, H, K, D, F_ = 32, 4, 2, 8, 64
     least = 2 * (4 * C + (H + 2 * K) * D + (H + K) * D + 4 * F_)  # floats a token that the blocks can not do without
     assert 4 * 64 * least <= two - one <= 1.5 * 4 * 64 * least
+
+
+def test_bench_measures_experts_and_growth(hasty, capsys, monkeypatch):
+    cases = [("1 row", {}, 1, 64), ("2 experts", {"num_experts": 2, "moe_intermediate_size": 32}, 2, 64)]
+    monkeypatch.setattr(bench, "GROWTH", {"rows": cases})
+    assert bench.main(["--quick", "--config", "moe", "--only", "moe", "growth"]) == 0
+    shown = capsys.readouterr().out
+    assert "MoE's training, % of dense" in shown and "== growth: rows" in shown and "arithmetic x" in shown
 
 
 def test_bench_plans(hasty, capsys):
