@@ -1,7 +1,7 @@
 """Measure what a machine makes of MiniLLM: speed, memory, and the share of what its hardware could do; plan a run."""
 from __future__ import annotations
 
-import contextlib
+import bisect
 import dataclasses
 import importlib.util
 import itertools
@@ -33,7 +33,6 @@ PARTS = ("train", "decode", "moe", "tokenizer", "growth")
 PROMPT = 16  # tokens before those that are decoded
 REPEATS = (3, 25)  # of a measurement: at least, and at most as far as they fit into its seconds
 BUDGET_S = {True: 2.0, False: 8.0}  # those seconds, with --quick and without
-PEER_FILES = {"nanogpt": "model.py", "minimind": "model/model_minimind.py"}
 PEER_SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8,
               "intermediate_size": 768}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -108,8 +107,6 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     parser.add_argument("--baseline", metavar="FILE", help="compare with the figures of an earlier --json")
     parser.add_argument("--peers", action="store_true", help="instead: side by side with other installed libraries")
-    parser.add_argument("--peer-path", nargs="+", default=[], metavar="NAME=DIR",
-                        help=f"a clone to compare with, too: {' or '.join(PEER_FILES)}")
     parser.add_argument("--profile", nargs="?", const="profile", metavar="DIR",
                         help="instead: write traces of training and decoding, and print their operators [profile]")
     parser.add_argument("--plan", action="store_true", help="instead: predict memory and time of a training")
@@ -161,12 +158,6 @@ def check_flags(args) -> None:
         raise m.UserError("--plan, --profile and --peers exclude each other: give one")
     if (args.check or args.gpu_memory) and not args.plan:
         raise m.UserError("--check and --gpu-memory belong to --plan: give that, too")
-    for word in args.peer_path:
-        name, _, folder = word.partition("=")
-        if name not in PEER_FILES or not args.peers:
-            raise m.UserError(f"--peer-path {word}: give it with --peers, and as {' or '.join(PEER_FILES)}=DIR")
-        if not (Path(folder) / PEER_FILES[name]).is_file():
-            raise m.UserError(f"--peer-path {word}: there is no {Path(folder) / PEER_FILES[name]}")
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
     elif args.json and not Path(args.json).parent.is_dir():
@@ -192,7 +183,7 @@ def measure(args, cache: Path) -> dict[str, Table]:
     if args.profile:
         return profile(setup, args.config, Path(args.profile))
     if args.peers:
-        return peers(setup, parts, dict(word.split("=", 1) for word in args.peer_path))
+        return peers(setup, parts)
     tables: dict[str, Table] = {"machine": {"": machine(setup)}, "presets": {name: {} for name in args.config}}
     for name, rows in tables["presets"].items():
         for part, found in (("train", measure_train), ("decode", measure_decode), ("moe", measure_moe)):
@@ -428,11 +419,8 @@ def race_decoding(setup: Setup, config: m.MiniGPTConfig, peers: dict[str, torch.
         ids, beams = random_ids(setup, batch, prompt, config), options.get("num_beams", 1)
         work = {"MiniLLM": lambda d=decode, i=ids, k=n, b=beams: d(i, settings(k, num_beams=b))}
         for name, model in peers.items():
-            if name == "nanogpt" and beams == 1:
-                work[name] = lambda f=model.generate, i=ids, k=n: f(i, k, top_k=50)
-            elif name != "nanogpt":
-                work[name] = lambda f=model.generate, i=ids, k=n, o=options: f(
-                    i, max_new_tokens=k, min_new_tokens=k, **o)
+            work[name] = lambda f=model.generate, i=ids, k=n, o=options: f(
+                i, max_new_tokens=k, min_new_tokens=k, **o)
         with torch.no_grad():
             enter(table, row, batch * (prompt if n == 1 else n), race(setup, work))
     return table
@@ -586,7 +574,7 @@ def lone_work(kind: str, setup: Setup, config: m.MiniGPTConfig, train: m.TrainCo
     if kind == "train":
         trainer = new_trainer(setup, config, train)
         return lambda: trainer.step([batch])
-    return plain_step(setup, kind, m.MiniGPT(config) if kind == "plain" else qwen3(config), batch["input_ids"])
+    return plain_step(setup, m.MiniGPT(config) if kind == "plain" else qwen3(config), batch["input_ids"])
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
@@ -603,42 +591,18 @@ def qwen3(config: m.MiniGPTConfig) -> torch.nn.Module:
                                         pad_token_id=0))
 
 
-def peer_model(setup: Setup, name: str, folder: str, config: m.MiniGPTConfig) -> torch.nn.Module:
-    """The same shape, as near as the peer has it."""
-    if name == "transformers":
-        return qwen3(config).to(setup.device)
-    spec = importlib.util.spec_from_file_location(f"peer_{name}", Path(folder) / PEER_FILES[name])
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    V, C, L, H = (getattr(config, field) for field in list(PEER_SHAPE)[:4])
-    with contextlib.redirect_stdout(None):
-        if name == "nanogpt":
-            return module.GPT(module.GPTConfig(block_size=config.max_position_embeddings, vocab_size=V, n_layer=L,
-                                               n_head=H, n_embd=C, dropout=0.0, bias=False)).to(setup.device)
-        return module.MiniMindForCausalLM(module.MiniMindConfig(
-            vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=H, dropout=0.0,
-            num_key_value_heads=config.num_key_value_heads, intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings)).to(setup.device)
-
-
-def plain_step(setup: Setup, name: str, model: torch.nn.Module, ids: torch.Tensor, mode: str = "eager"
-               ) -> Callable[[], None]:
+def plain_step(setup: Setup, model: torch.nn.Module, ids: torch.Tensor, mode: str = "eager") -> Callable[[], None]:
     """A training step as a script of a peer's user has it: whole logits, AdamW, clipping."""
     model = model.to(setup.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     forward = torch.compile(model) if mode == "compiled" else model
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def loss() -> torch.Tensor:
-        if name == "nanogpt":
-            return forward(inputs, labels)[1]
-        logits = forward(inputs) if name == "plain" else forward(input_ids=inputs).logits
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
     def step() -> None:
         with torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32):
-            value = loss()
-        value.backward()
+            logits = forward(inputs)
+            loss = F.cross_entropy(getattr(logits, "logits", logits).flatten(0, 1), labels.flatten())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -646,16 +610,18 @@ def plain_step(setup: Setup, name: str, model: torch.nn.Module, ids: torch.Tenso
     return step
 
 
-def peers(setup: Setup, parts: list[str], folders: dict[str, str]) -> dict[str, Table]:
+def peers(setup: Setup, parts: list[str]) -> dict[str, Table]:
     """Side by side, in turns. A column "x PEER" says how many times as fast MiniLLM is."""
-    models: Table = {name: {} for name in ("MiniLLM", "transformers", *folders)}
-    there = [name for name in models if name in folders or name != "MiniLLM" and installed(name)]
+    models: Table = {"MiniLLM": {}, "transformers": {}}
     if "train" in parts:
         for mode in setup.modes:
             setup.line.show(f"peers: training, {mode}")
-            peer_training(setup, models, there, folders, mode)
+            peer_training(setup, models, mode)
     if "decode" in parts:
-        for column, rows in peer_decoding(setup, there, folders).items():
+        config = m.MiniGPTConfig(**PEER_SHAPE, num_key_value_heads=2, max_position_embeddings=1024)
+        dtype = setup.dtype if setup.device.type == "cuda" else torch.float32
+        there = {"transformers": qwen3(config).to(setup.device, dtype).eval()} if installed("transformers") else {}
+        for column, rows in race_decoding(setup, config, there).items():
             models.setdefault(column, {}).update(rows)
     tables = {"peers: 6 layers x 256, 8 heads, ffn 768, vocabulary 4096": models} if models["MiniLLM"] else {}
     if "tokenizer" in parts:
@@ -677,29 +643,19 @@ def enter(table: Table, row: str, count: float, seconds: dict[str, list[float]])
             table.setdefault(f"x {name}", {})[row] = figure(ratios)
 
 
-def peer_training(setup: Setup, table: Table, there: list[str], folders: dict[str, str], mode: str) -> None:
+def peer_training(setup: Setup, table: Table, mode: str) -> None:
     B, T = (4 if setup.quick else 16), 256
     config = m.MiniGPTConfig(**PEER_SHAPE, max_position_embeddings=T)
     batch = random_batch(setup, B, T, config)
     trainer = new_trainer(setup, config, m.TrainConfig(optimizer="adamw"), mode)
     work: dict[str, Callable[[], object]] = {"MiniLLM": lambda: trainer.step([batch])}
-    flops = {"MiniLLM": trainer.model.flops_per_token(T)}
-    for name in there:
-        model = peer_model(setup, name, folders.get(name, ""), config)
-        weights = sum(p.numel() for key, p in model.named_parameters() if "wpe" not in key)  # a look-up is no product
-        flops[name] = 6 * weights + 6 * config.num_hidden_layers * config.hidden_size * T
-        work[name] = plain_step(setup, name, model, batch["input_ids"], mode)
+    if installed("transformers"):
+        work["transformers"] = plain_step(setup, qwen3(config), batch["input_ids"], mode)
     peak, seconds = m.matmul_peak(setup.device, setup.dtype), race(setup, work, warm_up=2)
     enter(table, f"training {mode}, tok/s", B * T, seconds)
-    for name, values in seconds.items():
-        table[name][f"  MFU {mode}, % of peak"] = per_second(100 * flops[name] * B * T / peak, values)
-
-
-def peer_decoding(setup: Setup, there: list[str], folders: dict[str, str]) -> Table:
-    config = m.MiniGPTConfig(**PEER_SHAPE, num_key_value_heads=2, max_position_embeddings=1024)
-    dtype = setup.dtype if setup.device.type == "cuda" else torch.float32
-    models = {name: peer_model(setup, name, folders.get(name, ""), config).to(dtype).eval() for name in there}
-    return race_decoding(setup, config, models)
+    for name, values in seconds.items():  # the same shape, and so the same arithmetic
+        table[name][f"  MFU {mode}, % of peak"] = per_second(100 * trainer.model.flops_per_token(T) * B * T / peak,
+                                                             values)
 
 
 # -- profile -----------------------------------------------------------------------------------------------------------
@@ -753,11 +709,12 @@ class Plan:
 
     trainer: TimedTrainer
     start_bytes: int  # before there is a model: Python and torch on a CPU
+    extra_bytes: int  # what a short training was measured to take beyond the formula: libraries, lost space
     kept: tuple[int, int]  # bytes that forward keeps for backward: whatever the batch, and for each of its rows
     row_s: float  # data, forward and backward
     update_s: float  # optimizer and clipping
 
-    def training_bytes(self, rows: int) -> int:
+    def training_bytes(self, rows: float) -> int:
         """The highest of four moments: logits at the end of forward, backward's begin and end, the optimizer."""
         c, T, weights = self.trainer.model.config, self.trainer.config.seq_len, 4 * self.trainer.model.num_params()
         kept, per_row = self.kept
@@ -767,7 +724,7 @@ class Plan:
         chunk = 2 * 4 * min(2048, rows * T) * c.vocab_size  # chunked cross-entropy: logits and their exponentials
         moments = (kept + rows * per_row + chunk, kept + rows * per_row + block, weights + block,
                    weights + muon_scratch(self.trainer.optimizers))
-        return int(self.start_bytes + weights + optimizer_bytes(self.trainer) + max(moments))
+        return int(self.start_bytes + self.extra_bytes + weights + optimizer_bytes(self.trainer) + max(moments))
 
     def inference_bytes(self) -> int:
         """Weights, keys and values of the whole context, and what a block computes from a prompt that fills it."""
@@ -781,7 +738,7 @@ class Plan:
         return rows * self.row_s + self.update_s
 
     def largest_batch(self, memory: float) -> int:
-        return next(rows for rows in itertools.count() if self.training_bytes(rows + 1) > memory)
+        return bisect.bisect_right(range(1, 1 << 30), memory, key=self.training_bytes)
 
 
 def muon_scratch(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -796,14 +753,17 @@ def muon_scratch(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def calibrate(setup: Setup, name: str) -> Plan:
-    start, config, train = m.MemoryMonitor(setup.device).current_bytes(), m.get_config(name), setup.train_config(name)
+    config, train = m.get_config(name), setup.train_config(name)
     rows = setup.rows(train)
+    alone = in_new_process("train", setup, config, dataclasses.replace(train, batch_size=rows))
     trainer, = timed_trainers(setup, train, rows, config)
     trainer.model.gradient_checkpointing = False
     one, two = (saved_bytes(setup, trainer, k) for k in (1, 2))
-    return Plan(trainer, start, (2 * one - two, two - one),
-                statistics.median(trainer.sums("data", "forward", "backward")) / rows,
-                statistics.median(trainer.sums("optimizer")))
+    found = Plan(trainer, alone["start_bytes"], 0, (2 * one - two, two - one),
+                 statistics.median(trainer.sums("data", "forward", "backward")) / rows,
+                 statistics.median(trainer.sums("optimizer")))
+    found.extra_bytes = alone["peak_bytes"] - found.training_bytes(rows)
+    return found
 
 
 def total_memory(device: torch.device) -> float:
