@@ -101,7 +101,7 @@ def build_parser() -> m.FlagParser:
                         help=f"presets, of {', '.join(m.PRESETS)} [tiny small moe; with --quick tiny small]")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
                         help=f"what to measure, of {', '.join(PARTS)} [all but growth]")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller measurements, in two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                         help="train with compiled blocks as well [auto: unless --quick]")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
@@ -166,7 +166,7 @@ def check_flags(args) -> None:
 
 def read_figures(path: str) -> dict[str, Table]:
     try:
-        return json.loads(Path(path).read_bytes())["tables"]
+        return dict(json.loads(Path(path).read_bytes())["tables"])
     except (ValueError, KeyError, TypeError) as error:
         raise m.UserError(f"{path} does not hold figures that --json wrote") from error
 
