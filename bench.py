@@ -79,9 +79,9 @@ class Setup:
         return train
 
     def rows(self, train: m.TrainConfig) -> int:
-        """Rows of a timed batch: all on a GPU; a few on a CPU, whose speed hardly depends on them."""
-        return train.batch_size if self.device.type == "cuda" else max(
-            1, min(train.batch_size, (1024 if self.quick else 2048) // train.seq_len))
+        """Rows of a timed batch: few on a CPU, whose speed hardly depends on them."""
+        tokens = 32_768 if self.device.type == "cuda" else 1024 if self.quick else 2048
+        return max(1, min(train.batch_size, tokens // train.seq_len))
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -143,6 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         m.silence_stdout()
         return 0
+    except torch.OutOfMemoryError as error:
+        print(f"bench.py: error: {str(error).splitlines()[0]} Try a smaller --batch-size.", file=sys.stderr)
+        return 2
     except (m.UserError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
@@ -274,7 +277,8 @@ class TimedTrainer(m.PreTrainer):
 
 def new_trainer(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig, mode: str = "eager") -> TimedTrainer:
     torch.manual_seed(0)
-    train = dataclasses.replace(train, compile="on" if mode == "compiled" else "off", max_steps=0, minutes=0.0)
+    train = dataclasses.replace(train, compile="on" if mode == "compiled" else "off", max_steps=0, minutes=0.0,
+                                auto_micro_batch=False)
     return TimedTrainer(m.MiniGPT(config), m.BPETokenizer(), setup.device, config=train)
 
 

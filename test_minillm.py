@@ -2909,6 +2909,13 @@ def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
     assert message in err and "Traceback" not in err and (tmp_path / "other.txt").read_text() == "{}"
 
 
+def test_bench_without_enough_memory(capsys, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory.\nand more")
+    monkeypatch.setattr(bench, "measure", lambda *_: (_ for _ in ()).throw(error))
+    assert bench.main(["--quick"]) == 2
+    assert capsys.readouterr().err == "bench.py: error: CUDA out of memory. Try a smaller --batch-size.\n"
+
+
 # -- benchmarks: run once as plain tests, timed by `pytest --benchmark-only` -------------------------------------------
 
 
