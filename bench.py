@@ -372,10 +372,11 @@ def measure_train(setup: Setup, name: str) -> Rows:
         "timed batch": f"{rows} x {T}", "tokens an update": Figure(update)}
     found["data loader, batches/s"] = per_second(len(loader), race(setup, {"": lambda: list(loader)})[""])
     sheet = next((1e12 * v for k, v in DATA_SHEETS.items() if k in device_name(setup)), None)
-    for mode in setup.modes:
-        setup.line.show(f"{name}: training, {mode}")
-        trainer, peak = new_trainer(setup, config, train, mode), m.matmul_peak(setup.device, setup.dtype)
-        race(setup, {"": lambda t=trainer: t.timed_step(batches)})
+    setup.line.show(f"{name}: training")
+    peak = m.matmul_peak(setup.device, setup.dtype)
+    trainers = {mode: new_trainer(setup, config, train, mode) for mode in setup.modes}
+    race(setup, {mode: lambda t=trainer: t.timed_step(batches) for mode, trainer in trainers.items()})
+    for mode, trainer in trainers.items():
         speed = found[f"{mode} training, tok/s"] = per_second(update, trainer.update_seconds(rows))
         found |= {f"  {part}, {mode}, ms": figure([1e3 * s for s in trainer.sums(part)]) for part in trainer.spent}
         found[f"  passes, {mode}, % of peak"] = per_second(100 * flops * rows * T / peak,
