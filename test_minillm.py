@@ -719,6 +719,25 @@ def test_rows_after_their_end_are_padding_and_touch_nobody(generator, tokenizer)
         assert stop not in whole[5:end]
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
+    """Rows that have ended leave the batch; the caches, masks and seen tokens of the others are not mixed up."""
+    alone = m.TextGenerator(generator.model, tokenizer)
+    alone.stop_ids = ()
+    rows = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 9, 3, 7, 6, 4, 8)]
+    batch = m.pad_left(rows, tokenizer.pad_id)
+    config = settings(max_new_tokens=25, repetition_penalty=penalty, do_sample=False)
+    steps = []
+    for k, (tokens, ended) in enumerate(alone._tokens(batch["input_ids"], config, batch["attention_mask"])):
+        steps.append(tokens.clone())
+        if k == 2:
+            ended[[0, 2, 4, 5]] = True
+    written = torch.stack(steps, dim=1)
+    for i in (1, 3, 6):
+        assert written[i].tolist() == alone.greedy_search(torch.tensor([rows[i]]), config)[0, len(rows[i]) :].tolist()
+    assert not written[[0, 2, 4, 5], 3:].any()
+
+
 def test_sampling_filters_by_hand():
     logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
 
