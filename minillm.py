@@ -278,7 +278,7 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
         return TrainConfig(**{
             "pretrain": {"minutes": 3, "batch_size": 8, "learning_rate": 1e-2, "schedule": "wsd",
                          "decay_fraction": 0.6},
-            "sft": {"minutes": 4, "max_steps": 900, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
+            "sft": {"minutes": 4, "max_steps": 1200, "batch_size": 4, "learning_rate": 4e-3, "schedule": "wsd",
                     "decay_fraction": 0.7, "eval_every": 300, "save_every": 300, "eval_prompts": 500},
             "dpo": {"minutes": 4, "max_steps": 800, "batch_size": 16, "learning_rate": 2e-3, "schedule": "wsd",
                     "decay_fraction": 0.7, "eval_every": 200, "save_every": 200},
