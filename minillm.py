@@ -345,7 +345,7 @@ class RLHFConfig:
 def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
     """The defaults of a preset. A tiny model forgets right answers under plain DPO: it keeps learning them beside."""
     get_config(preset)
-    if preset == "tiny":  # one update on each rollout: its noise, not the number of updates, is what limits learning
+    if preset == "tiny":  # one update on each rollout: the policy that learns is the one that wrote
         return RLHFConfig(dpo_sft_coef=1.0, minibatch_size=256, update_epochs=1, critic_warmup=3)
     return RLHFConfig()
 
