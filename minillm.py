@@ -360,7 +360,7 @@ class GenerationConfig:
     do_sample: bool = True  # draw from the distribution; off is greedy
     temperature: float = 0.8  # below 1 sharpens, above 1 flattens
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p, and ties; 1 keeps all
+    top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p; 1 keeps all
     min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred already less likely (CTRL)
     num_beams: int = 1  # hypotheses of beam search; 1 is none
@@ -1699,7 +1699,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     `weight` may have further leading axes, one row a head: (D,) or (H, D) for x (…, H, D).
     """
     wide = torch.promote_types(x.dtype, torch.float32)  # the mean of squares needs more than half precision
-    return _RMSNormFunction.apply(x.to(wide), weight.to(wide), eps).to(x.dtype)
+    if torch.is_grad_enabled():
+        return _RMSNormFunction.apply(x.to(wide), weight.to(wide), eps).to(x.dtype)
+    return (F.rms_norm(x.to(wide), x.shape[-1:], None, eps) * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -1712,7 +1714,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: MiniGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary position embedding (arXiv:2104.09864), each (max_position_embeddings, D / 2).
+    """Cosines and signed sines of rotary position embedding (arXiv:2104.09864), each (max_position_embeddings, D).
 
     YaRN (arXiv:2309.00071) stretches the slow waves by `factor`, leaves the fast ones, and blends between: a dimension
     counts as fast if it turns more than beta_fast times within the original context, as slow below beta_slow times.
@@ -1733,13 +1735,13 @@ def rope_tables(config: MiniGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
         inv_freq = inv_freq / factor * slow + inv_freq * (1 - slow)
         attention_factor = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
     angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inv_freq)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[d], x[d + D/2]) of x (B, T, H, D) by their angles; cos and sin broadcast as (B, T, 1, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    """Turn the pairs (x[d], x[d + D/2]) of x (B, T, H, D) by their angles; cos and sin broadcast as (B, T, 1, D)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class KVCache:
@@ -1753,9 +1755,10 @@ class KVCache:
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append k and v (B, K, T, D) to a layer; all that it holds now comes back, (B, K, length + T, D)."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        all_k, all_v, T = self.k[layer], self.v[layer], k.shape[2]
+        all_k.narrow(2, self.length, T).copy_(k)
+        all_v.narrow(2, self.length, T).copy_(v)
+        return all_k.narrow(2, 0, self.length + T), all_v.narrow(2, 0, self.length + T)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was; there may be more rows than before."""
@@ -1783,14 +1786,15 @@ class Attention(nn.Module):
             weight = torch.cat((self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(K, D)))
             qk = rms_norm(qk, weight, self.eps)
         q, k = apply_rope(qk, cos, sin).to(v.dtype).split((H, K), dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
-        if T == 1 and mask is None:  # one query sees every key: a group's heads become its queries, nothing is copied
-            out = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v).reshape(B, H, 1, D)
+        if T == 1:  # one query sees all that the mask lets it: a group's heads become its queries, nothing is copied
+            out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, mask)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None,
+                                                 enable_gqa=H != K).transpose(1, 2)
+        return self.o_proj(out.reshape(B, T, H * D))
 
 
 class SwiGLU(nn.Module):
@@ -1936,7 +1940,7 @@ class MiniGPT(nn.Module):
                 raise UserError(f"{start + T} tokens exceed the context of max_position_embeddings="
                                 f"{self.config.max_position_embeddings}")
             position_ids = torch.arange(start, start + T, device=input_ids.device)[None]
-        cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D / 2)
+        cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D)
         mask = self._mask(T, start + T, attention_mask)
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for i, block in enumerate(self.layers):
@@ -1953,12 +1957,13 @@ class MiniGPT(nn.Module):
         """Which of S keys each of the last T tokens sees, (B or 1, 1, T, S); None where a fast path says it."""
         if attention_mask is None and T in (1, S):
             return None
-        causal = torch.ones(T, S, dtype=torch.bool, device=self.cos.device).tril(S - T)
+        keys = torch.arange(S, device=self.cos.device)
+        queries = keys[S - T:, None]
         if attention_mask is None:
-            return causal
+            return keys <= queries
         seen = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
-        itself = torch.eye(S, dtype=torch.bool, device=causal.device)[S - T:]
-        return causal & seen.bool() | itself  # a padding token sees itself: a row without any key would be NaN
+        # padding sees itself: a row without any key would be NaN
+        return (keys < queries) & seen.bool() | (keys == queries)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (…, C) -> logits (…, V)."""
@@ -2097,23 +2102,19 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Probabilities (B, V) after temperature, top-k, top-p and min-p.
+def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, V) -> what temperature, top-k, top-p and min-p leave: probabilities and their token ids, (B, n) each.
 
-    top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082. What ties with the last token
-    that top-k or top-p keeps is kept, too.
+    top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082.
     """
-    logits = logits.float() / config.temperature
-    if 0 < config.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(config.top_k, dim=-1).values[:, -1:], -math.inf)
+    logits, n = logits.float() / config.temperature, logits.shape[-1]
+    if not config.top_k and config.top_p == 1 and not config.min_p:
+        return logits.softmax(dim=-1), torch.arange(n, device=logits.device).expand_as(logits)
+    logits, ids = logits.topk(min(config.top_k or n, n), dim=-1)  # the likeliest first
     probs = logits.softmax(dim=-1)
-    least = config.min_p * probs.amax(dim=-1, keepdim=True)
-    if config.top_p < 1:
-        falling = probs.sort(dim=-1, descending=True).values
-        before = falling.cumsum(dim=-1) - falling  # what the likelier tokens reach without this one
-        least = least.maximum(falling.where((before < config.top_p) | (before == 0), 1.0).amin(dim=-1, keepdim=True))
-    probs = probs * (probs >= least)
-    return probs / probs.sum(dim=-1, keepdim=True)
+    likelier = probs.cumsum(dim=-1) - probs  # what is reached without a token
+    probs = probs * ((likelier < config.top_p) & (probs >= config.min_p * probs[:, :1]))
+    return probs / probs.sum(dim=-1, keepdim=True), ids
 
 
 class _Session:
@@ -2122,7 +2123,8 @@ class _Session:
     def __init__(self, generator: TextGenerator, input_ids: torch.Tensor, config: GenerationConfig,
                  attention_mask: torch.Tensor | None) -> None:
         self.model, self.config, self.device = generator.model, config, generator.model.embed_tokens.weight.device
-        self.stop_ids, self.vocab_size = list(generator.stop_ids), generator.tokenizer.vocab_size
+        self.stop_ids = torch.tensor(generator.stop_ids, device=self.device, dtype=torch.long)
+        self.vocab_size = generator.tokenizer.vocab_size
         if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
             raise UserError(f"prompts must be integers (B, T), not {input_ids.dtype} {tuple(input_ids.shape)}")
         if attention_mask is not None and not attention_mask[:, -1].all():
@@ -2154,7 +2156,7 @@ class _Session:
             logits = penalise_repetition(logits, self.seen, self.config.repetition_penalty)
         logits[:, self.vocab_size:] = -math.inf  # ids that the tokenizer does not have
         if end - self.prompt_len < self.config.min_new_tokens:
-            logits[:, self.stop_ids] = -math.inf
+            logits.index_fill_(1, self.stop_ids, -math.inf)
         return logits
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -2274,18 +2276,18 @@ class TextGenerator:
             session = _Session(self, input_ids, config, attention_mask)
             device = session.device
             draw = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
-            stop_ids = torch.tensor(self.stop_ids, device=device)
             ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
             running, feed = torch.arange(len(input_ids), device=device), input_ids.to(device)
             for _ in range(session.new_tokens):
                 logits = session.feed(feed)
                 if config.do_sample:
-                    tokens = torch.multinomial(sampling_probs(logits, config), 1, generator=draw)[:, 0]
+                    probs, ids = sampling_probs(logits, config)
+                    tokens = ids.gather(1, torch.multinomial(probs, 1, generator=draw))[:, 0]
                 else:
                     tokens = logits.argmax(dim=-1)
                 written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
                 written[running] = tokens.masked_fill(ended[running], self.tokenizer.pad_id)
-                ended |= torch.isin(written, stop_ids)
+                ended |= (written[:, None] == session.stop_ids).any(dim=1)
                 yield written, ended
                 going_on = (~ended[running]).nonzero()[:, 0]
                 if not len(going_on):
@@ -2318,7 +2320,7 @@ class TextGenerator:
         k, rows, finished = config.num_beams, range(B), [_Finished(config) for _ in range(B)]
         with eval_mode(self.model):
             session = _Session(self, input_ids, config, attention_mask)
-            device, stop_ids = session.device, torch.tensor(self.stop_ids, device=session.device)
+            device, stop_ids = session.device, session.stop_ids
             logits = session.feed(input_ids.to(device)).repeat_interleave(k, dim=0)  # (B k, V)
             first_beam = torch.arange(B, device=device)[:, None] * k
             session.reorder(torch.arange(B, device=device).repeat_interleave(k))  # a prompt is computed once for all

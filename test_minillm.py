@@ -742,8 +742,8 @@ def test_sampling_filters_by_hand():
     logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
 
     def kept(**changes):
-        probs = m.sampling_probs(logits, settings(**changes))
-        return {i: round(p, 4) for i, p in enumerate(probs[0].tolist()) if p > 0}
+        probs, ids = m.sampling_probs(logits, settings(**changes))
+        return {i: round(p, 4) for i, p in zip(ids[0].tolist(), probs[0].tolist(), strict=True) if p > 0}
 
     assert kept() == {0: 0.4, 2: 0.3, 3: 0.2, 1: 0.1}
     assert kept(top_k=2) == {0: 0.5714, 2: 0.4286}
