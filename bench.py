@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -43,6 +45,7 @@ GROWTH = {  # of the tiny shape: (what it is called, what changes, rows, tokens 
     "experts, one a token, 4 x 256": [
         (f"{n} experts", {"num_experts": n, "num_experts_per_tok": 1, "moe_intermediate_size": 384}, 4, 256)
         for n in (1, 2, 4, 8, 16)]}
+CLONES = {"nanogpt": "model.py", "minimind": "model/model_minimind.py"}  # the file of a clone that has the model
 DATA_SHEETS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
                "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}  # dense TFLOP/s in bfloat16, or float16
 
@@ -107,6 +110,8 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     parser.add_argument("--baseline", metavar="FILE", help="compare with the figures of an earlier --json")
     parser.add_argument("--peers", action="store_true", help="instead: side by side with other installed libraries")
+    parser.add_argument("--peer-path", nargs="+", default=[], metavar="NAME=DIR",
+                        help=f"--peers: clones to race, too, of {', '.join(CLONES)}")
     parser.add_argument("--profile", nargs="?", const="profile", metavar="DIR",
                         help="instead: write traces of training and decoding, and print their operators [profile]")
     parser.add_argument("--plan", action="store_true", help="instead: predict memory and time of a training")
@@ -161,6 +166,12 @@ def check_flags(args) -> None:
         raise m.UserError("--plan, --profile and --peers exclude each other: give one")
     if (args.check or args.gpu_memory) and not args.plan:
         raise m.UserError("--check and --gpu-memory belong to --plan: give that, too")
+    if args.peer_path and not args.peers:
+        raise m.UserError("--peer-path belongs to --peers: give that, too")
+    for name, folder in (pair.partition("=")[::2] for pair in args.peer_path):
+        if name not in CLONES or not Path(folder, CLONES[name]).is_file():
+            raise m.UserError(f"--peer-path {name}={folder} is not possible: it must be nanogpt=DIR or minimind=DIR, "
+                              f"where DIR holds {' or '.join(CLONES.values())}")
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
     elif args.json and not Path(args.json).parent.is_dir():
@@ -186,7 +197,7 @@ def measure(args, cache: Path) -> dict[str, Table]:
     if args.profile:
         return profile(setup, args.config, Path(args.profile))
     if args.peers:
-        return peers(setup, parts)
+        return peers(setup, parts, dict(pair.partition("=")[::2] for pair in args.peer_path))
     tables: dict[str, Table] = {"machine": {"": machine(setup)}, "presets": {name: {} for name in args.config}}
     for name, rows in tables["presets"].items():
         for part, found in (("train", measure_train), ("decode", measure_decode), ("moe", measure_moe)):
@@ -282,10 +293,10 @@ def new_trainer(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig, mod
     return TimedTrainer(m.MiniGPT(config), m.BPETokenizer(), setup.device, config=train)
 
 
-def new_generator(setup: Setup, config: m.MiniGPTConfig) -> m.TextGenerator:
+def new_generator(setup: Setup, config: m.MiniGPTConfig, mode: str = "eager") -> m.TextGenerator:
     torch.manual_seed(0)
     dtype = setup.dtype if setup.device.type == "cuda" else torch.float32
-    return m.TextGenerator(m.MiniGPT(config).to(setup.device, dtype).eval(), m.BPETokenizer())
+    return m.TextGenerator(m.MiniGPT(config).to(setup.device, dtype).eval(), m.BPETokenizer(), mode == "compiled")
 
 
 def timed_trainers(setup: Setup, train: m.TrainConfig, rows: int, *configs: m.MiniGPTConfig) -> list[TimedTrainer]:
@@ -413,19 +424,28 @@ def measure_decode(setup: Setup, name: str) -> Rows:
 
 
 def race_decoding(setup: Setup, config: m.MiniGPTConfig, peers: dict[str, torch.nn.Module]) -> Table:
+    """Rates of prefill, sampling and beam search; what peers do of it, they do eagerly."""
     own, new, sampled = new_generator(setup, config), new_tokens(setup), {"do_sample": True, "top_k": 50}
     length, table = min(512, config.max_position_embeddings - 1), {name: {} for name in ("MiniLLM", *peers)}
-    for row, batch, prompt, n, decode, options in (
-            ("prefill, tok/s", 1, length, 1, own.greedy_search, {"do_sample": False}),
-            ("decode, batch 1, tok/s", 1, PROMPT, new, own.sample_generate, sampled),
-            ("decode, batch 8, tok/s", 8, PROMPT, new, own.sample_generate, sampled),
-            ("decode, 4 beams, tok/s", 1, PROMPT, new, own.beam_search, {"do_sample": False, "num_beams": 4})):
+    cases = [("prefill, tok/s", 1, length, 1, own.greedy_search, {"do_sample": False}),
+             ("decode, batch 1, tok/s", 1, PROMPT, new, own.sample_generate, sampled),
+             ("decode, batch 8, tok/s", 8, PROMPT, new, own.sample_generate, sampled),
+             ("decode, 4 beams, tok/s", 1, PROMPT, new, own.beam_search, {"do_sample": False, "num_beams": 4})]
+    if "compiled" in setup.modes and not config.num_experts:
+        compiled = new_generator(setup, config, "compiled").sample_generate
+        cases += [(f"decode compiled, batch {n}, tok/s", n, PROMPT, new, compiled, sampled) for n in (1, 8)]
+    for row, batch, prompt, n, decode, options in cases:
         setup.line.show(row)
         ids, beams = random_ids(setup, batch, prompt, config), options.get("num_beams", 1)
         work = {"MiniLLM": lambda d=decode, i=ids, k=n, b=beams: d(i, settings(k, num_beams=b))}
         for name, model in peers.items():
-            work[name] = lambda f=model.generate, i=ids, k=n, o=options: f(
-                i, max_new_tokens=k, min_new_tokens=k, **o)
+            if name == "transformers":
+                work[name] = lambda f=model.generate, i=ids, k=n, o=options: f(
+                    i, max_new_tokens=k, min_new_tokens=k, **o)
+            elif options == sampled:
+                given = {"max_new_tokens": n, "top_k": 50} | ({} if name == "nanogpt" else {
+                    "temperature": 1.0, "top_p": 1.0, "eos_token_id": None})
+                work[name] = lambda f=model.generate, i=ids, g=given: f(i, **g)
         with torch.no_grad():
             enter(table, row, batch * (prompt if n == 1 else n), race(setup, work))
     return table
@@ -526,7 +546,32 @@ def growth(setup: Setup) -> dict[str, Table]:
                      Figure(work / first[1]))
             for column, cell in zip(table, cells, strict=True):
                 table[column][row] = cell
+    tables["growth: corpus"] = corpus_growth(setup)
     return tables if setup.quick else tables | {"memory: vocabulary 50,000, 8,192 tokens a step": logits_memory(setup)}
+
+
+def corpus_growth(setup: Setup) -> Table:
+    """From a text file to the first batch, when it is new and when it is known, and what an epoch's batches take."""
+    text, table = "\n".join(example_texts()), {"first start, s": {}, "MB/s": {}, "second start, s": {}, "batches/s": {}}
+    for size in (1, 10) if setup.quick else (1, 10, 100, 300):
+        setup.line.show(f"growth: a corpus of {size} MB")
+        path, row, began = setup.cache / f"{size}.txt", f"{size} MB", time.perf_counter()
+        with open(path, "w", encoding="utf-8") as file:
+            written = 0
+            while written < 1e6 * size:
+                written += file.write(text) and len(text.encode())
+        began = time.perf_counter()
+        for column in ("first start, s", "second start, s"):
+            tokenizer = m.TokenizerManager(setup.cache).get_or_train_tokenizer(path, 2048)
+            loader = m.PretrainDataLoader(path, tokenizer, 8, 256, cache_dir=setup.cache)
+            next(iter(loader))
+            table[column][row] = Figure(time.perf_counter() - began)
+            began = time.perf_counter()
+        table["MB/s"][row] = Figure(written / 1e6 / table["first start, s"][row].value)
+        count = sum(1 for _ in itertools.islice(iter(loader), 2000))
+        table["batches/s"][row] = Figure(count / (time.perf_counter() - began))
+        path.unlink()
+    return table
 
 
 def logits_memory(setup: Setup) -> Table:
@@ -596,6 +641,28 @@ def qwen3(config: m.MiniGPTConfig) -> torch.nn.Module:
                                         pad_token_id=0))
 
 
+def clone_model(name: str, folder: str, c: m.MiniGPTConfig) -> torch.nn.Module:
+    """The model of a peer's clone, as wide and deep; nanoGPT has its own kind of MLP and of positions."""
+    spec = importlib.util.spec_from_file_location(f"clone_{name}", Path(folder, CLONES[name]))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if name == "nanogpt":
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its size
+            return module.GPT(module.GPTConfig(
+                block_size=c.max_position_embeddings, vocab_size=c.vocab_size, n_layer=c.num_hidden_layers,
+                n_head=c.num_attention_heads, n_embd=c.hidden_size, dropout=0.0, bias=False))
+    return module.MiniMindForCausalLM(module.MiniMindConfig(
+        hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers, vocab_size=c.vocab_size,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
+        intermediate_size=c.intermediate_size, max_position_embeddings=c.max_position_embeddings))
+
+
+def peer_models(clones: dict[str, str], config: m.MiniGPTConfig) -> dict[str, torch.nn.Module]:
+    """Of the same shape: transformers' Qwen3, if it is installed, and the clones."""
+    there = {"transformers": qwen3(config)} if installed("transformers") else {}
+    return there | {name: clone_model(name, folder, config) for name, folder in clones.items()}
+
+
 def plain_step(setup: Setup, model: torch.nn.Module, ids: torch.Tensor, mode: str = "eager") -> Callable[[], None]:
     """A training step as a script of a peer's user has it: whole logits, AdamW, clipping."""
     model = model.to(setup.device).train()
@@ -605,8 +672,11 @@ def plain_step(setup: Setup, model: torch.nn.Module, ids: torch.Tensor, mode: st
 
     def step() -> None:
         with torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32):
-            logits = forward(inputs)
-            loss = F.cross_entropy(getattr(logits, "logits", logits).flatten(0, 1), labels.flatten())
+            if hasattr(model, "crop_block_size"):  # nanoGPT gives its loss, and whole logits only together with it
+                loss = forward(inputs, labels)[1]
+            else:
+                out = forward(inputs)
+                loss = F.cross_entropy(getattr(out, "logits", out).flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -615,17 +685,17 @@ def plain_step(setup: Setup, model: torch.nn.Module, ids: torch.Tensor, mode: st
     return step
 
 
-def peers(setup: Setup, parts: list[str]) -> dict[str, Table]:
+def peers(setup: Setup, parts: list[str], clones: dict[str, str]) -> dict[str, Table]:
     """Side by side, in turns. A column "x PEER" says how many times as fast MiniLLM is."""
-    models: Table = {"MiniLLM": {}, "transformers": {}}
+    models: Table = {"MiniLLM": {}, "transformers": {}, **{name: {} for name in clones}}
     if "train" in parts:
         for mode in setup.modes:
             setup.line.show(f"peers: training, {mode}")
-            peer_training(setup, models, mode)
+            peer_training(setup, models, mode, clones)
     if "decode" in parts:
         config = m.MiniGPTConfig(**PEER_SHAPE, num_key_value_heads=2, max_position_embeddings=1024)
         dtype = setup.dtype if setup.device.type == "cuda" else torch.float32
-        there = {"transformers": qwen3(config).to(setup.device, dtype).eval()} if installed("transformers") else {}
+        there = {name: model.to(setup.device, dtype).eval() for name, model in peer_models(clones, config).items()}
         for column, rows in race_decoding(setup, config, there).items():
             models.setdefault(column, {}).update(rows)
     tables = {"peers: 6 layers x 256, 8 heads, ffn 768, vocabulary 4096": models} if models["MiniLLM"] else {}
@@ -648,19 +718,22 @@ def enter(table: Table, row: str, count: float, seconds: dict[str, list[float]])
             table.setdefault(f"x {name}", {})[row] = figure(ratios)
 
 
-def peer_training(setup: Setup, table: Table, mode: str) -> None:
+def peer_training(setup: Setup, table: Table, mode: str, clones: dict[str, str]) -> None:
     B, T = (4 if setup.quick else 16), 256
     config = m.MiniGPTConfig(**PEER_SHAPE, max_position_embeddings=T)
     batch = random_batch(setup, B, T, config)
     trainer = new_trainer(setup, config, m.TrainConfig(optimizer="adamw"), mode)
     work: dict[str, Callable[[], object]] = {"MiniLLM": lambda: trainer.step([batch])}
-    if installed("transformers"):
-        work["transformers"] = plain_step(setup, qwen3(config), batch["input_ids"], mode)
+    flops = {"MiniLLM": trainer.model.flops_per_token(T)}
+    attention = flops["MiniLLM"] - 6 * trainer.model.num_params()
+    for name, model in peer_models(clones, config).items():
+        work[name] = plain_step(setup, model, batch["input_ids"], mode)
+        looked_up = T * config.hidden_size if name == "nanogpt" else 0  # its table of positions is no product
+        flops[name] = 6 * (sum(p.numel() for p in model.parameters()) - looked_up) + attention
     peak, seconds = m.matmul_peak(setup.device, setup.dtype), race(setup, work, warm_up=2)
     enter(table, f"training {mode}, tok/s", B * T, seconds)
-    for name, values in seconds.items():  # the same shape, and so the same arithmetic
-        table[name][f"  MFU {mode}, % of peak"] = per_second(100 * trainer.model.flops_per_token(T) * B * T / peak,
-                                                             values)
+    for name, values in seconds.items():
+        table[name][f"  MFU {mode}, % of peak"] = per_second(100 * flops[name] * B * T / peak, values)
 
 
 # -- profile -----------------------------------------------------------------------------------------------------------

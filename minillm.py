@@ -1677,8 +1677,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
+        scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -1693,15 +1692,19 @@ class _RMSNormFunction(torch.autograd.Function):
         return grad.addcmul_(unit, along, value=-1).mul_(scale), d_weight, None
 
 
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 or better (arXiv:1910.07467).
 
     `weight` may have further leading axes, one row a head: (D,) or (H, D) for x (…, H, D).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)  # the mean of squares needs more than half precision
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the mean of squares needs more than half precision
     if torch.is_grad_enabled():
-        return _RMSNormFunction.apply(x.to(wide), weight.to(wide), eps).to(x.dtype)
-    return (F.rms_norm(x.to(wide), x.shape[-1:], None, eps) * weight).to(x.dtype)
+        return _RMSNormFunction.apply(wide, weight.to(wide), eps).to(x.dtype)
+    return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -1745,24 +1748,33 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once: two tensors (layers, B, K, S, D), filled up to `length`."""
+    """Keys and values, allocated once: for each layer two tensors (B, K, S, D), of which `length` slots are filled.
+
+    With `position`, an int64 tensor (1,), one token goes into that slot and all S come back, for a mask to choose from:
+    every shape is fixed then, as compiled code wants it.
+    """
 
     def __init__(self, model: MiniGPT, batch_size: int, max_length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        self.length = 0
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.k, self.v = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
+        self.length, self.position = 0, None
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append k and v (B, K, T, D) to a layer; all that it holds now comes back, (B, K, length + T, D)."""
         all_k, all_v, T = self.k[layer], self.v[layer], k.shape[2]
+        if self.position is not None:
+            return all_k.index_copy_(2, self.position, k), all_v.index_copy_(2, self.position, v)
         all_k.narrow(2, self.length, T).copy_(k)
         all_v.narrow(2, self.length, T).copy_(v)
         return all_k.narrow(2, 0, self.length + T), all_v.narrow(2, 0, self.length + T)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; there may be more rows than before."""
-        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+        """Row i becomes what row `rows[i]` was; there may be more rows than before, or fewer."""
+        for layers in (self.k, self.v):
+            for i, old in enumerate(layers):
+                layers[i] = old if len(old) == len(rows) else old.new_zeros(len(rows), *old.shape[1:])
+                layers[i][:, :, :self.length] = old[:, :, :self.length].index_select(0, rows)
 
 
 class Attention(nn.Module):
@@ -1868,7 +1880,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGLU(config.hidden_size,
                                                                              config.intermediate_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None = None,
                 real: torch.Tensor | None = None, cache: KVCache | None = None, layer: int = 0
@@ -1940,8 +1952,15 @@ class MiniGPT(nn.Module):
                 raise UserError(f"{start + T} tokens exceed the context of max_position_embeddings="
                                 f"{self.config.max_position_embeddings}")
             position_ids = torch.arange(start, start + T, device=input_ids.device)[None]
-        cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D)
         mask = self._mask(T, start + T, attention_mask)
+        out = self._blocks(input_ids, position_ids, mask, token_mask, cache)
+        if cache is not None:
+            cache.length += T
+        return out
+
+    def _blocks(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None,
+                token_mask: torch.Tensor | None, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor | float]:
+        cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D)
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for i, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
@@ -1949,9 +1968,14 @@ class MiniGPT(nn.Module):
             else:
                 x, balance = block(x, cos, sin, mask, token_mask, cache, i)
             balances.append(balance)
-        if cache is not None:
-            cache.length += T
         return self.norm(x), sum(balances) / len(balances)
+
+    def decode_step(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) after one more token (B, 1) at `cache.position`, which sees the slots in `mask` (B, 1, 1, S).
+
+        All shapes are fixed: what torch.compile turns into one graph, and CUDA into a replayed one.
+        """
+        return self.logits(self._blocks(input_ids, cache.position[None], mask, None, cache)[0][:, -1])
 
     def _mask(self, T: int, S: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Which of S keys each of the last T tokens sees, (B or 1, 1, T, S); None where a fast path says it."""
@@ -2107,14 +2131,30 @@ def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> tuple[torc
 
     top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082.
     """
-    logits, n = logits.float() / config.temperature, logits.shape[-1]
+    all_probs, V = (logits.float() / config.temperature).softmax(dim=-1), logits.shape[-1]
     if not config.top_k and config.top_p == 1 and not config.min_p:
-        return logits.softmax(dim=-1), torch.arange(n, device=logits.device).expand_as(logits)
-    logits, ids = logits.topk(min(config.top_k or n, n), dim=-1)  # the likeliest first
-    probs = logits.softmax(dim=-1)
-    likelier = probs.cumsum(dim=-1) - probs  # what is reached without a token
-    probs = probs * ((likelier < config.top_p) & (probs >= config.min_p * probs[:, :1]))
+        return all_probs, torch.arange(V, device=logits.device).expand_as(logits)
+    for n in (config.top_k or 256, V):  # without top-k, 256 mostly hold all that is kept; sorting V takes much longer
+        probs, ids = all_probs.topk(min(n, V), dim=-1)  # the likeliest first
+        if config.top_k:
+            probs = probs / probs.sum(dim=-1, keepdim=True)
+        likelier = probs.cumsum(dim=-1) - probs  # what is reached without a token
+        keep = (likelier < config.top_p) & (probs >= config.min_p * probs[:, :1])
+        if config.top_k or not keep[:, -1].any():
+            break
+    probs = probs * keep
     return probs / probs.sum(dim=-1, keepdim=True), ids
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """An index for each row of probabilities (B, n), (B, 1).
+
+    The first at which the distribution function exceeds a random number: torch.multinomial takes n numbers a row.
+    """
+    reached = probs.cumsum(dim=-1)
+    reached = reached / reached[:, -1:]  # ends at 1 exactly, which a number below 1 can not miss
+    number = torch.rand(len(probs), 1, device=probs.device, generator=generator)
+    return torch.searchsorted(reached, number, right=True)
 
 
 class _Session:
@@ -2138,7 +2178,13 @@ class _Session:
         self.prompt_len, self.new_tokens = T, min(config.new_tokens(T), limit - T)
         if self.new_tokens < 1:
             raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
-        self.cache = KVCache(self.model, B, T + self.new_tokens)
+        size = T + self.new_tokens
+        if generator.compiled:  # code is compiled for a shape: sizes in steps of 256 let calls share it
+            size = min(limit, -(-size // 256) * 256)
+            self.slots = torch.zeros(B, 1, 1, size, dtype=torch.bool, device=self.device)  # that hold a token to see
+            self.slots[..., :T] = True if attention_mask is None else attention_mask[:, None, None].bool()
+        self.compiled, self.compiling = generator.compiled, True
+        self.cache = KVCache(self.model, B, size)
         self.mask = self.seen = None
         if attention_mask is not None and not attention_mask.all():  # RoPE is relative: positions may stay as they are
             self.mask = F.pad(attention_mask.to(self.device).bool(), (0, self.new_tokens), value=True)  # (B, T + new)
@@ -2149,8 +2195,11 @@ class _Session:
         """Append ids (B, t) to every row -> logits (B, V), in float32, of what comes next."""
         start, end = self.cache.length, self.cache.length + ids.shape[1]
         mask = None if self.mask is None else self.mask[:, :end]
-        hidden, _ = self.model.hidden_states(ids, attention_mask=mask, cache=self.cache)
-        logits = self.model.logits(hidden[:, -1]).float()
+        if self.compiled and start:
+            logits = self._compiled_step(ids).float()
+        else:
+            hidden, _ = self.model.hidden_states(ids, attention_mask=mask, cache=self.cache)
+            logits = self.model.logits(hidden[:, -1]).float()
         if self.seen is not None:  # padding is on the left: the last token of a row is a real one
             self.seen.scatter_(1, ids if mask is None else ids.where(mask[:, start:], ids[:, -1:]), True)
             logits = penalise_repetition(logits, self.seen, self.config.repetition_penalty)
@@ -2159,10 +2208,23 @@ class _Session:
             logits.index_fill_(1, self.stop_ids, -math.inf)
         return logits
 
+    def _compiled_step(self, ids: torch.Tensor) -> torch.Tensor:
+        self.cache.position = torch.tensor([self.cache.length], device=self.device)
+        self.slots[..., self.cache.length] = True
+        # freezing lays out the weights for the processor; it asks for the setting while it compiles, if it does
+        settings = torch._inductor.config.patch(freezing=self.device.type == "cpu") if self.compiling \
+            else contextlib.nullcontext()
+        with settings:
+            logits = self.compiled(ids, self.slots, self.cache)
+        self.cache.length, self.compiling = self.cache.length + 1, False
+        return logits
+
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; there may be more rows than before."""
+        """Row i becomes what row `rows[i]` was; there may be more rows than before, or fewer."""
         self.cache.reorder(rows)
         self.mask, self.seen = (None if x is None else x[rows] for x in (self.mask, self.seen))
+        if self.compiled:
+            self.slots = self.slots[rows]
 
 
 class _Finished:
@@ -2198,11 +2260,18 @@ class TextGenerator:
 
     A row ends at EOS or <|im_end|>; after that it is padding. Rows of unequal length are padded on the left and come
     with an `attention_mask` (B, T), 1 where a token is real. A continuation also ends where the model's context does.
+
+    With `compile`, steps go through torch.compile: seconds for the first of each batch size, then up to several times
+    faster. It may keep the weights as they are then: not for a model that goes on training.
     """
 
-    def __init__(self, model: MiniGPT, tokenizer: BPETokenizer) -> None:
+    def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, compile: bool = False) -> None:
         check_vocabulary(model, tokenizer)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.compiled = model, tokenizer, None
+        if compile:
+            on_cpu = model.embed_tokens.weight.device.type == "cpu"
+            options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}  # CUDA graphs
+            self.compiled = torch.compile(model.decode_step, dynamic=False, **options)
         self.stop_ids: tuple[int, ...] = (tokenizer.eos_id, tokenizer.im_end_id)
 
     def greedy_search(self, input_ids: torch.Tensor, config: GenerationConfig | None = None,
@@ -2275,14 +2344,14 @@ class TextGenerator:
         with eval_mode(self.model):
             session = _Session(self, input_ids, config, attention_mask)
             device = session.device
-            draw = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
+            random = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
             ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
             running, feed = torch.arange(len(input_ids), device=device), input_ids.to(device)
             for _ in range(session.new_tokens):
                 logits = session.feed(feed)
                 if config.do_sample:
                     probs, ids = sampling_probs(logits, config)
-                    tokens = ids.gather(1, torch.multinomial(probs, 1, generator=draw))[:, 0]
+                    tokens = ids.gather(1, draw(probs, random))[:, 0]
                 else:
                     tokens = logits.argmax(dim=-1)
                 written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
@@ -2292,7 +2361,7 @@ class TextGenerator:
                 going_on = (~ended[running]).nonzero()[:, 0]
                 if not len(going_on):
                     return
-                if 2 * len(going_on) <= len(running):  # leave the rows that have ended
+                if 2 * len(going_on) <= len(running) and not self.compiled:  # leave the rows that have ended
                     session.reorder(going_on)
                     running, tokens = running[going_on], tokens[going_on]
                 feed = tokens[:, None]
@@ -3595,12 +3664,13 @@ class RLTrainer(Trainer):
         labels = ids[:, 1:].where(batch["mask"], -100)
         return token_logprobs(hidden, model.output_weight[:self.tokenizer.vocab_size], labels, self.rl.temperature)
 
-    def write(self, prompts: dict, seed: int | None) -> list[torch.Tensor]:
-        """The policy's answers: of each row, prompt and answer up to its first end-of-turn, without padding."""
+    def write(self, prompts: dict, seed: int | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Of each row, prompt and the policy's answer up to its first end-of-turn, without padding; whether it has one.
+        """
         settings = GenerationConfig(max_new_tokens=self.config.answer_tokens, temperature=self.rl.temperature,
                                     top_p=1.0)
         generator, asked = TextGenerator(self.model, self.tokenizer), prompts["attention_mask"].sum(dim=1)
-        whole: dict[int, torch.Tensor] = {}
+        whole, ended = {}, torch.zeros(len(asked), dtype=torch.bool, device=self.device)
         for k, rows in enumerate(pieces(asked)):
             n = int(asked[rows].max())
             if seed is not None:
@@ -3609,10 +3679,11 @@ class RLTrainer(Trainer):
                 written = generator.sample_generate(prompts["input_ids"][rows, -n:], settings,
                                                     prompts["attention_mask"][rows, -n:])
             stops = torch.isin(written[:, n:], torch.tensor(generator.stop_ids, device=self.device))
-            lengths = torch.where(stops.any(dim=1), stops.int().argmax(dim=1) + 1, stops.shape[1]).tolist()
+            ended[rows] = stops.any(dim=1)
+            lengths = torch.where(ended[rows], stops.int().argmax(dim=1) + 1, stops.shape[1]).tolist()
             for i, row, begin, length in zip(rows.tolist(), written, (n - asked[rows]).tolist(), lengths, strict=True):
                 whole[i] = row[begin:n + length]
-        return [whole[i] for i in range(len(asked))]
+        return [whole[i] for i in range(len(asked))], ended
 
     @torch.no_grad()
     def rollout(self, prompts: dict, seed: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -3623,10 +3694,8 @@ class RLTrainer(Trainer):
         first end-of-turn, whatever ids come before; one without any loses `missing_end_penalty`.
         """
         began = time.monotonic()
-        whole = self.write(prompts, seed)
+        whole, ended = self.write(prompts, seed)
         took = time.monotonic() - began
-        stop_ids = torch.tensor(TextGenerator(self.model, self.tokenizer).stop_ids, device=self.device)
-        ended = torch.isin(torch.stack([row[-1] for row in whole]), stop_ids)
         begins, ends = prompts["attention_mask"].sum(dim=1).to(self.device), torch.tensor(list(map(len, whole)))
         replies = [self.tokenizer.decode(row[n:]) for row, n in zip(whole, begins.tolist(), strict=True)]
         lengths = (ends := ends.to(self.device)) - begins

@@ -20,6 +20,7 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
     parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    parser.add_argument("--compile", action="store_true", help="compile decoding: slow to start, then faster")
     m.add_flags(parser, m.GenerationConfig(max_new_tokens=200), "generation", skip=("do_sample",))
     return parser
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device))
         if isinstance(model, m.RewardModel):
             raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
-        generator = m.TextGenerator(model, tokenizer)
+        generator = m.TextGenerator(model, tokenizer, args.compile)
         print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)")
         if args.chat:
             chat(generator, config, args.system)

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -738,6 +739,22 @@ def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
     assert not written[[0, 2, 4, 5], 3:].any()
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")
+def test_compiled_decoding_writes_the_same(tokenizer):
+    model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
+    eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
+    batch = m.pad_left([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
+    for config in (
+        settings(do_sample=False, min_new_tokens=12),
+        settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1),  # more slots: another graph
+        settings(do_sample=False),
+    ):
+        rows = [g._complete(batch["input_ids"], config, batch["attention_mask"]) for g in (eager, compiled)]
+        assert torch.equal(*rows)
+    beams = settings(num_beams=2, min_new_tokens=4)
+    assert torch.equal(*(g.beam_search(batch["input_ids"][1:], beams) for g in (eager, compiled)))
+
+
 def test_sampling_filters_by_hand():
     logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
 
@@ -756,6 +773,29 @@ def test_sampling_filters_by_hand():
     torch.testing.assert_close(
         m.penalise_repetition(torch.tensor([[2.0, 2.0, -2.0, -2.0]]), seen, 2.0), torch.tensor([[1.0, 2.0, -4.0, -2.0]])
     )
+
+
+@pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"min_p": 0.01}, {"top_p": 0.7, "min_p": 0.2}])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])  # from nearly uniform, where thousands are kept, to a few
+def test_sampling_filters_by_definition_on_a_large_vocabulary(changes, sharpness):
+    logits = sharpness * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))
+    config = settings(**changes)
+    probs, ids = m.sampling_probs(logits, config)
+    got = torch.zeros(3, 3000).scatter_(1, ids, probs)
+    for row, found in zip(logits.softmax(-1), got, strict=True):
+        falling = row.sort(descending=True).values
+        count = int((falling.cumsum(0) - falling < config.top_p).sum())
+        expected = row * (row >= max(falling[count - 1], config.min_p * falling[0]))
+        torch.testing.assert_close(found, expected / expected.sum())
+
+
+def test_draw_takes_each_index_as_often_as_its_probability_says():
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0]).expand(20_000, -1)
+    drawn = m.draw(probs, torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 1)
+    share = drawn.flatten().bincount(minlength=6) / 20_000
+    torch.testing.assert_close(share, probs[0], atol=0.015, rtol=0)
+    assert not share[[0, 2, 5]].any()
 
 
 def test_sampling_draws_from_the_distribution(generator):
@@ -1826,7 +1866,7 @@ def test_the_rewards_scores_reach_the_experience(tokenizer, monkeypatch, kind):
 def test_a_seeded_rollout_draws_anew_in_each_piece(tokenizer, monkeypatch):
     in_small_pieces(monkeypatch)
     trainer = rl_trainer(m.PPOTrainer, tokenizer)
-    rows = [trainer.write(prompt_batch(tokenizer, ["ab"] * 6), 5) for _ in range(2)]
+    rows = [trainer.write(prompt_batch(tokenizer, ["ab"] * 6), 5)[0] for _ in range(2)]
     assert all(map(torch.equal, *rows)) and len({tuple(row.tolist()) for row in rows[0]}) > 2
 
 
