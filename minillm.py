@@ -2131,19 +2131,22 @@ def sampling_probs(logits: torch.Tensor, config: GenerationConfig) -> tuple[torc
 
     top-p (arXiv:1904.09751) keeps the token that crosses p; min-p is arXiv:2407.01082.
     """
-    all_probs, V = (logits.float() / config.temperature).softmax(dim=-1), logits.shape[-1]
-    if not config.top_k and config.top_p == 1 and not config.min_p:
-        return all_probs, torch.arange(V, device=logits.device).expand_as(logits)
-    for n in (config.top_k or 256, V):  # without top-k, 256 mostly hold all that is kept; sorting V takes much longer
-        probs, ids = all_probs.topk(min(n, V), dim=-1)  # the likeliest first
-        if config.top_k:
-            probs = probs / probs.sum(dim=-1, keepdim=True)
+    V, logits = logits.shape[-1], logits.float() / config.temperature
+    if config.top_k:
+        logits, all_ids = logits.topk(min(config.top_k, V), dim=-1)
+    else:
+        all_ids = torch.arange(V, device=logits.device).expand_as(logits)
+    all_probs = logits.softmax(dim=-1)
+    if config.top_p == 1 and not config.min_p:
+        return all_probs, all_ids
+    for n in (256, V):  # the likeliest 256 hold all that is kept, mostly; sorting everything takes much longer
+        probs, order = all_probs.topk(min(n, all_probs.shape[-1]), dim=-1)  # falling
         likelier = probs.cumsum(dim=-1) - probs  # what is reached without a token
         keep = (likelier < config.top_p) & (probs >= config.min_p * probs[:, :1])
-        if config.top_k or not keep[:, -1].any():
+        if not keep[:, -1].any():
             break
     probs = probs * keep
-    return probs / probs.sum(dim=-1, keepdim=True), ids
+    return probs / probs.sum(dim=-1, keepdim=True), all_ids.gather(1, order)
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -2203,7 +2206,8 @@ class _Session:
         if self.seen is not None:  # padding is on the left: the last token of a row is a real one
             self.seen.scatter_(1, ids if mask is None else ids.where(mask[:, start:], ids[:, -1:]), True)
             logits = penalise_repetition(logits, self.seen, self.config.repetition_penalty)
-        logits[:, self.vocab_size:] = -math.inf  # ids that the tokenizer does not have
+        if self.vocab_size < logits.shape[-1]:
+            logits[:, self.vocab_size:] = -math.inf  # ids that the tokenizer does not have
         if end - self.prompt_len < self.config.min_new_tokens:
             logits.index_fill_(1, self.stop_ids, -math.inf)
         return logits
@@ -2354,14 +2358,18 @@ class TextGenerator:
                     tokens = ids.gather(1, draw(probs, random))[:, 0]
                 else:
                     tokens = logits.argmax(dim=-1)
-                written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
-                written[running] = tokens.masked_fill(ended[running], self.tokenizer.pad_id)
+                written = tokens
+                if len(running) < len(ended):
+                    written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long).index_copy_(
+                        0, running, tokens)
+                written = written.masked_fill(ended, self.tokenizer.pad_id)
                 ended |= (written[:, None] == session.stop_ids).any(dim=1)
                 yield written, ended
-                going_on = (~ended[running]).nonzero()[:, 0]
-                if not len(going_on):
+                left = len(ended) - int(ended.sum())
+                if not left:
                     return
-                if 2 * len(going_on) <= len(running) and not self.compiled:  # leave the rows that have ended
+                if 2 * left <= len(running) and not self.compiled:  # leave the rows that have ended
+                    going_on = (~ended[running]).nonzero()[:, 0]
                     session.reorder(going_on)
                     running, tokens = running[going_on], tokens[going_on]
                 feed = tokens[:, None]
