@@ -1685,6 +1685,11 @@ class _RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        if weight.dim() == 1 and x.device.type == "cpu":
+            # layer norm's own kernel, told that the mean is 0; it still takes off what a mean would add to the gradient
+            d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+                grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False])
+            return d_x.add_((grad @ weight).unsqueeze(-1).mul(scale).div_(len(weight))), d_weight, None
         unit = x * scale
         d_weight = (grad * unit).flatten(0, -1 - weight.dim()).sum(0)
         grad = grad * weight
