@@ -2271,13 +2271,15 @@ class TextGenerator:
     with an `attention_mask` (B, T), 1 where a token is real. A continuation also ends where the model's context does.
 
     With `compile`, steps go through torch.compile: seconds for the first of each batch size, then up to several times
-    faster. It may keep the weights as they are then: not for a model that goes on training.
+    faster. It may keep the weights as they are then: not for a model that goes on training, nor for one of experts.
     """
 
     def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, compile: bool = False) -> None:
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer, self.compiled = model, tokenizer, None
         if compile:
+            if model.config.num_experts:
+                raise UserError("a mixture of experts can not be compiled for decoding: its shapes depend on the data")
             on_cpu = model.embed_tokens.weight.device.type == "cpu"
             options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}  # CUDA graphs
             self.compiled = torch.compile(model.decode_step, dynamic=False, **options)
@@ -2974,8 +2976,8 @@ class Trainer:
                 add_lora(module, config.lora_rank, config.lora_alpha)
             module.gradient_checkpointing = config.gradient_checkpointing
             if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and long:
-                for block in module.layers:
-                    block.compile()
+                for block in module.layers:  # the shapes inside a mixture of experts depend on the data
+                    (block.self_attn if module.config.num_experts else block).compile()
         rates = (1.0, self.rl.critic_rate)  # of the model's and the critic's optimizers, as multiples of the run's
         built = [(optimizer, rate) for module, rate in zip(self.modules, rates, strict=False)
                  for optimizer in build_optimizers(module, config)]

@@ -739,7 +739,27 @@ def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
     assert not written[[0, 2, 4, 5], 3:].any()
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [shape(num_hidden_layers=1), moe_shape(num_hidden_layers=1)])
+def test_compiled_training_learns_the_same(config, tokenizer):
+    losses = []
+    for mode in ("off", "on"):
+        trainer = m.PreTrainer(random_model(config), tokenizer, config=m.TrainConfig(compile=mode, max_steps=5))
+        batches = [random_ids(2, 12, seed=k) for k in range(3)]
+        losses.append([trainer.step([{"input_ids": ids, "labels": ids}])["loss"] for ids in batches])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_mixture_of_experts_is_not_compiled_for_decoding(tokenizer):
+    with pytest.raises(m.UserError, match="can not be compiled"):
+        m.TextGenerator(random_model(moe_shape()), tokenizer, compile=True)
+
+
+@needs_compiler
 def test_compiled_decoding_writes_the_same(tokenizer):
     model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
     eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
