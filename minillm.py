@@ -3803,6 +3803,9 @@ class PPOTrainer(RLTrainer):
                  reward: RewardModel | Callable[[list[dict], str, str], float], **options) -> None:
         self.critic = RewardModel(reward if isinstance(reward, RewardModel) else model)
         super().__init__(model, tokenizer, device, reward=reward, critic=self.critic, **options)
+        if 0 < self.config.max_steps <= self.rl.critic_warmup:
+            self.line.say(f"critic_warmup={self.rl.critic_warmup}: all of max_steps={self.config.max_steps} will train "
+                          "the critic alone, and the policy stays as it is")
 
     def values(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The critic's estimate before each token is written, (N, T - 1)."""

@@ -1883,6 +1883,12 @@ def test_the_rewards_scores_reach_the_experience(tokenizer, monkeypatch, kind):
             trainer.rollout(four_prompts(tokenizer))
 
 
+@pytest.mark.parametrize(("steps", "says"), [(3, True), (4, False), (0, False)])
+def test_ppo_says_when_the_policy_will_not_move(steps, says, tokenizer, capsys):
+    rl_trainer(m.PPOTrainer, tokenizer, train={"max_steps": steps}, critic_warmup=3)
+    assert ("the policy stays as it is" in capsys.readouterr().out) == says
+
+
 def test_a_seeded_rollout_draws_anew_in_each_piece(tokenizer, monkeypatch):
     in_small_pieces(monkeypatch)
     trainer = rl_trainer(m.PPOTrainer, tokenizer)
