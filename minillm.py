@@ -1709,7 +1709,27 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the mean of squares needs more than half precision
     if torch.is_grad_enabled():
         return _RMSNormFunction.apply(wide, weight.to(wide), eps).to(x.dtype)
-    return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype)
+    return F.rms_norm(wide, x.shape[-1:], None, eps).mul_(weight).to(x.dtype)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (…, in) · weightᵀ -> (…, out)."""
+    rows, (n, width) = x.numel() // x.shape[-1], weight.shape
+    if rows > 16 or n % 2 or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled() \
+            or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    # A few rows on a CPU, as in decoding: MKL's matrix-vector products reach a quarter of memory's speed, the kernel of
+    # batched products nearly all of it. So the weight becomes a batch of two halves.
+    halves = torch.bmm(weight.view(2, n // 2, width), x.reshape(rows, width).T.expand(2, width, rows))
+    return halves.view(n, rows).T.reshape(*x.shape[:-1], n).contiguous()  # from (2, n / 2, rows)
+
+
+class Linear(nn.Linear):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -1788,8 +1808,8 @@ class Attention(nn.Module):
     def __init__(self, config: MiniGPTConfig) -> None:
         super().__init__()
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.H + 2 * self.K) * self.D, bias=False)  # one product for all
-        self.o_proj = nn.Linear(self.H * self.D, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, (self.H + 2 * self.K) * self.D)  # one product for all
+        self.o_proj = Linear(self.H * self.D, config.hidden_size)
         self.qk_norm, self.eps = config.qk_norm, config.rms_norm_eps
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.D, self.eps), RMSNorm(self.D, self.eps)
@@ -1819,8 +1839,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -1838,7 +1858,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         E, C, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(C, E, bias=False)
+        self.gate = Linear(C, E)
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, width))
         # the sum of n SwiGLUs is one of n times the width
@@ -1873,8 +1893,8 @@ class MixtureOfExperts(nn.Module):
         return (mixed if self.shared is None else mixed + self.shared(x)), balance
 
     def _expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[e])
+        gate, up = linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down_proj[e])
 
 
 class Block(nn.Module):
@@ -1910,7 +1930,7 @@ class MiniGPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -1996,7 +2016,7 @@ class MiniGPT(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (…, C) -> logits (…, V)."""
-        return F.linear(hidden, self.output_weight)
+        return linear(hidden, self.output_weight)
 
     def forward(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
         """(B, T) int64 -> logits (B, T, V); options as in `hidden_states`."""
@@ -2045,7 +2065,7 @@ class LoRALinear(nn.Module):
     """A frozen linear map and a trainable update of low rank, W + alpha / rank · B A (arXiv:2106.09685); B starts at 0.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, base: Linear, rank: int, alpha: float) -> None:
         super().__init__()
         self.weight, self.scale = base.weight.requires_grad_(False), alpha / rank
         rows, columns = base.weight.shape
@@ -2056,11 +2076,11 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged(self) -> Linear:
         """The same map as one matrix."""
-        linear = nn.Linear(*self.weight.shape[::-1], bias=False, device=self.weight.device)
-        linear.weight.copy_(self.weight + self.scale * self.lora_b @ self.lora_a)
-        return linear
+        merged = Linear(*self.weight.shape[::-1]).to(self.weight)
+        merged.weight.copy_(self.weight + self.scale * self.lora_b @ self.lora_a)
+        return merged
 
 
 def add_lora(model: MiniGPT, rank: int, alpha: float) -> None:
@@ -2070,7 +2090,7 @@ def add_lora(model: MiniGPT, rank: int, alpha: float) -> None:
     for block in model.layers:
         for parent in [block.self_attn, block.mlp, getattr(block.mlp, "shared", None)]:
             for name, child in list(parent.named_children()) if parent is not None else []:
-                if isinstance(child, nn.Linear) and name != "gate":
+                if isinstance(child, Linear) and name != "gate":
                     setattr(parent, name, LoRALinear(child, rank, alpha))
 
 
@@ -2094,7 +2114,7 @@ class RewardModel(MiniGPT):
         if isinstance(source, MiniGPT):
             self.load_state_dict(source.state_dict(), strict=not isinstance(source, RewardModel))
             self.to(source.embed_tokens.weight)
-        self.score = nn.Linear(self.config.hidden_size, 1, bias=False)
+        self.score = Linear(self.config.hidden_size, 1)
         nn.init.zeros_(self.score.weight)
         if isinstance(source, RewardModel):
             self.score.load_state_dict(source.score.state_dict())
