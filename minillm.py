@@ -29,6 +29,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import heapq
@@ -45,6 +46,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
@@ -153,12 +155,15 @@ class MiniGPTConfig:
             check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
         if self.rope_scaling is not None:
             numbers = {k: v for k, v in self.rope_scaling.items() if k != "rope_type"}
-            least = {"factor": 1, "original_max_position_embeddings": 1}
-            optional = {"beta_fast": 0, "beta_slow": 0, "attention_factor": 0}
-            ok = self.rope_scaling.get("rope_type") == "yarn" and least.keys() <= numbers.keys() <= {*least, *optional}
-            ok = ok and all(type(v) in (int, float) and v >= (least | optional)[k] for k, v in numbers.items())
-            check(self, ok, "rope_scaling", 'none or {"rope_type": "yarn", "factor": 1 or more, '
-                  f'"original_max_position_embeddings": 1 or more}}, with any of {", ".join(optional)}')
+            kind, least = self.rope_scaling.get("rope_type"), {"factor": 1, "original_max_position_embeddings": 1}
+            needed = {"linear": ["factor"], "yarn": [*least], "llama3": [*least, "low_freq_factor", "high_freq_factor"]}
+            optional = ["beta_fast", "beta_slow", "attention_factor"] if kind == "yarn" else []
+            ok = kind in needed and set(needed[kind]) <= numbers.keys() <= {*needed[kind], *optional}
+            ok = ok and all(type(v) in (int, float) and math.isfinite(v) and v >= least.get(k, 0)
+                            for k, v in numbers.items())
+            check(self, ok, "rope_scaling", "none or numbers with a rope_type, " + ", ".join(
+                f"{kind} ({', '.join(keys)})" for kind, keys in needed.items())
+                + "; yarn may have beta_fast, beta_slow, attention_factor")
 
 
 def get_tiny_config() -> MiniGPTConfig:
@@ -465,6 +470,10 @@ WORD_PATTERN = "|".join((
     f"[{_SPACE}]+(?![^{_SPACE}])",  # blanks, less the last one, which goes to the word that follows
     f"[{_SPACE}]+"))
 _find_words = re.compile(WORD_PATTERN).findall
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel cuts by
+CHAT_TEMPLATE = (  # in Jinja, for transformers
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # no word spans such a place
 _SAFE_CUT = re.compile(f"(?<=[^{_SPACE}])(?=[{_SPACE}])|(?<=[{_HAN}])(?=[{_PUNCTUATION}])")
 
@@ -636,11 +645,24 @@ class BPETokenizer:
     '你好 world'
     """
 
-    pad_id, bos_id, eos_id, im_start_id, im_end_id = range(len(SPECIAL_TOKENS))
+    special_tokens: dict[int, str] = dict(enumerate(SPECIAL_TOKENS))
+    pad_id: int = 0
+    bos_id: int | None = 1  # an imported tokenizer may have none, nor those of the chat template
+    eos_id: int = 2
+    im_start_id: int | None = 3
+    im_end_id: int | None = 4
 
     def __init__(self, vocab_size: int = 4096) -> None:
         self.requested_size = vocab_size
+        self._split: Callable[[str], list[str]] = _find_words  # text -> words that merges never cross
+        self._source: tuple[str, dict] | None = None  # an imported one's tokenizer.json and tokenizer_config.json
+        self._added: re.Pattern | None = None  # tokens that an imported one finds in text as they are
         self._set_merges([])
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text or a turn."""
+        return tuple(dict.fromkeys(i for i in (self.eos_id, self.im_end_id) if i is not None))
 
     @property
     def vocab_size(self) -> int:
@@ -648,16 +670,21 @@ class BPETokenizer:
         return len(self.token_bytes)
 
     def _set_merges(self, merges: list[tuple[bytes, bytes]]) -> None:
-        self.merges = merges
-        self.token_bytes = [b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-        ids = {token: i for i, token in enumerate(self.token_bytes) if token}
-        # Inside _merge a token is the code point of its id, a word a str of them, and a merge a str.replace.
-        self._pairs = {chr(ids[a]) + chr(ids[b]): chr(FIRST_MERGE + rank) for rank, (a, b) in enumerate(merges)}
-        self._pair_of = {symbol: pair for pair, symbol in self._pairs.items()}
+        tokens = [b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+        self._set_tokens(tokens, merges, {token: i for i, token in enumerate(tokens) if token})
         # No merge joins parts of two characters, so a character's own merges can run first, once for each character.
-        self._chars = _WordCache(lambda c: self._merge("".join(
-            chr(FIRST_BYTE + b) for b in c.encode("utf-8", "surrogateescape"))))
+        self._chars = _WordCache(self._merge_bytes)
         self._words = _WordCache(lambda word: self._merge("".join(map(self._chars.__getitem__, word))))
+
+    def _set_tokens(self, token_bytes: list[bytes], merges: list[tuple[bytes, bytes]], ids: dict[bytes, int]) -> None:
+        """Take up tokens by id, merges by rank, and which id a string of bytes has."""
+        self.token_bytes, self.merges = token_bytes, merges
+        # Inside _merge a token is the code point of its id, a rank that of itself; so a word is a str, and a merge a
+        # str.replace.
+        self._byte_symbols = [chr(ids[bytes([b])]) for b in range(256)]
+        self._pair_of = {chr(rank): chr(ids[a]) + chr(ids[b]) for rank, (a, b) in enumerate(merges)}
+        self._joined = {chr(rank): chr(ids[a + b]) for rank, (a, b) in enumerate(merges)}
+        self._ranks = {pair: rank for rank, pair in self._pair_of.items()}
 
     def train(self, texts: Iterable[str]) -> None:
         """Learn `vocab_size` tokens from `texts`, or as many as there are pairs that occur twice."""
@@ -677,26 +704,50 @@ class BPETokenizer:
             words.update(counts)
         self._set_merges(learn_merges(words, self.requested_size - floor))
 
+    def _merge_bytes(self, text: str) -> str:
+        return self._merge("".join(map(self._byte_symbols.__getitem__, text.encode("utf-8", "surrogateescape"))))
+
     def _merge(self, symbols: str) -> str:
-        """Apply the merges in the order in which they were learned."""
-        pairs, none = self._pairs, "\U0010ffff"
-        if len(symbols) > 500:  # so long a word: a str.replace for every merge costs less than looking for the next one
-            for pair, symbol in pairs.items():
-                symbols = symbols.replace(pair, symbol)
-            return symbols
+        """Apply the merges: always the one learned first, from left to right."""
+        if len(symbols) > 30:
+            return self._merge_long(symbols)
+        ranks, none, at_once = self._ranks, "\U0010ffff", 1 if self._source else -1
         while len(symbols) > 1:
-            first = min(map(pairs.get, map(str.__add__, symbols, symbols[1:]), itertools.repeat(none)))
+            first = min(map(ranks.get, map(str.__add__, symbols, symbols[1:]), itertools.repeat(none)))
             if first == none:
                 break
-            symbols = symbols.replace(self._pair_of[first], first)
+            # One after another where what it makes may merge with its neighbour before the next of its kind: in an
+            # imported tokenizer, whose ranks need not be the order in which tokens came into being.
+            symbols = symbols.replace(self._pair_of[first], self._joined[first], at_once)
         return symbols
+
+    def _merge_long(self, symbols: str) -> str:
+        """The same for long words: a queue of the pairs, by rank and place."""
+        parts, n = list(symbols), len(symbols)
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+        queue = [(rank, i) for i in range(n - 1) if (rank := self._ranks.get(parts[i] + parts[i + 1]))]
+        heapq.heapify(queue)
+        while queue:
+            rank, i = heapq.heappop(queue)
+            j = after[i]
+            if j == n or self._ranks.get(parts[i] + parts[j]) != rank:
+                continue  # one of the two has merged meanwhile
+            parts[i], parts[j], after[i] = self._joined[rank], "", after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            for left, right in ((before[i], i), (i, after[i])):
+                if left >= 0 and right < n and (rank := self._ranks.get(parts[left] + parts[right])):
+                    heapq.heappush(queue, (rank, left))
+        return "".join(parts)
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> list[int]:
         """The ids of `text`, after BOS if `add_special_tokens`. Bytes need not be UTF-8."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
-        ids = list(map(ord, "".join(map(self._words.__getitem__, _find_words(text)))))
-        return [self.bos_id, *ids] if add_special_tokens else ids
+        words = self._split(text) if self._added is None else itertools.chain.from_iterable(
+            [part] if self._added.fullmatch(part) else self._split(part) for part in self._added.split(text))
+        ids = list(map(ord, "".join(map(self._words.__getitem__, words))))
+        return [self.bos_id, *ids] if add_special_tokens and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Iterable[str | bytes], add_special_tokens: bool = False) -> list[list[int]]:
         return [self.encode(text, add_special_tokens) for text in texts]
@@ -714,8 +765,8 @@ class BPETokenizer:
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if skip_special_tokens:
             return self.decode_bytes(ids).decode("utf-8", "replace")
-        runs = itertools.groupby(ids, lambda i: i if 0 <= i < FIRST_BYTE else None)
-        return "".join(self.decode(run) if special is None else SPECIAL_TOKENS[special] * len(list(run))
+        runs = itertools.groupby(ids, lambda i: i if i in self.special_tokens else None)
+        return "".join(self.decode(run) if special is None else self.special_tokens[special] * len(list(run))
                        for special, run in runs)
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
@@ -725,6 +776,8 @@ class BPETokenizer:
 
     def encode_chat(self, messages: list[dict], first: int = 0) -> tuple[list[int], list[bool]]:
         """The template's ids, and which are the assistant's own (content and end-of-turn) from message `first` on."""
+        if self.im_start_id is None or self.im_end_id is None:
+            raise UserError("this tokenizer can not hold conversations: it has no <|im_start|> and <|im_end|>")
         newline, ids, own = self.encode("\n"), [], []
         for i, message in enumerate(messages):
             head = [self.im_start_id, *self.encode(message["role"] + "\n")]
@@ -744,6 +797,8 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         """The Hugging Face `tokenizer.json`. Equal tokenizers give equal text."""
+        if self._source:
+            return self._source[0]
         spell = lambda token: "".join(map(_BYTE_TO_CHAR.__getitem__, token))  # noqa: E731
         vocab = {text: i for i, text in enumerate(SPECIAL_TOKENS)}
         vocab |= {spell(token): i for i, token in enumerate(self.token_bytes) if i >= FIRST_BYTE}
@@ -763,28 +818,217 @@ class BPETokenizer:
         }, ensure_ascii=False, indent=1)
 
     def content_hash(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        described = self.to_json() + (json.dumps(self._source[1], sort_keys=True) if self._source else "")
+        return hashlib.sha256(described.encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json; of an imported one, its tokenizer_config.json beside it."""
         with atomic_write(path) as file:
             file.write(self.to_json().encode())
+        if self._source:
+            with atomic_write(Path(path).with_name("tokenizer_config.json")) as file:
+                file.write(json.dumps(self._source[1], indent=1, ensure_ascii=False).encode())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what transformers' AutoTokenizer reads; it adds BOS and has the chat template, as here.
+
+        There, text that looks like a special token becomes one, as in every tokenizer of transformers.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._source:
+            self.save(folder / "tokenizer.json")
+            return
+        bos, first = SPECIAL_TOKENS[self.bos_id], {"Sequence": {"id": "A", "type_id": 0}}
+        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, first]
+        post_processor = {"type": "TemplateProcessing", "single": single,
+                          "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+                          "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                  "bos_token": bos, "eos_token": SPECIAL_TOKENS[self.eos_id], "pad_token": SPECIAL_TOKENS[self.pad_id],
+                  "chat_template": CHAT_TEMPLATE}
+        for name, content in (("tokenizer.json", json.loads(self.to_json()) | {"post_processor": post_processor}),
+                              ("tokenizer_config.json", config)):
+            with atomic_write(folder / name) as file:
+                file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> BPETokenizer:
-        """Read a `tokenizer.json` that `save` wrote."""
+        """Read a tokenizer.json of byte-level BPE: one of `save`, or of the families of GPT-2, Llama 3, Qwen, SmolLM2.
+
+        An imported one gives the ids that `tokenizers` gives (with encode_special_tokens = True). Its BOS is what its
+        post-processor puts first; its EOS and padding are those of the tokenizer_config.json beside it, or usual ones.
+        """
+        text = Path(path).read_text(encoding="utf-8")
         try:
-            data = json.loads(Path(path).read_bytes())
-            merges = [tuple(bytes(map(_CHAR_TO_BYTE.__getitem__, part)) for part in pair)
-                      for pair in data["model"]["merges"]]
+            data = json.loads(text)
+            if [token["content"] for token in data["added_tokens"]] != list(SPECIAL_TOKENS):
+                config = Path(path).with_name("tokenizer_config.json")
+                return cls._imported(data, text, read_json(config) if config.is_file() else {})
+            merges = [_merge_of(pair) for pair in data["model"]["merges"]]
             tokenizer = cls(FIRST_MERGE + len(merges))
             tokenizer._set_merges(merges)
-            same = json.loads(tokenizer.to_json()) == data
-        except (ValueError, KeyError, TypeError) as error:
+            same = json.loads(tokenizer.to_json()) == data | {"post_processor": None}
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(f"{path} is not a tokenizer.json of byte-level BPE: {error!r}") from error
         if not same:
             raise UserError(f"{path} is a tokenizer.json that MiniLLM did not write: its special tokens, word pattern "
                             "or vocabulary differ")
         return tokenizer
+
+    @classmethod
+    def _imported(cls, data: dict, text: str, config: dict) -> BPETokenizer:
+        model, added = data["model"], data["added_tokens"]
+        fixed = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                 "byte_fallback": False}
+        for field, value in fixed.items():
+            if model.get(field, value) not in (value, ""):
+                raise UserError(f"model.{field}={model[field]!r} is not supported: it must be {value!r}")
+        special = {token["id"]: token["content"] for token in added if token["special"]}
+        plain = {token["content"]: token["id"] for token in added if not token["special"]}
+        for token in added:
+            if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+                raise UserError(f"added token {token['content']!r} with lstrip, rstrip or single_word is not supported")
+        ids = {spelled: i for spelled, i in model["vocab"].items() if i not in special and spelled not in plain}
+        ids = {bytes(map(_CHAR_TO_BYTE.__getitem__, spelled)): i for spelled, i in ids.items()}
+        tokens = [b""] * (1 + max([*ids.values(), *special, *plain.values()]))
+        for token, i in [*ids.items(), *((content.encode(), i) for content, i in plain.items())]:
+            tokens[i] = token
+        tokenizer = cls(len(tokens))
+        tokenizer._source, tokenizer.special_tokens = (text, config), special
+        tokenizer._set_tokens(tokens, [_merge_of(pair) for pair in model["merges"]], ids)
+        tokenizer._split = _splitter(data.get("normalizer"), data.get("pre_tokenizer"))
+        if plain:  # the longest first
+            tokenizer._added = re.compile("(" + "|".join(map(re.escape, sorted(plain, key=len, reverse=True))) + ")")
+        whole = {content: chr(i) for content, i in plain.items()}
+        if model.get("ignore_merges"):  # a word that is a token is that token
+            whole |= {token.decode(): chr(i) for token, i in ids.items() if _is_utf8(token)}
+        tokenizer._words = _WordCache(lambda word: whole.get(word) or tokenizer._merge_bytes(word))
+        by_content = {content: i for i, content in special.items()} | plain
+
+        def named(field: str, *usual: str) -> int | None:
+            given = config.get(field)
+            given = given.get("content") if isinstance(given, dict) else given
+            return next((by_content[name] for name in (given, *usual) if name in by_content), None)
+
+        tokenizer.bos_id = _first_special(data.get("post_processor"), by_content)
+        tokenizer.im_start_id, tokenizer.im_end_id = named("", "<|im_start|>"), named("", "<|im_end|>")
+        eos = named("eos_token", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<|eos|>")
+        if eos is None:
+            raise UserError("no token ends a text: name an eos_token in tokenizer_config.json, beside it")
+        pad = named("pad_token")
+        tokenizer.eos_id, tokenizer.pad_id = eos, eos if pad is None else pad
+        return tokenizer
+
+
+def _merge_of(pair: str | list[str]) -> tuple[bytes, bytes]:
+    """A merge of a tokenizer.json in either spelling, "a b" or ["a", "b"]."""
+    a, b = pair.split(" ") if isinstance(pair, str) else pair
+    return bytes(map(_CHAR_TO_BYTE.__getitem__, a)), bytes(map(_CHAR_TO_BYTE.__getitem__, b))
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        return bool(token.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _first_special(node: dict | None, ids: dict[str, int]) -> int | None:
+    """The token that a post-processor puts before every text, if it does."""
+    if node is None or node["type"] == "ByteLevel":
+        return None
+    if node["type"] == "Sequence":
+        return next((i for i in (_first_special(child, ids) for child in node["processors"]) if i is not None), None)
+    kinds = [next(iter(part)) for part in node["single"]] if node["type"] == "TemplateProcessing" else []
+    if kinds not in (["Sequence"], ["SpecialToken", "Sequence"]):
+        raise UserError(f"post_processor {node['type']} is not supported: it may put one special token before a text")
+    return ids[node["single"][0]["SpecialToken"]["id"]] if len(kinds) == 2 else None
+
+
+def _splitter(normalizer: dict | None, pre_tokenizer: dict | None) -> Callable[[str], list[str]]:
+    """What a tokenizer.json does to a text before it merges, as one function: normalise, cut into words."""
+    steps: list[Callable[[str], list[str]]] = []
+
+    def add(node: dict) -> None:
+        kind = node["type"]
+        if kind == "Sequence":
+            for child in node.get("normalizers") or node["pretokenizers"]:
+                add(child)
+        elif kind == "NFC":
+            steps.append(lambda text: [unicodedata.normalize("NFC", text)])
+        elif kind == "Digits" and node["individual_digits"]:
+            steps.append(_isolator(r"\p{N}"))
+        elif kind == "Split" and (node["behavior"], node["invert"]) in (("Isolated", False), ("Removed", True)):
+            pattern = node["pattern"]
+            steps.append(_isolator(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])))
+        elif kind == "ByteLevel" and not node["add_prefix_space"]:
+            if node.get("use_regex", True):
+                steps.append(_isolator(GPT2_PATTERN))
+        else:
+            raise UserError(f"{kind} {dict(node)} before the merges is not supported: it may be NFC, Split, Digits "
+                            "(individual) and ByteLevel (without add_prefix_space)")
+
+    for node in (normalizer, pre_tokenizer):
+        if node is not None:
+            add(node)
+
+    def split(text: str) -> list[str]:
+        words = [text]
+        for step in steps:
+            words = list(itertools.chain.from_iterable(map(step, words)))
+        return words
+
+    return split
+
+
+def _isolator(pattern: str) -> Callable[[str], list[str]]:
+    """Cut a text into what a regular expression of `tokenizers` matches, and what lies between."""
+    compiled = re.compile(_python_pattern(pattern))
+
+    def isolate(text: str) -> list[str]:
+        spans = [match.span() for match in compiled.finditer(text)]
+        cuts = sorted({0, len(text), *itertools.chain.from_iterable(spans)})
+        return [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+    return isolate
+
+
+@functools.lru_cache
+def _unicode_class(category: str) -> str:
+    """The characters of a general category (L, Lu, N …) as the inside of a [class] of Python's `re`.
+
+    `tokenizers` knows Unicode 16, an older Python less: of what came later, the Chinese characters are added here.
+    """
+    later = {*range(0x2EBF0, 0x2EE5E), *range(0x31350, 0x323B0)} if "Lo".startswith(category) else ()
+    inside = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith(category) or i in later]
+    runs = itertools.groupby(enumerate(inside), lambda pair: pair[1] - pair[0])
+    spans = [[i for _, i in run] for _, run in runs]
+    return "".join(f"{re.escape(chr(span[0]))}-{re.escape(chr(span[-1]))}" for span in spans)
+
+
+def _python_pattern(pattern: str) -> str:
+    r"""A regular expression of `tokenizers` for Python's `re`, which has no \p{L}, and another \s."""
+    out, inside = "", False
+    for token, category in re.findall(r"(\\[pP]\{(\w+)\}|\\.|\[\^?|[^\\\[])", pattern, re.S):
+        chars = _unicode_class(category) if category else {
+            "\\s": _SPACE, "\\S": _SPACE, "\\d": _unicode_class("Nd")}.get(token)
+        if category and not chars or token[0] == "\\" and token[1:].isalnum() and not chars and token[1] not in "rnt":
+            raise UserError(f"the pattern {pattern!r} is not supported: it has {token}")
+        if chars is None:
+            inside = token[0] == "[" or inside and token != "]"
+            out += token
+        elif inside and token[1] in "SP":
+            raise UserError(f"the pattern {pattern!r} is not supported: it has {token} in a class")
+        else:
+            out += chars if inside else f"[^{chars}]" if token[1] in "SP" else f"[{chars}]"
+    try:
+        re.compile(out)
+    except re.error as error:
+        raise UserError(f"the pattern {pattern!r} is not supported: {error}") from error
+    return out
 
 
 # ======================================================================================================================
@@ -1746,14 +1990,20 @@ def rope_tables(config: MiniGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
     YaRN (arXiv:2309.00071) stretches the slow waves by `factor`, leaves the fast ones, and blends between: a dimension
     counts as fast if it turns more than beta_fast times within the original context, as slow below beta_slow times.
+    Llama 3 does so along another line between its high_freq_factor and low_freq_factor; linear stretches all of them.
     """
     D, base = config.head_dim, config.rope_theta
-    inv_freq = base ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
+    inv_freq = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
     attention_factor = 1.0
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
-
+    scaling = config.rope_scaling or {"rope_type": "linear", "factor": 1.0}
+    factor, original = scaling["factor"], scaling.get("original_max_position_embeddings", 1)
+    if scaling["rope_type"] == "linear":
+        inv_freq = inv_freq / factor
+    elif scaling["rope_type"] == "llama3":
+        low, turns = scaling["low_freq_factor"], original / (2 * math.pi / inv_freq)
+        fast = ((turns - low) / (scaling["high_freq_factor"] - low)).clamp(0, 1)
+        inv_freq = (1 - fast) * inv_freq / factor + fast * inv_freq
+    else:
         def dimension(turns: float) -> float:  # the dimension that turns so often within the original context
             return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
@@ -2039,6 +2289,26 @@ class MiniGPT(nn.Module):
                 input_ids = torch.cat((input_ids, chosen), dim=1)
         return input_ids
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MiniGPT:
+        """The model of a Hugging Face directory of the Llama, Qwen3 or Qwen3-MoE kind, in float32 and eval mode.
+
+        Reads config.json and safetensors, one file or shards with their index. What differs from these architectures
+        (biases, sliding windows, other weights) raises a UserError that names it.
+        """
+        config = read_hf_config(folder)
+        model = cls(config)
+        copy_hf_weights(Path(folder), model)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, tokenizer: BPETokenizer | None = None) -> None:
+        """Write a directory that transformers' AutoModelForCausalLM (and AutoTokenizer) read; LoRA is merged.
+
+        A model with qk_norm becomes a Qwen3 or Qwen3-MoE, one without a Llama. What those do not have (shared experts,
+        a reward model's head) raises a UserError.
+        """
+        write_hf(Path(folder), self, tokenizer)
+
     def num_params(self, active: bool = False) -> int:
         """Parameters; with `active` only those that a token uses (all of a dense model)."""
         total = sum(p.numel() for p in self.parameters())
@@ -2139,6 +2409,182 @@ class RewardModel(MiniGPT):
         with torch.autocast(hidden.device.type, enabled=False):  # float32: in bf16 near scores would be ties
             wide = torch.promote_types(hidden.dtype, torch.float32)
             return F.linear(hidden.to(wide), self.score.weight.to(wide))[..., 0]
+
+
+def check_vocabulary(model: nn.Module, tokenizer: BPETokenizer) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's vocab_size="
+                        f"{model.config.vocab_size}: they do not belong together")
+
+
+# -- Hugging Face directories ------------------------------------------------------------------------------------------
+
+_HF_SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_HF_DEFAULTS = {  # what transformers takes for fields that a config.json leaves out
+    "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False}
+_HF_MOE = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+           "router_aux_loss_coef": 0.001}
+_HF_FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False,
+             "mlp_only_layers": [], "decoder_sparse_step": 1, "partial_rotary_factor": 1.0, "quantization_config": None}
+
+
+def import_safetensors() -> tuple:
+    """(safe_open, SafetensorError, save), or a UserError that names the extra."""
+    try:
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import save
+    except ImportError:
+        raise UserError("Hugging Face directories need safetensors: pip install -e '.[hf]'") from None
+    return safe_open, SafetensorError, save
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a JSON object is expected, not {type(data).__name__}")
+    return data
+
+
+def read_hf_config(folder: str | Path) -> MiniGPTConfig:
+    """The shape that a Hugging Face config.json describes."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no Hugging Face directory: it has no config.json")
+    data = read_json(path)
+    kind, rope = data.get("model_type"), data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if kind not in ("llama", "qwen3", "qwen3_moe"):
+        raise UserError(f"{path}: model_type={kind!r} is not supported: it must be llama, qwen3 or qwen3_moe")
+    if lacking := [field for field in _HF_SHAPE if field not in data]:
+        raise UserError(f"{path}: {', '.join(lacking)} is missing")
+    for field, value in _HF_FIXED.items():
+        if data.get(field, value) not in (value, None):
+            raise UserError(f"{path}: {field}={data[field]!r} is not supported: it must be {value!r}")
+    defaults = _HF_DEFAULTS | ({} if kind == "llama" else {"head_dim": 128, "max_position_embeddings": 32768})
+    fields = {field: data[field] for field in _HF_SHAPE} | {k: data.get(k, v) for k, v in defaults.items()}
+    if kind == "qwen3_moe":
+        fields |= {field: data.get(field, value) for field, value in _HF_MOE.items()}
+        fields["num_experts"] = data.get("num_experts", data.get("num_local_experts", 128))
+    # transformers 5 keeps theta inside of rope_parameters, earlier ones beside rope_scaling, whose kind was once "type"
+    theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type") and v is not None} | {
+        "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    if scaling["rope_type"] == "yarn":
+        scaling.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
+    ends = data.get("eos_token_id")
+    eos = (ends or [None])[0] if isinstance(ends, list) else ends
+    eos = min(MiniGPTConfig.eos_token_id, fields["vocab_size"] - 1) if eos is None else eos
+    ids = {name: eos if data.get(name) is None else data[name] for name in ("bos_token_id", "pad_token_id")}
+    try:
+        return MiniGPTConfig(**fields, **ids, eos_token_id=eos, qk_norm=kind != "llama", rope_theta=theta,
+                             rope_scaling=None if scaling["rope_type"] == "default" else scaling)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def hf_config(config: MiniGPTConfig) -> dict:
+    """The config.json with which transformers builds the same model; a UserError names what it can not have."""
+    if config.num_shared_experts or config.num_experts and not config.qk_norm:
+        raise UserError(f"num_shared_experts={config.num_shared_experts}, qk_norm={config.qk_norm} of a mixture of "
+                        "experts can not be exported: a Qwen3-MoE has no shared experts, and qk_norm")
+    kind = "Qwen3Moe" if config.num_experts else "Qwen3" if config.qk_norm else "Llama"
+    fields = (*_HF_SHAPE, *_HF_DEFAULTS, *(("num_experts", *_HF_MOE) if config.num_experts else ()), "rope_theta",
+              "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {"architectures": [kind + "ForCausalLM"],
+            "model_type": {"Qwen3Moe": "qwen3_moe", "Qwen3": "qwen3", "Llama": "llama"}[kind],
+            "hidden_act": "silu", "attention_bias": False, "dtype": "float32",
+            **{field: getattr(config, field) for field in fields}}
+
+
+def hf_parts(model: MiniGPT) -> dict[str, dict[str, int]]:
+    """For each parameter the tensors that Hugging Face has in its place, one below the other, and their rows."""
+    c, table = model.config, {}
+    for name, p in model.named_parameters():
+        stem = name if name.startswith("lm_head") else "model." + name
+        if name.endswith("qkv_proj.weight"):
+            heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+            table[name] = {stem.replace("qkv", kind): n * c.head_dim for kind, n in heads.items()}
+        elif name.endswith("gate_up_proj.weight"):
+            table[name] = {stem.replace("gate_up", kind): len(p) // 2 for kind in ("gate", "up")}
+        elif p.dim() == 3:  # of all experts
+            kinds = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+            table[name] = {f"{stem.rpartition('.')[0]}.experts.{e}.{kind}.weight": p.shape[1] // len(kinds)
+                           for e in range(c.num_experts) for kind in kinds}
+        else:
+            table[name] = {stem: len(p)}
+    return table
+
+
+@torch.no_grad()
+def copy_hf_weights(folder: Path, model: MiniGPT) -> None:
+    """Fill the model from the safetensors in `folder`: nothing may lack, be left over or have another shape."""
+    safe_open, SafetensorError, _ = import_safetensors()
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].exists() and index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name
+                                                   for name in shards.values()):
+            raise UserError(f"{index}: weight_map must name files in the same directory")
+        files = [folder / name for name in sorted(set(shards.values()))]
+    parts, found = hf_parts(model), {}
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} does not exist: weights are read from safetensors, one file or shards")
+            try:
+                opened = stack.enter_context(safe_open(file, "pt"))
+                found |= dict.fromkeys(opened.keys(), opened)
+            except SafetensorError as error:
+                raise UserError(f"{file} is damaged, or no safetensors file: {error}") from error
+        wanted = {part for rows in parts.values() for part in rows}
+        extra = {name for name in found.keys() - wanted if not name.endswith("rotary_emb.inv_freq")}
+        extra -= {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        for names, problem in ((wanted - found.keys(), "lack"), (extra, "hold, against config.json,")):
+            if names:
+                raise UserError(f"the weights in {folder} {problem} {', '.join(sorted(names)[:4])}"
+                                + f" and {len(names) - 4} more" * (len(names) > 4))
+        for name, p in model.named_parameters():
+            tensors = []
+            for part, rows in parts[name].items():
+                tensor, shape = found[part].get_tensor(part), (rows, *p.shape[1:][-1:])
+                if tensor.shape != shape or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                    raise UserError(f"the weights in {folder}: {part} is {tensor.dtype} {tuple(tensor.shape)}: it must "
+                                    f"be float32, bfloat16 or float16, and by config.json {shape}")
+                tensors.append(tensor)
+            p.copy_(torch.cat(tensors).view_as(p))
+
+
+@torch.no_grad()
+def write_hf(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | None) -> None:
+    save = import_safetensors()[2]
+    if isinstance(model, RewardModel):
+        raise UserError("a reward model can not be exported: its head has no counterpart")
+    config = hf_config(model.config)
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        model = copy.deepcopy(model)
+        merge_lora(model)
+    parts, tensors = hf_parts(model), {}
+    for name, p in model.named_parameters():
+        rows = p.detach().cpu().float().flatten(0, -2) if p.dim() > 1 else p.detach().cpu().float()
+        split = rows.split(list(parts[name].values()))
+        tensors |= {part: tensor.clone() for part, tensor in zip(parts[name], split, strict=True)}
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids),
+                      "pad_token_id": tokenizer.pad_id}
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        tokenizer.save_pretrained(folder)
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        with atomic_write(folder / name) as file:
+            file.write(json.dumps(content, indent=2).encode())
+    with atomic_write(folder / "model.safetensors") as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
 
 
 # ======================================================================================================================
@@ -2278,12 +2724,6 @@ class _Finished:
         return self.config.early_stopping or self.found[-1][0] >= reach
 
 
-def check_vocabulary(model: nn.Module, tokenizer: BPETokenizer) -> None:
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's vocab_size="
-                        f"{model.config.vocab_size}: they do not belong together")
-
-
 class TextGenerator:
     """Continues text with a model. Tensor methods take prompts (B, T) and give prompt and continuation (B, ≤ T + new).
 
@@ -2303,7 +2743,7 @@ class TextGenerator:
             on_cpu = model.embed_tokens.weight.device.type == "cpu"
             options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}  # CUDA graphs
             self.compiled = torch.compile(model.decode_step, dynamic=False, **options)
-        self.stop_ids: tuple[int, ...] = (tokenizer.eos_id, tokenizer.im_end_id)
+        self.stop_ids = tokenizer.stop_ids
 
     def greedy_search(self, input_ids: torch.Tensor, config: GenerationConfig | None = None,
                       attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -2877,11 +3317,16 @@ def holds_run(run_dir: str | Path) -> bool:
 
 
 def run_config(run_dir: str | Path) -> dict:
-    """The config.json of a run directory."""
+    """The config.json of a run directory; of a Hugging Face directory, what a run with such a model would have."""
     path = Path(run_dir) / "config.json"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.json")
-    return json.loads(path.read_bytes())
+    config = read_json(path)
+    if "model_type" in config:
+        return {"stage": "pretrain", "model": dataclasses.asdict(read_hf_config(run_dir)), "train": {}, "data": {}}
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f'{path} has neither "model", as that of a run, nor "model_type", as that of transformers')
+    return config
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -2893,10 +3338,17 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[MiniGPT, BPETokenizer, dict]:
-    """The model (in eval mode; LoRA merged), the tokenizer and the whole checkpoint of a run directory."""
+    """The model (in eval mode; LoRA merged), the tokenizer and the whole checkpoint of a run directory.
+
+    Of a Hugging Face directory likewise; its checkpoint has only "config" and "step".
+    """
     run_dir = Path(run_dir)
-    run_config(run_dir)
+    config = run_config(run_dir)
     tokenizer = BPETokenizer.load(run_dir / "tokenizer.json")
+    if not config["train"]:
+        model = MiniGPT.from_pretrained(run_dir).to(device)
+        check_vocabulary(model, tokenizer)
+        return model, tokenizer, {"config": config, "step": 0}
     state = load_checkpoint(run_dir / "checkpoint.pt")
     config = MiniGPTConfig(**state["config"]["model"])
     model = (RewardModel if state["config"]["stage"] == "reward" else MiniGPT)(config)
@@ -3432,7 +3884,9 @@ class PreTrainer(Trainer):
         if not isinstance(self.val_data, PretrainDataLoader):
             return ["Once there was"]
         text = self.tokenizer.decode(self.val_data.tokens[:50_000].long(), skip_special_tokens=False)
-        starts = [document.strip().split("\n")[0] for document in text.split(SPECIAL_TOKENS[self.tokenizer.bos_id])]
+        ends = self.tokenizer.special_tokens[self.tokenizer.eos_id]
+        text = text.replace(self.tokenizer.special_tokens.get(self.tokenizer.bos_id, ends), ends)
+        starts = [document.strip().split("\n")[0] for document in text.split(ends)]
         if len(starts) < 10:  # long documents: begin with their lines
             starts = text.split("\n")[1:] or starts
         found: dict[bool, str] = {}

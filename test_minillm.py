@@ -19,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def corpus(tmp_path: Path) -> Path:
         (m.MiniGPTConfig, "head_dim", 7),
         (m.MiniGPTConfig, "dropout", 1.0),
         (m.MiniGPTConfig, "rope_theta", 0.5),
-        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 2}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "dynamic", "factor": 2}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 0.5}),
         (m.MiniGPTConfig, "eos_token_id", 4096),
         (m.MiniGPTConfig, "num_experts", -1),
         (m.MiniGPTConfig, "rms_norm_eps", 0),
@@ -467,63 +469,270 @@ def test_language_modeling_dataset(tokenizer):
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
-def load_huggingface(model: m.MiniGPT, state: dict[str, torch.Tensor]) -> None:
-    """Copy a transformers state dict into a MiniGPT: the same names, with what is one product here joined."""
-    state = {name.removeprefix("model."): value for name, value in state.items()}
-    joined = {}
-    for name in model.state_dict():
-        if "qkv_proj" in name:
-            joined[name] = torch.cat([state[name.replace("qkv", x)] for x in "qkv"])
-        elif "mlp.gate_up_proj.weight" in name:
-            joined[name] = torch.cat([state[name.replace("gate_up", x)] for x in ("gate", "up")])
-        elif name.endswith(("mlp.gate_up_proj", "mlp.down_proj")):
-            joined[name] = state[name.replace("mlp.", "mlp.experts.")]
-        else:
-            joined[name] = state[name]
-    model.load_state_dict(joined)
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+def huggingface_model(kind: str, tied: bool = True, rope: str = "default", **changes):
+    """A randomised model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = (moe_shape if kind == "Qwen3Moe" else shape)(head_dim=16, max_position_embeddings=128, **changes)
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("qk_norm", "dropout", "rope_scaling")}
+    options |= {"rope_parameters": {"rope_theta": 20000.0, **ROPES[rope]}, "tie_word_embeddings": tied}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    return model
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "yarn"),
+    ("kind", "tied", "rope"),
     [
-        ("Llama", True, False),
-        ("Llama", False, False),
-        ("Llama", True, True),
-        ("Qwen3", True, False),
-        ("Qwen3", False, True),
-        ("Qwen3Moe", True, False),
-        ("Qwen3Moe", False, False),
+        ("Llama", True, "default"),
+        ("Llama", False, "yarn"),
+        ("Llama", False, "llama3"),
+        ("Qwen3", True, "yarn"),
+        ("Qwen3", False, "default"),
+        ("Qwen3", False, "linear"),
+        ("Qwen3Moe", True, "default"),
+        ("Qwen3Moe", False, "yarn"),
     ],
 )
-def test_logits_equal_transformers(kind, tied, yarn):
+def test_logits_equal_transformers_both_ways(tmp_path, kind, tied, rope):
     transformers = pytest.importorskip("transformers")
-    config = (moe_shape if kind == "Qwen3Moe" else shape)(
-        head_dim=16,
-        qk_norm=kind != "Llama",
-        tie_word_embeddings=tied,
-        max_position_embeddings=128,
-        rope_scaling=YARN if yarn else None,
-        **({"num_shared_experts": 0} if kind == "Qwen3Moe" else {}),
+    theirs, ids = huggingface_model(kind, tied, rope), random_ids(3, 100)
+    theirs.save_pretrained(tmp_path / "there", max_shard_size="20KB")
+    assert len(list((tmp_path / "there").glob("*.safetensors"))) > 1
+    ours = m.MiniGPT.from_pretrained(tmp_path / "there")
+    assert (ours.config.rope_theta, ours.config.qk_norm, ours.config.tie_word_embeddings) == (
+        20000.0,
+        kind != "Llama",
+        tied,
     )
-    options = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in ("qk_norm", "dropout", "rope_scaling", "rope_theta")
-    }
-    options["rope_parameters"] = {"rope_theta": config.rope_theta, **(YARN if yarn else {"rope_type": "default"})}
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.normal_(std=0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
-    ours = m.MiniGPT(config).eval()
-    load_huggingface(ours, theirs.state_dict())
-    ids = random_ids(3, 100)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(again) is type(theirs)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_older_spellings_and_half_precision(tmp_path):
+    huggingface_model("Llama", rope="yarn").bfloat16().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"], config["eos_token_id"] = rope.pop("rope_theta"), [7, 9]
+    config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}  # as releases of 2023 spell it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, ids = m.MiniGPT.from_pretrained(tmp_path), random_ids(2, 60)
+    assert ours.embed_tokens.weight.dtype == torch.float32 and ours.config.eos_token_id == 7
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
+        ("config.json", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
+        ("config.json", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling"),
+        ("config.json", {"num_hidden_layers": 3}, "lack model.layers.2"),
+        ("config.json", {"num_hidden_layers": 1}, "hold, against config.json, model.layers.1"),
+        ("config.json", {"intermediate_size": 96}, r"gate_proj.weight is torch.float32 \(64, 32\)"),
+        ("config.json", {"tie_word_embeddings": False}, "lack lm_head.weight"),
+        ("config.json", {"hidden_size": "32"}, "hidden_size='32'"),
+        ("config.json", None, "hidden_size"),
+        ("model.safetensors", b"\xff" * 8 + b"{}", "damaged"),
+        ("model.safetensors", b"", "damaged"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../outside.safetensors"}}, "same directory"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "b.safetensors does not exist"),
+        ("model.safetensors.index.json", {}, "weight_map"),
+    ],
+)
+def test_what_can_not_be_imported_is_named(tmp_path, file, change, message):
+    huggingface_model("Qwen3").save_pretrained(tmp_path)
+    if "index" in file:
+        (tmp_path / "model.safetensors").unlink()
+    if isinstance(change, bytes):
+        (tmp_path / file).write_bytes(change)
+    elif "index" in file:
+        (tmp_path / file).write_text(json.dumps(change))
+    else:
+        config = json.loads((tmp_path / file).read_text()) | (change or {})
+        if change is None:
+            del config["hidden_size"]
+        (tmp_path / file).write_text(json.dumps(config))
+    with pytest.raises(m.UserError, match=message):
+        m.MiniGPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: m.MiniGPT(moe_shape()), "num_shared_experts=1"),
+        (lambda: m.MiniGPT(moe_shape(num_shared_experts=0, qk_norm=False)), "qk_norm=False"),
+        (lambda: m.RewardModel(shape()), "reward model"),
+    ],
+)
+def test_what_can_not_be_exported_is_named(tmp_path, model, message):
+    with pytest.raises(m.UserError, match=message):
+        model().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def huggingface_tokenizer(family: str, path: Path) -> object:
+    """Train a tokenizer as the releases of a family are made, save it into a directory, return it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import normalizers, pre_tokenizers, processors
+
+    byte_level, regex = pre_tokenizers.ByteLevel, tokenizers.Regex
+    qwen = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = {"qwen": qwen, "llama3": qwen.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")}
+    specials = {
+        "gpt2": ["<|endoftext|>"],
+        "llama3": ["<|begin_of_text|>", "<|end_of_text|>"],
+        "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    }[family]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=family == "llama3"))
+    if family in split:
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(regex(split[family]), "isolated"),
+                byte_level(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    elif family == "smollm":
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+        )
+    else:
+        made.pre_tokenizer = byte_level(add_prefix_space=False)
+    if family == "qwen":
+        made.normalizer = normalizers.NFC()
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+        special_tokens=specials if family in ("gpt2", "smollm") else [],  # the others come after the merges
+    )
+    made.train_from_iterator(TEXTS * 3, trainer)
+    made.add_special_tokens(specials)
+    if family == "qwen":
+        made.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    if family == "llama3":
+        begin = ("<|begin_of_text|>", made.token_to_id("<|begin_of_text|>"))
+        made.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[begin])
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    made.encode_special_tokens = True
+    return made
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen", "smollm"])
+def test_imported_tokenizers_give_the_same_ids(tmp_path, family):
+    theirs = huggingface_tokenizer(family, tmp_path)
+    ours = m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    texts = [
+        *TEXTS,
+        *nasty_texts(),
+        "It's IT'S 'ſ we'LL 12345 ٣½Ⅷ𝟘 <think> e\u0301 a</think><|endoftext|><|im_end|>",
+        "hello" * 400 + "你好世界" * 200,
+        " \n\n \t x\x85\u3000\u00a0 y\r\n\r\nz \x1c\x1f",
+        "小猫ー" + "".join(map(chr, range(0x2E80, 0x3100))),
+    ]
+    for text in texts:
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")  # unknown to this Python
+        assert ours.encode(text, add_special_tokens=True) == theirs.encode(text).ids, text
+        if family != "qwen":  # which normalises
+            assert ours.decode_bytes(ours.encode(text)) == text.encode()
+    rare = "中\U00031661文\U0002ebf1 x"  # of Unicode 15, later than some Pythons
+    assert ours.encode(rare, add_special_tokens=True) == theirs.encode(rare).ids
+    assert ours.vocab_size == theirs.get_vocab_size()
+    has_chat = family in ("qwen", "smollm")
+    chat = [{"role": "user", "content": "小猫 <|im_end|>"}]
+    if has_chat:
+        ids = ours.apply_chat_template(chat, add_generation_prompt=True)
+        assert ours.decode(ids, skip_special_tokens=False).endswith("<|im_end|><|im_end|>\n<|im_start|>assistant\n")
+        assert ids.count(ours.im_end_id) == 1 and ours.stop_ids == (ours.eos_id, ours.im_end_id)
+    else:
+        with pytest.raises(m.UserError, match="can not hold conversations"):
+            ours.apply_chat_template(chat)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())  # releases before 2024 spell merges in one string
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": theirs.id_to_token(0)}}))
+    assert m.BPETokenizer.load(tmp_path / "tokenizer.json").encode(TEXTS[0]) == ours.encode(TEXTS[0])
+    (tmp_path / "copy").mkdir()
+    ours.save(tmp_path / "copy/tokenizer.json")
+    assert m.BPETokenizer.load(tmp_path / "copy/tokenizer.json").content_hash() == ours.content_hash()
+
+
+def test_merges_out_of_order_and_twice_the_same_token(tmp_path):
+    """As in Llama 3's file, which lists every way to make a token, in the order of the results' ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(i): i - 33 for i in range(33, 127)}
+    bytes_ = {c: i for i, c in enumerate(sorted(set(m._CHAR_TO_BYTE) - set(letters)), len(letters))}
+    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3]
+    vocab = letters | bytes_ | {token: 256 + i for i, token in enumerate(tokens)}
+    merges = [("ab", "a"), ("a", "ba"), ("a", "b"), ("b", "a"), ("ab", "ab"), ("c", "c"), ("cc", "c"), ("c", "cc")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    for length in range(1, 9):
+        for letters in itertools.product("abc", repeat=length):
+            text = "".join(letters)
+            assert ours.encode(text) == made.encode(text).ids, text
+    long = "abcabacccab" * 100
+    assert ours.encode(long) == made.encode(long).ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
+        ({"added_tokens": []}, "no token ends a text"),
+    ],
+)
+def test_what_a_tokenizer_can_not_have_is_named(tmp_path, change, message):
+    huggingface_tokenizer("gpt2", tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | change))
+    with pytest.raises(m.UserError, match=message):
+        m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    pattern = {"type": "Split", "pattern": {"Regex": r"\p{Han}+|\w+"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"pre_tokenizer": pattern}))
+    with pytest.raises(m.UserError, match=r"it has \\p\{Han\}"):
+        m.BPETokenizer.load(tmp_path / "tokenizer.json")
 
 
 def test_nothing_looks_ahead():
@@ -2726,6 +2935,94 @@ def driven(base, tmp_path_factory) -> Path:
 
 
 QUICK = ["--batch-size", "3", "--answer-tokens", "6", "--eval-prompts", "3", "--sample-tokens", "4"]
+
+
+def huggingface_run(path: Path, kind: str = "Qwen3") -> Path:
+    """A directory as transformers' users have them: a random model, a tokenizer with a chat template."""
+    made = huggingface_tokenizer("qwen", path)
+    ids = {name: made.token_to_id(token) for name, token in (("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>",
+                "chat_template": m.CHAT_TEMPLATE,
+            }
+        )
+    )
+    changes = {"num_shared_experts": 0} if kind == "Qwen3Moe" else {}
+    size = made.get_vocab_size() + 3  # releases round it up
+    model = huggingface_model(kind, vocab_size=size, eos_token_id=ids["eos"], pad_token_id=ids["pad"], **changes)
+    model.save_pretrained(path)
+    return path
+
+
+def same_in_transformers(folder: Path, run: Path) -> None:
+    """An exported directory against the run that it comes from: ids, chat prompts, logits, greedy text."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)
+    model, tokenizer, _ = m.load_run(run)
+    generator = m.TextGenerator(model, tokenizer)
+    for text in [*TEXTS[:6], "Once there was", "小猫"]:
+        ids = tokenizer.encode(text, add_special_tokens=True)
+        assert tokens(text)["input_ids"] == ids
+        chat = [{"role": "system", "content": "简短"}, {"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        assert tokens.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == prompt
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=2e-5)
+        written = theirs.generate(ids, max_new_tokens=12, do_sample=False)
+        ours = generator.greedy_search(ids, settings(max_new_tokens=12))
+        assert written[0].tolist() == ours[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [shape(max_position_embeddings=128), moe_shape(max_position_embeddings=128, num_shared_experts=0)],
+    ids=["dense", "moe"],
+)
+def test_an_exported_run_is_the_same_in_transformers_and_comes_back(tmp_path, tokenizer, config, capsys):
+    pytest.importorskip("transformers")
+    options = m.TrainConfig(max_steps=2, lora_rank=2, warmup_steps=0, sample_tokens=0)
+    data = [lm_batch(2, 16)]
+    run = tmp_path / "tiny/pretrain"
+    m.PreTrainer(random_model(config), tokenizer, config=options, train_data=data, run_dir=run).fit()
+    assert train.main(["--stage", "export", "--out", str(tmp_path)]) == 0  # the newest run
+    folder = tmp_path / "tiny/export"
+    assert str(folder) in capsys.readouterr().out
+    same_in_transformers(folder, run)
+    again, its_tokenizer, state = m.load_run(folder)
+    assert its_tokenizer.content_hash() == tokenizer.content_hash() and state["step"] == 0
+    merged = m.load_run(run)[0]
+    assert all(map(torch.equal, again.parameters(), merged.parameters()))
+    assert train.main(["--stage", "export", "--out", str(tmp_path)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert train.main(["--stage", "export", "--out", str(tmp_path), "--overwrite", "--init", str(run)]) == 0
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Qwen3Moe"])
+def test_an_imported_model_is_trained_like_any_other(base, tmp_path, kind, capsys):
+    there, out = huggingface_run(tmp_path / "there", kind), tmp_path / "out"
+    data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val"), "--out", str(out)]
+    common = [*data, *QUICK, "--seq-len", "64", "--save-every", "1", "--log-every", "1", "--eval-tokens", "200"]
+    first = ["--stage", "sft", "--lora-rank", "2", "--init", str(there), *common]
+    assert train.main([*first, "--max-steps", "2"]) == 0
+    assert train.main([*first, "--max-steps", "3", "--resume"]) == 0
+    assert train.main(["--stage", "dpo", *common, "--max-steps", "1"]) == 0
+    assert train.main(["--init", str(there), *common, "--max-steps", "1"]) == 0
+    assert train.main(["--stage", "eval", "--init", str(there), *data, "--seq-len", "64"]) == 0
+    assert sample.main(["--run", str(there), "--prompt", "小猫", "--max-new-tokens", "4"]) == 0
+    assert train.main(["--stage", "export", "--init", str(out / "tiny/dpo"), "--out", str(out)]) == 0
+    capsys.readouterr()
+    same_in_transformers(out / "tiny/export", out / "tiny/dpo")
+    assert train.main(["--config", "tiny", "--stage", "sft", "--init", str(there), *common, "--overwrite"]) == 2
+    assert "contradict the loaded model" in capsys.readouterr().err
+    (there / "tokenizer.json").unlink()
+    assert sample.main(["--run", str(there)]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
 
 
 def test_train_every_stage_eval_inspect_plot_chat(driven, base, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so
 
 import minillm as m  # noqa: E402
 
-STAGES = ("tokenizer", *m.STAGES, "rlhf", "eval")
+STAGES = ("tokenizer", *m.STAGES, "rlhf", "eval", "export")
 DATA = Path(__file__).parent / "data"
 
 
@@ -24,12 +24,14 @@ def build_parser() -> m.FlagParser:
                           usage="train.py [--config NAME] [--stage STAGE] [--data PATH ...] [any flag below]")
     parser.add_argument("--config", choices=m.PRESETS, help="preset of the model's shape [tiny]")
     parser.add_argument("--stage", choices=STAGES, default="pretrain",
-                        help="what to do [pretrain]; rlhf is sft, reward and ppo in one go; eval scores a run")
+                        help="what to do [pretrain]; rlhf is sft, reward and ppo in one go; eval scores a run; export "
+                        "writes it for transformers, into OUT/CONFIG/export")
     parser.add_argument("--data", nargs="+", metavar="PATH",
                         help=".txt, .json, .jsonl(.gz) files or directories [the data/train that comes with MiniLLM]")
     parser.add_argument("--val-data", nargs="+", metavar="PATH", help="to validate on [data/val, or a tenth of --data]")
-    parser.add_argument("--init", metavar="RUN_DIR", help="run whose weights and tokenizer to start from, or to score "
-                        "[OUT/CONFIG/pretrain for sft, OUT/CONFIG/sft for dpo, reward, ppo and grpo]")
+    parser.add_argument("--init", metavar="RUN_DIR", help="run, or Hugging Face directory (Llama, Qwen3, Qwen3-MoE), "
+                        "whose weights and tokenizer to start from, to score or to export [OUT/CONFIG/pretrain for "
+                        "sft, OUT/CONFIG/sft for dpo, reward, ppo and grpo, the newest run for export]")
     parser.add_argument("--reward", metavar="REWARD", help="what ppo and grpo maximise: the run directory of a reward "
                         "model, FILE.py:function, which is executed, or answer, the prompts' checkable answers "
                         "[ppo: OUT/CONFIG/reward, grpo: answer]")
@@ -65,7 +67,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
                 return plot(args.plot, Path(args.png))
             if args.inspect is not None:
                 return inspect(args)
-            return {"tokenizer": train_tokenizer, "pretrain": pretrain, "rlhf": rlhf, "eval": evaluate}.get(
+            return {"tokenizer": train_tokenizer, "pretrain": pretrain, "rlhf": rlhf, "eval": evaluate,
+                    "export": export}.get(
                 args.stage, post_train)(args)
     except KeyboardInterrupt:
         print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
@@ -346,6 +349,18 @@ def evaluate(args) -> int:
     if not result:
         raise m.UserError(f'{", ".join(map(str, source["paths"]))}: prompts without any "answer" can not be scored')
     print(json.dumps(result))
+    return 0
+
+
+def export(args) -> int:
+    """Write a run as a directory that transformers read."""
+    run_dir, folder = Path(args.init or m.newest_run(args.out)), Path(args.out) / (args.config or "tiny") / "export"
+    if folder.exists() and not args.overwrite:
+        raise m.UserError(f"{folder} exists: give --overwrite to replace what is in it, or another --out")
+    model, tokenizer, _ = m.load_run(run_dir)
+    check_shape(args, model.config)
+    model.save_pretrained(folder, tokenizer)
+    print(f"{run_dir} is now in {folder}, for AutoModelForCausalLM and AutoTokenizer.from_pretrained({str(folder)!r})")
     return 0
 
 
