@@ -91,9 +91,9 @@ class Setup:
 
 
 def amount(text: str) -> float:
-    """A number with a suffix: 100M, 1.5B, 24G."""
-    found = re.fullmatch(r"([\d.]+)([kKMGBT]?)B?", text)
-    if not found:
+    """A number above 0, with or without a suffix: 100M, 1.5B, 24G, 1e8."""
+    found = re.fullmatch(r"([\d.]+(?:e\d+)?)([kKMGBT]?)B?", text)
+    if not found or float(found[1]) <= 0:
         raise ValueError(text)
     return float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[found[2]]
 
@@ -180,8 +180,9 @@ def check_flags(args) -> None:
 
 def read_figures(path: str) -> dict[str, Table]:
     try:
-        return dict(json.loads(Path(path).read_bytes())["tables"])
-    except (ValueError, KeyError, TypeError) as error:
+        tables = dict(json.loads(Path(path).read_bytes())["tables"])
+        return {title: {column: dict(rows) for column, rows in table.items()} for title, table in tables.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise m.UserError(f"{path} does not hold figures that --json wrote") from error
 
 

@@ -45,6 +45,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import typing
 import unicodedata
 import warnings
@@ -383,7 +384,8 @@ class GenerationConfig:
         check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more (greedy is do_sample=False)")
         check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        check(self, self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        check(self, 1e-6 <= self.repetition_penalty <= 1e9, "repetition_penalty", "in [1e-6, 1e9]")
+        check(self, abs(self.length_penalty) <= 10, "length_penalty", "in [-10, 10]")
         check(self, all(isinstance(text, str) and text for text in self.stop or []), "stop", "texts that are not empty")
 
     def new_tokens(self, prompt_len: int) -> int:
@@ -859,8 +861,8 @@ class BPETokenizer:
         An imported one gives the ids that `tokenizers` gives (with encode_special_tokens = True). Its BOS is what its
         post-processor puts first; its EOS and padding are those of the tokenizer_config.json beside it, or usual ones.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
+            text = Path(path).read_text(encoding="utf-8")
             data = json.loads(text)
             if [token["content"] for token in data["added_tokens"]] != list(SPECIAL_TOKENS):
                 config = Path(path).with_name("tokenizer_config.json")
@@ -869,6 +871,8 @@ class BPETokenizer:
             tokenizer = cls(FIRST_MERGE + len(merges))
             tokenizer._set_merges(merges)
             same = json.loads(tokenizer.to_json()) == data | {"post_processor": None}
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: it comes with every run and every model of Hugging Face") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -2355,6 +2359,9 @@ class LoRALinear(nn.Module):
 
 def add_lora(model: MiniGPT, rank: int, alpha: float) -> None:
     """Freeze the model but for LoRA updates of the matrices of its blocks (routed experts stay as they are)."""
+    narrowest = min(model.config.hidden_size, model.config.num_attention_heads * model.config.head_dim)
+    if rank > narrowest:
+        raise UserError(f"lora_rank={rank} is not possible: it must be at most {narrowest}, the rank of the matrices")
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("score."))  # a reward model's head is new: it learns whole
     for block in model.layers:
@@ -2639,8 +2646,11 @@ class _Session:
         self.model, self.config, self.device = generator.model, config, generator.model.embed_tokens.weight.device
         self.stop_ids = torch.tensor(generator.stop_ids, device=self.device, dtype=torch.long)
         self.vocab_size = generator.tokenizer.vocab_size
-        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
-            raise UserError(f"prompts must be integers (B, T), not {input_ids.dtype} {tuple(input_ids.shape)}")
+        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"prompts must be integers (B, T), int64, not {input_ids.dtype} {tuple(input_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise UserError(f"attention_mask must be {tuple(input_ids.shape)} like the prompts, not "
+                            f"{tuple(attention_mask.shape)}")
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise UserError("prompts of unequal length must be padded on the left, where attention_mask is 0")
         limit, (B, T) = self.model.config.max_position_embeddings, input_ids.shape
@@ -2689,8 +2699,12 @@ class _Session:
         # freezing lays out the weights for the processor; it asks for the setting while it compiles, if it does
         settings = torch._inductor.config.patch(freezing=self.device.type == "cpu") if self.compiling \
             else contextlib.nullcontext()
-        with settings:
-            logits = self.compiled(ids, self.slots, self.cache)
+        try:
+            with settings:
+                logits = self.compiled(ids, self.slots, self.cache)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError("decoding can not be compiled here (on a CPU it takes a C++ compiler): "
+                            f"{str(error).strip().splitlines()[0]}") from error
         self.cache.length, self.compiling = self.cache.length + 1, False
         return logits
 
@@ -2800,7 +2814,11 @@ class TextGenerator:
     def _prompt_ids(self, prompt: str | list[dict]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special_tokens=True)
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        try:
+            messages = as_messages(prompt, "user")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")  # a last character may be unfinished
@@ -2888,7 +2906,7 @@ class TextGenerator:
                 if not rows or step == session.new_tokens - 1:
                     break
                 session.reorder((parents.gather(1, keep) + first_beam).flatten())
-                logits = session.feed(beams[..., -1].reshape(-1, 1))
+                logits = session.feed(beams[..., -1].reshape(-1, 1).contiguous())
         for b in rows:  # the context is full: what still runs counts as it stands
             for score, ids in zip(scores[b].tolist(), beams[b].tolist(), strict=True):
                 finished[b].add(score, ids)
@@ -3324,8 +3342,12 @@ def run_config(run_dir: str | Path) -> dict:
     config = read_json(path)
     if "model_type" in config:
         return {"stage": "pretrain", "model": dataclasses.asdict(read_hf_config(run_dir)), "train": {}, "data": {}}
-    if not isinstance(config.get("model"), dict):
-        raise UserError(f'{path} has neither "model", as that of a run, nor "model_type", as that of transformers')
+    if not all(isinstance(config.get(part), dict) for part in ("model", "train")):
+        raise UserError(f'{path} has neither "model" and "train", as that of a run, nor a "model_type"')
+    try:
+        MiniGPTConfig(**config["model"])
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
     return config
 
 
@@ -3334,7 +3356,14 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if line.endswith("\n"):  # else a line that was being written when the run was killed
+                raise UserError(f"{path}:{number}: not a row of metrics: {error}") from error
+    return rows
 
 
 def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[MiniGPT, BPETokenizer, dict]:
@@ -4089,6 +4118,12 @@ def answer_reward(messages: list[dict], reply: str, answer: str) -> float:
     return float(answer_matches(reply, answer))
 
 
+def failure(error: BaseException) -> str:
+    """What went wrong in a user's code, and where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}: {type(error).__name__}: {error}"
+
+
 def pieces(lengths: torch.Tensor, rows: torch.Tensor | None = None, size: int = 64) -> list[torch.Tensor]:
     """Rows (default: all) in pieces of at most `size` of similar length: mixed ones would be mostly padding."""
     rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows.to(lengths.device)
@@ -4129,9 +4164,6 @@ class RLTrainer(Trainer):
         self.reference.to(self.device)
         if isinstance(self.reward, RewardModel):
             self.reward.to(self.device)
-        if self.config.accumulation_steps > 1:
-            raise UserError(f"accumulation_steps={self.config.accumulation_steps} has no meaning here: batch_size "
-                            "prompts make a rollout, minibatch_size answers an update")
         self.kl_coef, self.moves = self.rl.kl_coef, []
 
     def extra_state(self) -> dict:
@@ -4212,7 +4244,12 @@ class RLTrainer(Trainer):
             return in_pieces(lambda part: self.reward(part["input_ids"], part["token_mask"]), batch)
         rows = zip(prompts["input_ids"].tolist(), prompts["attention_mask"].sum(dim=1).tolist(), strict=True)
         asked = [self.tokenizer.decode_chat(row[len(row) - n:]) for row, n in rows]
-        scores = [self.reward(*args) for args in zip(asked, replies, prompts["answers"], strict=True)]
+        try:
+            scores = [self.reward(*args) for args in zip(asked, replies, prompts["answers"], strict=True)]
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"the reward function failed: {failure(error)}") from error
         for value in scores:
             if not hasattr(value, "__float__") or not math.isfinite(float(value)):
                 raise UserError(f"the reward function gave {value!r}: it must give a finite number")
@@ -4375,6 +4412,8 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable[
             function = runpy.run_path(path).get(name)
         except SyntaxError as error:
             raise UserError(f"--reward {source}: {path}:{error.lineno}: {error.msg}") from error
+        except (Exception, SystemExit) as error:
+            raise UserError(f"--reward {source}: {failure(error)}") from error
         if not callable(function):
             raise UserError(f"--reward {source}: {path} has no function {name}")
         return function
@@ -4387,6 +4426,16 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable[
     if its_tokenizer.content_hash() != tokenizer.content_hash():
         raise UserError(f"--reward {source}: its tokenizer is not the policy's")
     return model
+
+
+def check_stage(stage: str, train: TrainConfig, shape: MiniGPTConfig) -> None:
+    """Whether a model of that shape can go through a stage with such options."""
+    if train.answer_tokens >= shape.max_position_embeddings:
+        raise UserError(f"answer_tokens={train.answer_tokens} leave no room for a question in the context of "
+                        f"max_position_embeddings={shape.max_position_embeddings}")
+    if stage in ("ppo", "grpo") and train.accumulation_steps > 1:
+        raise UserError(f"accumulation_steps={train.accumulation_steps} has no meaning here: batch_size prompts make a "
+                        "rollout, minibatch_size answers an update")
 
 
 def open_data(stage: str, tokenizer: BPETokenizer, shape: MiniGPTConfig, train: TrainConfig, source: dict,
@@ -4410,9 +4459,7 @@ def open_stage(stage: str, run_dir: str | Path, parent: str | Path, sources: dic
     model, tokenizer, _ = load_run(parent)
     if isinstance(model, RewardModel):
         raise UserError(f"{parent} holds a reward model, which can not be the beginning of another stage")
-    if train.answer_tokens >= model.config.max_position_embeddings:
-        raise UserError(f"answer_tokens={train.answer_tokens} leave no room for a question in the context of "
-                        f"max_position_embeddings={model.config.max_position_embeddings}")
+    check_stage(stage, train, model.config)
     reward_source = load_reward(reward, tokenizer) if stage in ("ppo", "grpo") else None
     torch.manual_seed(train.seed)
     data = {part: open_data(stage, tokenizer, model.config, train, sources[part], part == "train", cache_dir)
@@ -4465,14 +4512,32 @@ class RLHFPipeline:
                 print(f"{stage}: finished already, in {run_dir}", flush=True)
             else:
                 print(f"\n== {stage}: {run_dir}", flush=True)
-                trainer = open_stage(stage, run_dir, self.base if stage == "sft" else self.out / "sft", self.sources,
-                                     self.train[stage], self.config, reward=str(self.out / "reward"),
-                                     device=self.device, cache_dir=self.cache_dir, resume=holds_run(run_dir))
+                trainer = open_stage(stage, run_dir, self.base if stage == "sft" else self.out / "sft",
+                                     self.sources_of(stage), self.train[stage], self.config,
+                                     reward=str(self.out / "reward"), device=self.device, cache_dir=self.cache_dir,
+                                     resume=holds_run(run_dir))
                 result = trainer.fit()
                 if "signal" in result:
                     return [*rows, result]
             rows.append(self.row(stage, run_dir))
         return rows
+
+    def sources_of(self, stage: str) -> dict[str, dict]:
+        """The sources without the files that have nothing for a stage, but something for another."""
+        kind, found = LOADERS[stage].kind, {}
+        for part, source in self.sources.items():
+            kinds = {path: kinds_of(path) for path in path_list(source["paths"])}
+            wanted = kind if kind in set().union(*kinds.values()) else "chat"  # whose questions are prompts, too
+            found[part] = source | {"paths": [path for path, there in kinds.items() if wanted in there]}
+        return found
+
+    def check(self) -> None:
+        """Read all data, and check what each stage needs: what is wrong with them shows before anything is trained."""
+        model, tokenizer, _ = load_run(self.base)
+        for stage in self.stages:
+            check_stage(stage, self.train[stage], model.config)
+            for part, source in self.sources_of(stage).items():
+                open_data(stage, tokenizer, model.config, self.train[stage], source, part == "train", self.cache_dir)
 
     @staticmethod
     def finished(run_dir: Path) -> bool:
@@ -4488,7 +4553,7 @@ class RLHFPipeline:
                "after": found[-1][f"val_{name}"], "answer": ""}
         model, tokenizer, state = load_run(run_dir, self.device)
         if not isinstance(model, RewardModel):
-            prompts = open_data("ppo", tokenizer, model.config, self.train["ppo"], self.sources["val"], False,
+            prompts = open_data("ppo", tokenizer, model.config, self.train["ppo"], self.sources_of("ppo")["val"], False,
                                 self.cache_dir)
             question = prompts.question(prompts.items[0])
             self.question = last_content(tokenizer.decode_chat(question))

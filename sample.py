@@ -37,11 +37,14 @@ def generation_config(args) -> m.GenerationConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ?
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ?
     try:
         args = build_parser().parse_args(argv)
         config = generation_config(args)
+        if args.chat and args.prompt:
+            raise m.UserError("--chat and --prompt exclude each other: say it in the conversation")
         run_dir = args.run or m.newest_run(args.out)
         model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device))
         if isinstance(model, m.RewardModel):
@@ -55,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
                 write(generator, prompt, config)
     except BrokenPipeError:
         m.silence_stdout()
-    except (m.UserError, OSError) as error:
+    except (m.UserError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
+            raise
         print(f"sample.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

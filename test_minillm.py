@@ -980,8 +980,21 @@ def test_compiled_decoding_writes_the_same(tokenizer):
     ):
         rows = [g._complete(batch["input_ids"], config, batch["attention_mask"]) for g in (eager, compiled)]
         assert torch.equal(*rows)
-    beams = settings(num_beams=2, min_new_tokens=4)
+    beams = settings(num_beams=2, min_new_tokens=30, max_new_tokens=30)
+    torch._dynamo.utils.counters.clear()
     assert torch.equal(*(g.beam_search(batch["input_ids"][1:], beams) for g in (eager, compiled)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1  # one for all steps
+
+
+def test_decoding_without_a_compiler_is_one_message(tokenizer, monkeypatch):
+    generator = m.TextGenerator(random_model(shape()), tokenizer, compile=True)
+
+    def fail(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("no g++"), None)
+
+    monkeypatch.setattr(generator, "compiled", fail)
+    with pytest.raises(m.UserError, match="C\\+\\+ compiler"):
+        generator.generate("hello", settings(max_new_tokens=3))
 
 
 def test_sampling_filters_by_hand():
@@ -3105,6 +3118,103 @@ def test_train_rlhf_in_one_go(base, tmp_path, capsys):
     assert train.main(argv) == 0 and "== " not in capsys.readouterr().out
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files under a folder but the caches."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+            and "cache" not in path.parts}  # fmt: skip
+
+
+def test_overwriting_costs_nothing_until_a_new_run_stands(base, tmp_path, capsys):
+    out, data = tmp_path / "out", ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
+    m.shutil.copytree(base / "pretrain", out / "tiny/pretrain")
+    argv = ["--stage", "rlhf", "--out", str(out), *data, *QUICK, "--max-steps", "1"]
+    assert train.main(argv) == 0
+    (out / "tiny/sft.old").mkdir()
+    (out / "tiny/sft.old/mine.txt").write_text("a user's own copy")
+    (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n{"chosen": "a", "rejected": "b"}\n')
+    before = everything(out)
+    for more in (
+        ["--device", "cuda:77"],
+        ["--answer-tokens", "300"],
+        ["--accumulation-steps", "2"],
+        ["--data", str(tmp_path / "bad.jsonl")],
+        ["--resume"],
+    ):
+        assert train.main([*argv, "--overwrite", *more]) == 2, more
+        assert everything(out) == before, more
+    (tmp_path / "boom.py").write_text("def f(messages, reply, answer):\n    return 1 / 0\n")
+    fails = ["--stage", "ppo", "--out", str(out), *data, *QUICK, "--max-steps", "1", "--overwrite"]
+    assert train.main([*fails, "--reward", f"{tmp_path}/boom.py:f"]) == 2
+    assert "boom.py:2: ZeroDivisionError" in capsys.readouterr().err and everything(out) == before
+    assert train.main(["--stage", "sft", "--out", str(out), *data, *QUICK, "--max-steps", "2", "--overwrite"]) == 0
+    assert m.load_checkpoint(out / "tiny/sft/checkpoint.pt")["step"] == 2
+    assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
+
+
+def test_rlhf_on_a_file_a_kind(base, tmp_path, capsys):
+    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
+    files = {part: [str(base / f"data/{part}/{name}.jsonl") for name in ("sft", "pref")] for part in ("train", "val")}
+    argv = ["--stage", "rlhf", "--out", str(tmp_path), *QUICK, "--max-steps", "1", "--data", *files["train"]]
+    assert train.main([*argv, "--val-data", *files["val"]]) == 0  # the questions of the conversations are the prompts
+    assert "ppo" in capsys.readouterr().out
+    files["val"].append(str(base / "data/val/prompts.jsonl"))
+    assert train.main([*argv, str(base / "data/train/prompts.jsonl"), "--val-data", *files["val"], "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import nosuchmodule", "mine.py:1: ModuleNotFoundError"),
+        ("def f(messages, reply):\n    return 1", "TypeError"),
+        ("import sys\ndef f(*args):\n    sys.exit(3)", "mine.py:3: SystemExit"),
+        ("def f(*args):\n    return 'good'", "gave 'good'"),
+        ("f = 3", "no function f"),
+    ],
+)
+def test_a_reward_that_fails_is_one_message(base, tmp_path, capsys, code, message):
+    (tmp_path / "mine.py").write_text(code)
+    argv = ["--stage", "grpo", "--init", str(base / "pretrain"), "--out", str(tmp_path), *QUICK, "--max-steps", "1"]
+    argv += ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
+    assert train.main([*argv, "--reward", f"{tmp_path}/mine.py:f"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model": {', "not JSON"),
+        ("{}", "neither"),
+        ("[]", "a JSON object is expected"),
+        ("[" * 100_000, "not JSON"),
+        ('{"model": {"colour": 3}, "train": {}}', "colour"),
+        ('{"model": {"hidden_size": -3}, "train": {}}', "hidden_size=-3"),
+    ],
+)
+def test_a_damaged_config_is_one_message(base, tmp_path, capsys, content, message):
+    run = tmp_path / "run"
+    m.shutil.copytree(base / "pretrain", run)
+    (run / "config.json").write_text(content)
+    for main, argv in (
+        (sample.main, ["--run", str(run)]),
+        (train.main, ["--stage", "eval", "--init", str(run)]),
+        (train.main, ["--stage", "sft", "--init", str(run), "--out", str(tmp_path)]),
+    ):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert message in error and "config.json" in error and len(error.splitlines()) == 1
+
+
+def test_metrics_that_a_kill_cut_short_are_read(base, tmp_path):
+    rows = m.read_metrics(base / "pretrain")
+    text = (base / "pretrain/metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
+    assert m.read_metrics(tmp_path) == rows
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n" + text)
+    with pytest.raises(m.UserError, match=r"metrics.jsonl:1"):
+        m.read_metrics(tmp_path)
+
+
 def test_rlhf_on_data_without_answers_or_prompts(base, tmp_path, capsys):
     """People's own data: nothing checkable, pairs and conversations that may lack a question."""
     m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
@@ -3281,12 +3391,15 @@ def test_bench_names_absent_peers(hasty, capsys, monkeypatch):
         (["--device", "abacus"], "abacus"),
         (["--baseline", "/nowhere.json"], "/nowhere.json"),
         (["--baseline", "{other}"], "does not hold figures"),
+        (["--baseline", "{odd}"], "does not hold figures"),
         (["--json", "{other}"], "does not hold figures"),
     ],
 )
 def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
     (tmp_path / "other.txt").write_text("{}")
-    assert bench.main([word.replace("{other}", str(tmp_path / "other.txt")) for word in argv]) == 2
+    (tmp_path / "odd.txt").write_text('{"tables": {"tokenizer": 5}}')
+    names = {"{other}": str(tmp_path / "other.txt"), "{odd}": str(tmp_path / "odd.txt")}
+    assert bench.main([names.get(word, word) for word in argv]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err and (tmp_path / "other.txt").read_text() == "{}"
 

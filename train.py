@@ -3,6 +3,7 @@ import time
 
 STARTED = time.monotonic()  # before torch is imported: --minutes count from here
 
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import shlex  # noqa: E402
@@ -209,17 +210,8 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
     limits = [f"{train.minutes:g} minutes"] * bool(train.minutes) + [f"{train.max_steps} steps"] * bool(train.max_steps)
     print(f"model: {size}; {' or '.join(limits)} on {trainer.device} in {str(trainer.dtype).removeprefix('torch.')}",
           flush=True)
-    old = run_dir.with_name(run_dir.name + ".old")
-    if args.overwrite and run_dir.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        run_dir.rename(old)  # it comes back if the new run gets nowhere
-    try:
+    with replacing(args, run_dir):
         result = trainer.fit()
-    finally:
-        if old.exists() and not m.holds_run(run_dir):
-            shutil.rmtree(run_dir, ignore_errors=True)
-            old.rename(run_dir)
-        shutil.rmtree(old, ignore_errors=True)
     if "signal" in result and trainer.progress() < 1:
         print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
         return 128 + result["signal"]
@@ -232,6 +224,24 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
     print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {run_dir}")
     print(f"next:  python {followers.get(trainer.stage, f'sample.py --run {there} --chat')}")
     return 128 + result["signal"] if "signal" in result else 0
+
+
+@contextlib.contextmanager
+def replacing(args, *run_dirs: Path):
+    """With --overwrite the old runs stand aside, and come back unless a new one with a checkpoint is in their place."""
+    aside = {}
+    try:
+        for run_dir in run_dirs if args.overwrite else ():
+            if run_dir.exists():
+                aside[run_dir] = run_dir.rename(run_dir.with_name(f"{run_dir.name}.old-{time.time_ns()}"))
+        yield
+    finally:
+        for run_dir, old in aside.items():
+            if m.holds_run(run_dir):
+                shutil.rmtree(old)
+            else:
+                shutil.rmtree(run_dir, ignore_errors=True)
+                old.rename(run_dir)
 
 
 def post_train(args) -> int:
@@ -278,6 +288,9 @@ def rlhf(args) -> int:
     trains = {stage: train_config(with_values(args, stage=stage)) for stage in m.RLHFPipeline.stages}
     rl = dataclasses.replace(m.get_rlhf_config(args.config or "tiny"), **m.given_flags(args, m.RLHFConfig))
     check_reward(args)
+    device = m.pick_device(args.device)
+    if args.resume and args.overwrite:
+        raise m.UserError("--resume and --overwrite exclude each other")
     for source in data_sources(args).values():
         there = m.kinds_of(source["paths"])
         if lacking := {"chat", "preference"} - there.keys():
@@ -292,11 +305,11 @@ def rlhf(args) -> int:
     for train in trains.values():
         check_seq_len(train, shape)
     m.keep_freed_memory()
-    for stage in m.RLHFPipeline.stages if args.overwrite else ():
-        shutil.rmtree(runs / stage, ignore_errors=True)
-    pipeline = m.RLHFPipeline(rl, base, runs, data_sources(args), trains, device=m.pick_device(args.device),
+    pipeline = m.RLHFPipeline(rl, base, runs, data_sources(args), trains, device=device,
                               cache_dir=Path(args.out) / "cache")
-    rows = pipeline.run()
+    pipeline.check()
+    with replacing(args, *(runs / stage for stage in pipeline.stages)):
+        rows = pipeline.run()
     if "signal" in rows[-1]:
         print(f"stopped; what is done is saved\ngo on:  {command(args)}")
         return 128 + rows[-1]["signal"]
