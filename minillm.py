@@ -53,10 +53,16 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 import torch
 import torch.nn as nn
@@ -252,6 +258,7 @@ class TrainConfig(MemoryConfig):
     seed: int = 0  # of initialisation, data order and dropout, below 2 ** 32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: long runs on CUDA
     on_bad_record: Literal["stop", "skip"] = "stop"  # a malformed line of data ends the run, or is counted and skipped
+    tensorboard: bool = False  # write the metrics for TensorBoard, too, into the run directory
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -518,15 +525,19 @@ def parallel_map(fn: Callable, items: Iterable, size: int, setup: Callable | Non
         yield from map(fn, items)
         return
     start = (_start_child, (setup, setup_args))
-    with warnings.catch_warnings(), ProcessPoolExecutor(workers, get_context("fork"), *start) as pool:
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use no torch
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(fn, item))
-            if len(waiting) > 2 * workers:
+    try:
+        with warnings.catch_warnings(), ProcessPoolExecutor(workers, get_context("fork"), *start) as pool:
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use none
+            waiting = deque()
+            for item in items:
+                waiting.append(pool.submit(fn, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError("a process that encodes the data was killed, perhaps for want of memory: start again"
+                        ) from error
 
 
 def _start_child(setup: Callable | None, setup_args: tuple) -> None:
@@ -1039,6 +1050,7 @@ def _python_pattern(pattern: str) -> str:
 # 3 Data: files -> records -> documents -> a memory-mapped stream of token ids -> batches.
 # ======================================================================================================================
 
+LONGEST_RECORD = 1 << 26  # characters of a line of JSON, or bytes of a .json: more is no record but a mistake
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]").search
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from at most about so much text, evenly picked
@@ -1164,20 +1176,24 @@ def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
             bad.add(f"{path}:{line}", f"JSON that can not be read: {error}")
 
     def parse_all(file: typing.TextIO) -> Iterator[tuple[str, object]]:
-        if ".jsonl" not in path.name:
-            text = file.read()
+        if ".jsonl" not in path.name and len(text := file.read(LONGEST_RECORD + 1)) <= LONGEST_RECORD:
             try:
                 whole = json.loads(text)
             except (ValueError, RecursionError) as error:
                 if getattr(error, "msg", "") != "Extra data":  # values one after another are lines, whatever the name
                     yield from parse(text, 1)
                     return
-                file.seek(0)
             else:
                 items = whole if isinstance(whole, list) else [whole]
                 yield from ((f"{path}[{i}]", record) for i, record in enumerate(items))
                 return
-        for line, text in enumerate(file, 1):
+        file.seek(0)
+        for line in itertools.count(1):
+            text = file.readline(LONGEST_RECORD + 1)
+            if len(text) > LONGEST_RECORD:
+                raise UserError(f"{path}:{line}: a line of more than {LONGEST_RECORD:,} characters: one record a line")
+            if not text:
+                return
             if text.strip():
                 yield from parse(text.rstrip(), line)
 
@@ -3294,7 +3310,11 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        torch.save(state | {"digest": digest(state)}, file)
+        try:
+            torch.save(state | {"digest": digest(state)}, file)
+        except RuntimeError as error:  # what torch makes of a write that fails
+            raise OSError(f"{path} can not be written, perhaps because the disk is full: {str(error).splitlines()[0]}; "
+                          "what stood there before is whole: go on from it with --resume") from error
         if path.exists():  # a second name for it, so that there is a whole checkpoint at every instant
             previous = path.with_name(path.stem + ".prev.pt")
             previous.unlink(missing_ok=True)
@@ -3327,6 +3347,25 @@ def load_checkpoint(path: str | Path, repair: bool = False) -> dict:
                     os.replace(candidate, path)
             return state
     raise UserError(f"no checkpoint can be read: {'; '.join(problems)}")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory, so that no second process trains in it; the lock ends with the process, however it ends."""
+    if fcntl is None:  # Windows
+        yield
+        return
+    with open(run_dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{run_dir} is in use by process {file.read().strip() or 'unknown'}: wait for it, or take "
+                            "another --out") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def holds_run(run_dir: str | Path) -> bool:
@@ -3597,8 +3636,10 @@ class Trainer:
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
         if self.skipped_in_row >= 20:
-            raise UserError(f"loss or gradient was not finite in 20 steps on end, up to step {self.step_count}: try a "
-                            "smaller --learning-rate, or --dtype float32")
+            at = self.train_data.state_dict() if isinstance(self.train_data, BatchLoader) else {}
+            where = f", before item {at['index']} of epoch {at['epoch']} of the data" if at else ""
+            raise UserError(f"loss or gradient was not finite in 20 steps on end, up to step {self.step_count}{where}: "
+                            "try a smaller --learning-rate, or --dtype float32")
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -3701,8 +3742,13 @@ class Trainer:
         if self.progress() >= 1:
             raise UserError(f"there is no time left to train: {self.elapsed_s():.0f} s have gone by, {self.step_count} "
                             "steps are done: give a larger --max-steps or --minutes")
-        self._open_run()
-        evaluated = {}
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.run_dir):
+            self._open_run()
+            return self._fit()
+
+    def _fit(self) -> dict[str, float]:
+        config, evaluated = self.config, {}
         if self.step_count == 0 and self.val_data is not None and self.stage != "pretrain":
             evaluated = self._evaluate()  # what there was before: it has been trained already
         peak_flops = matmul_peak(self.device, self.dtype)
@@ -3809,10 +3855,15 @@ class Trainer:
         """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will take again."""
         if self.step_count == 0 and (self.run_dir / "checkpoint.pt").exists():
             raise UserError(f"{self.run_dir} holds a run already: load its checkpoint, or take another run_dir")
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.run_dir / "config.json") as file:
             file.write(json.dumps(self._config_dict(), indent=2).encode())
         self.tokenizer.save(self.run_dir / "tokenizer.json")
+        if self.config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs tensorboard: pip install -e '.[plot]'") from None
+            self.writer = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step_count + 1)
         metrics = self.run_dir / "metrics.jsonl"
         kept = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")
                 and json.loads(row)["step"] <= self.step_count] if metrics.exists() else []
@@ -3825,6 +3876,11 @@ class Trainer:
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON knows no NaN
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+        if self.config.tensorboard:
+            for name, value in row.items():
+                if value is not None and name != "step":
+                    self.writer.add_scalar(name, value, self.step_count)
+            self.writer.flush()
 
     def _config_dict(self) -> dict:
         sources = {"train": self.train_data, "val": self.val_data}

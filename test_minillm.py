@@ -2734,8 +2734,11 @@ def stage_records(path: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tokenizer) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+def make_base(path: Path, tokenizer: m.BPETokenizer) -> Path:
     """A directory with data (`sources.json`) and the runs `pretrain` and `reward`, hardly trained."""
-    path = tmp_path_factory.mktemp("base")
     sources = stage_records(path / "data")
     (path / "sources.json").write_text(json.dumps(sources))
     config = m.TrainConfig(max_steps=2, warmup_steps=0, sample_tokens=0)
@@ -3122,6 +3125,174 @@ def everything(folder: Path) -> dict[str, bytes]:
     """All files under a folder but the caches."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
             and "cache" not in path.parts}  # fmt: skip
+
+
+class Killing:
+    """Kills its own process at the n-th boundary of a system call with which files are written."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.passed = target, 0
+
+    def boundary(self) -> None:
+        self.passed += 1
+        if self.passed == self.target:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, call):
+        def wrapped(*args, **options):
+            self.boundary()
+            result = call(*args, **options)
+            self.boundary()
+            return result
+
+        return wrapped
+
+    def open(self, *args, **options):
+        file = open(*args, **options)
+        if "w" not in file.mode and "a" not in file.mode:
+            return file
+
+        class Watched:
+            write = staticmethod(self.around(lambda data: (file.write(data), file.flush())[0]))
+            __enter__ = staticmethod(lambda: watched)
+            __exit__ = staticmethod(lambda *_: file.close())
+            __iter__ = staticmethod(lambda: iter(file))
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        watched = Watched()
+        return watched
+
+    def watch(self) -> None:
+        m.open = self.open
+        for name in ("fsync", "replace", "link"):
+            setattr(os, name, self.around(getattr(os, name)))
+
+
+def faulty_trainer(stage: str, base: Path, run_dir: Path) -> m.Trainer:
+    sources, tokenizer = json.loads((base / "sources.json").read_text()), m.BPETokenizer.load(base / "tokenizer.json")
+    config = stage_config(max_steps=4, save_every=2, eval_every=0)
+    if stage != "pretrain":
+        options = {"reward": str(base / "reward")} if stage == "ppo" else {}
+        return m.open_stage(stage, run_dir, base / "pretrain", sources, config, m.RLHFConfig(minibatch_size=6),
+                            cache_dir=base / "cache", resume=m.holds_run(run_dir), **options)  # fmt: skip
+    torch.manual_seed(0)
+    data = m.PretrainDataLoader(sources["train"]["paths"], tokenizer, 2, 16, split="all", cache_dir=base / "cache")
+    trainer = m.PreTrainer(m.MiniGPT(shape(dropout=0.1)), tokenizer, config=config, train_data=data, run_dir=run_dir)
+    if m.holds_run(run_dir):
+        trainer.load_checkpoint(run_dir / "checkpoint.pt")
+    return trainer
+
+
+def in_a_fork(work) -> tuple[int, float]:
+    """Run it in a forked process: its status and how long it took."""
+    began = m.time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            sys.stdout = open(os.devnull, "w")
+            work()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    return os.waitstatus_to_exitcode(status), m.time.monotonic() - began
+
+
+def kill_matrix(stage: str, folder: str, every: int, instants: int) -> None:
+    """Kill a run at boundaries of system calls and at random instants; each resumes to the weights of a straight run.
+
+    In a process of its own, with one thread: only such a one can be forked.
+    """
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    tokenizer = m.BPETokenizer(vocab_size=300)
+    tokenizer.train(TEXTS)
+    base = make_base(folder / "base", tokenizer)
+    tokenizer.save(base / "tokenizer.json")
+    faulty_trainer(stage, base, folder / "warm")  # encodes the data
+
+    def finish(run: Path) -> None:
+        trainer = faulty_trainer(stage, base, run)
+        if trainer.step_count < 4:
+            trainer.fit()
+
+    def weights(run: Path) -> str:
+        state = m.load_checkpoint(run / "checkpoint.pt")
+        return m.digest([state[part] for part in ("step", "model", "critic", "optimizers", "data", "rng", "extra")])
+
+    counter = folder / "count"
+
+    def straight() -> None:
+        killing = Killing(0)
+        killing.watch()
+        finish(folder / "straight")
+        counter.write_text(str(killing.passed))
+
+    code, took = in_a_fork(straight)
+    assert code == 0
+    wanted, boundaries = weights(folder / "straight"), int(counter.read_text())
+    random = m.torch.Generator().manual_seed(0)
+
+    def attempt(run: Path, target: int) -> None:
+        Killing(target).watch()
+        finish(run)
+
+    done = Counter()
+    for target in range(1, boundaries + 1, every):
+        run = folder / f"{stage}-{target}"
+        assert in_a_fork(lambda r=run, t=target: attempt(r, t))[0] == -signal.SIGKILL
+        assert in_a_fork(lambda r=run: finish(r))[0] == 0, target
+        assert weights(run) == wanted, target
+        done["boundaries"] += 1
+        m.shutil.rmtree(run)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        for k in range(instants if number == signal.SIGKILL else instants // 5 * 2):
+            run, delay = folder / f"{number}-{k}", took * torch.rand((), generator=random).item()
+
+            def interrupted(r=run, d=delay, n=number) -> None:
+                me = os.getpid()
+                if os.fork() == 0:
+                    m.time.sleep(d)
+                    with m.contextlib.suppress(ProcessLookupError):
+                        os.kill(me, n)
+                    os._exit(0)
+                m.contextlib.suppress(KeyboardInterrupt).__enter__()
+                finish(r)
+
+            in_a_fork(interrupted)
+            assert in_a_fork(lambda r=run: finish(r))[0] == 0, (number, delay)
+            assert weights(run) == wanted, (number, delay)
+            done[signal.Signals(number).name] += 1
+            m.shutil.rmtree(run)
+    print(json.dumps({"stage": stage, "of": boundaries, **done}))
+
+
+def run_kill_matrix(*args) -> dict:
+    code = f"import test_minillm as t; t.kill_matrix(*{args!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_run_survives_being_killed_anywhere(tmp_path):
+    done = run_kill_matrix("pretrain", str(tmp_path), 97, 5)
+    assert done["boundaries"] > 10 and done["SIGKILL"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "ppo"])
+def test_a_run_survives_being_killed_everywhere(tmp_path, stage):
+    done = run_kill_matrix(stage, str(tmp_path), 11, 50)  # 1 takes a quarter of an hour
+    assert done["boundaries"] > done["of"] / 12 and done["SIGKILL"] == 50 and done["SIGTERM"] == done["SIGINT"] == 20
 
 
 def test_overwriting_costs_nothing_until_a_new_run_stands(base, tmp_path, capsys):

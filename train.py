@@ -156,6 +156,14 @@ def can_resume(run_dir: Path, args) -> bool:
     return args.resume and holds_run
 
 
+def report_changes(saved: dict, config: m.TrainConfig | m.RLHFConfig) -> None:
+    """Say which options a resumed run has otherwise than before."""
+    changed = [f"{name} {saved[name]} -> {value}" for name, value in dataclasses.asdict(config).items()
+               if name in saved and saved[name] != value]
+    if changed:
+        print(f"from here on: {', '.join(changed)}")
+
+
 def check_shape(args, shape: m.MiniGPTConfig) -> None:
     """The shape comes from the weights: a --config or a flag that contradicts it is an error."""
     wanted = dataclasses.asdict(model_config(args)) if args.config else m.given_flags(args, m.MiniGPTConfig)
@@ -200,6 +208,7 @@ def pretrain(args) -> int:
     if resuming:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
         print(f"resuming {run_dir} at step {trainer.step_count}")
+        report_changes(state["config"]["train"], train)
     active = f", {model.num_params(active=True) / 1e6:.1f} M active" if model.config.num_experts else ""
     return fit(args, trainer, f"{model.num_params() / 1e6:.2f} M parameters{active}")
 
@@ -233,6 +242,8 @@ def replacing(args, *run_dirs: Path):
     try:
         for run_dir in run_dirs if args.overwrite else ():
             if run_dir.exists():
+                with m.locked(run_dir):  # unless somebody trains in it
+                    pass
                 aside[run_dir] = run_dir.rename(run_dir.with_name(f"{run_dir.name}.old-{time.time_ns()}"))
         yield
     finally:
@@ -269,6 +280,9 @@ def post_train(args) -> int:
                            resume=resuming)
     print(f"{stage}: from {parent}" + (f", reward: {reward}" if stage in ("ppo", "grpo") else "")
           + (f", resuming at step {trainer.step_count}" if resuming else ""))
+    if resuming:
+        report_changes(saved["train"], train)
+        report_changes(saved["rl"], rl)
     counts = [len(data.items) for data in (trainer.train_data, trainer.val_data)]
     print("data: {:,} records to train on, {:,} to validate on".format(*counts))
     trained = sum(p.numel() for p in trainer.modules.parameters() if p.requires_grad)
