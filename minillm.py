@@ -3355,17 +3355,14 @@ def locked(run_dir: Path) -> Iterator[None]:
     if fcntl is None:  # Windows
         yield
         return
-    with open(run_dir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{run_dir} is in use by process {file.read().strip() or 'unknown'}: wait for it, or take "
-                            "another --out") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    directory = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise UserError(f"{run_dir} is in use by another process: wait for it, or take another --out") from None
+    finally:
+        os.close(directory)
 
 
 def holds_run(run_dir: str | Path) -> bool:
@@ -4520,6 +4517,10 @@ def open_stage(stage: str, run_dir: str | Path, parent: str | Path, sources: dic
     torch.manual_seed(train.seed)
     data = {part: open_data(stage, tokenizer, model.config, train, sources[part], part == "train", cache_dir)
             for part in ("train", "val")}
+    for loader in data.values() if reward_source is answer_reward else ():
+        if lacking := sum(not loader.text(i, 1) for i in loader.items):
+            raise UserError(f'{", ".join(loader.source["paths"])}: --reward answer needs prompts with an "answer" (or '
+                            f'"gt"): {lacking} of {len(loader.items)} have none')
     options = {"config": train, "rl_config": rl, "train_data": data["train"], "val_data": data["val"],
                "run_dir": run_dir, "started": started}
     origin = {"parent": str(Path(parent).absolute())}

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -3125,6 +3127,294 @@ def everything(folder: Path) -> dict[str, bytes]:
     """All files under a folder but the caches."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
             and "cache" not in path.parts}  # fmt: skip
+
+
+# What people get wrong: {name of a file: content}, command line, what the one line of the error says. {d} is where
+# those files are, {out} an --out with a trained run, {run} that run.
+def data_mistake(content, message, stage="pretrain", name="a.jsonl", *more):
+    content = content if isinstance(content, bytes) else content.encode()
+    where = ["--init", "{run}"] if stage != "pretrain" else []
+    return {name: content}, ["train", "--stage", stage, *where, "--data", "{d}/" + name, *RUN, *more], message
+
+
+RUN = ["--val-data", "{val}", "--out", "{out}", "--overwrite", "--max-steps", "1", *QUICK]
+SAY, REPLY = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
+GARBAGE = pickle.dumps(subprocess.Popen)  # what a pickle may run must not run
+MISTAKES = [
+    data_mistake("café au lait".encode("latin-1"), "byte 3 is not UTF-8", name="a.txt"),
+    data_mistake("小".encode()[:2], "ends inside a UTF-8 character", name="a.txt"),
+    data_mistake("你好".encode("utf-16"), "byte 0 is not UTF-8", name="a.txt"),
+    data_mistake("", "empty", name="a.txt"),
+    data_mistake("too short", "fewer than seq_len", "pretrain", "a.txt", "--seq-len", "60"),
+    data_mistake('{"text": "a"}\n{"text": ', "a.jsonl:2:9: not JSON"),
+    data_mistake('{"text": 3}', "a.jsonl:1: \"text\" must be a string, not int"),
+    data_mistake('{"text": null}', "not NoneType"),
+    data_mistake('{"text": ["a"]}', "not list"),
+    data_mistake("[1, 2]", "a.jsonl:1: unknown form of record (list)"),
+    data_mistake("3", "a.jsonl:1: unknown form of record (int)"),
+    data_mistake('{"txt": "a"}', "unknown form of record (txt)"),
+    data_mistake("{}", "empty object"),
+    data_mistake('{"text": "a\\ud800"}', "a.jsonl:1: an escape"),
+    data_mistake("[" * 100_000, "a.jsonl:1: JSON that can not be read"),
+    data_mistake('{"text": ' + "9" * 5000 + "}", "a.jsonl:1: JSON that can not be read"),
+    data_mistake("", "nothing for this stage, but no records"),
+    data_mistake(" \n\n", "nothing for this stage, but no records"),
+    data_mistake("a,b", "unknown kind of data file", "pretrain", "a.csv"),
+    data_mistake('{"a": 1', "a.json:1:8: not JSON", "pretrain", "a.json"),
+    data_mistake('[{"text": "a"}, {"b": 1}]', "a.json[1]: unknown form", "pretrain", "a.json"),
+    data_mistake(b"no gzip", "damaged .gz", "pretrain", "a.txt.gz"),
+    data_mistake(gzip.compress(b"hello" * 100)[:-9], "damaged .gz", "pretrain", "a.txt.gz"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY + "]}", "nothing for this stage, but chat records"),
+    data_mistake('{"text": "a"}', "nothing for this stage, but text records", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + SAY + "," + REPLY + "]}", "two user messages", "sft"),
+    data_mistake('{"messages": [' + SAY + "]}", "without an assistant message", "sft"),
+    data_mistake('{"messages": []}', "without an assistant message", "sft"),
+    data_mistake('{"messages": 3}', "a message must be an object", "sft"),
+    data_mistake('{"messages": [3]}', "a message must be an object", "sft"),
+    data_mistake('{"messages": [{"role": "user"}]}', "a message needs a role", "sft"),
+    data_mistake('{"messages": [{"role": "robot", "content": "a"}]}', "one of system, user", "sft"),
+    data_mistake('{"messages": [{"role": "user", "content": 3}]}', "of type string", "sft"),
+    data_mistake('{"messages": [' + SAY + ', {"role": "system", "content": "s"}]}', "may only come first", "sft"),
+    data_mistake('{"conversations": [{"from": "gpt", "value": null}]}', "of type string", "sft"),
+    data_mistake('{"instruction": 3, "output": "b"}', '"instruction" and "input" must be strings', "sft"),
+    data_mistake('{"instruction": "a", "output": null}', "a message must be an object", "sft"),
+    data_mistake('{"instruction": "a", "output": "b", "history": [["c"]]}', "pairs [question, answer]", "sft"),
+    data_mistake('{"prompt": "a", "completion": 4}', "a message must be an object", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY + '], "answer": {}}', '"answer" must be a text', "sft"),
+    data_mistake('{"prompt": "a", "chosen": "b"}', "nothing for this stage, but prompt records", "dpo"),
+    data_mistake('{"prompt": "a", "chosen": "b", "rejected": "b"}', '"chosen" must end with an answer', "dpo"),
+    data_mistake('{"prompt": "a", "chosen": 3, "rejected": "b"}', "a message must be an object", "reward"),
+    data_mistake('{"prompt": "a", "chosen": "b", "rejected": [7]}', "a message must be an object", "dpo"),
+    data_mistake('{"chosen": [' + SAY + '], "rejected": "b"}', '"chosen" must end with an answer', "dpo"),
+    data_mistake('{"prompt": []}', "a prompt must end with a message to answer", "grpo"),
+    data_mistake('{"prompt": [' + REPLY + "]}", "a prompt must end with a message to answer", "grpo"),
+    data_mistake('{"prompt": 3}', "a message must be an object", "grpo"),
+    data_mistake('{"prompt": "a", "gt": true}', '"answer" must be a text', "grpo"),
+    data_mistake('{"prompt": "a"}', 'needs prompts with an "answer"', "grpo", "a.jsonl", "--reward", "answer"),
+    data_mistake('{"prompt": "' + "long " * 99 + '"}', "none of 1 prompt records fits", "grpo"),
+    *(
+        ({}, ["train", *RUN, *words], message)
+        for *words, message in (
+            ("--data", "/no/such", "/no/such: no such file"),
+            ("--data", "{d}", "a directory without any data file"),
+            ("--val-data", "/no/such", "/no/such: no such file"),
+            ("--leraning-rate", "1", "did you mean --learning-rate"),
+            ("--max-steps", "many", "invalid int value: 'many'"),
+            ("--max-steps", "-1", "max_steps=-1"),
+            ("--max-steps", "0", "a run needs an end"),
+            ("--batch-size", "0", "batch_size=0"),
+            ("--learning-rate", "nan", "learning_rate=nan"),
+            ("--learning-rate", "0", "learning_rate=0.0"),
+            ("--beta1", "1", "beta1=1.0"),
+            ("--seq-len", "0", "seq_len=0"),
+            ("--seq-len", "9999", "--seq-len 9999 exceeds the context"),
+            ("--config", "huge", "invalid choice: 'huge'"),
+            ("--stage", "dream", "invalid choice: 'dream'"),
+            ("--device", "tpu", "device 'tpu'"),
+            ("--device", "cuda:99", "device 'cuda:99'"),
+            ("--dtype", "int8", "invalid choice: 'int8'"),
+            ("--seed", "-1", "seed=-1"),
+            ("--minutes", "-1", "minutes=-1.0"),
+            ("--schedule", "linear", "invalid choice: 'linear'"),
+            ("--vocab-size", "10", "--vocab-size 10 is not possible"),
+            ("--num-attention-heads", "3", "num_attention_heads=3"),
+            ("--rope-scaling", "yarn", "invalid json_object value"),
+            ("--rope-scaling", '{"rope_type": "yarn"}', "rope_scaling="),
+            ("--lora-rank", "4", "--lora-rank 4 needs a trained model"),
+            ("--stage", "sft", "--init", "{run}", "--lora-rank", "4000", "lora_rank=4000"),
+            ("--stage", "sft", "--init", "/no/such", "/no/such"),
+            ("--resume", "--resume and --overwrite exclude each other"),
+            ("--stage", "sft", "--inspect", "0", "--inspect 0"),
+            ("--plot", "/no/such", "/no/such is no run directory"),
+            ("--plot", "{run}", "--png", "a.jpg", "must end in .png"),
+            ("--out", "{d}/file", "{d}/file"),
+        )
+    ),
+    *(
+        ({}, ["sample", "--run", "{run}", *words], message)
+        for *words, message in (
+            ("--run", "/no/such", "/no/such is no run directory"),
+            ("--run", "{base}/reward", "holds a reward model"),
+            ("--temperature", "0", "temperature=0.0"),
+            ("--top-p", "2", "top_p=2.0"),
+            ("--top-k", "-1", "top_k=-1"),
+            ("--min-p", "2", "min_p=2.0"),
+            ("--num-beams", "0", "num_beams=0"),
+            ("--num-beams", "2", "--strategy", "greedy", "contradicts --strategy greedy"),
+            ("--num-beams", "2", "--length-penalty", "-1000", "length_penalty=-1000"),
+            ("--repetition-penalty", "0", "repetition_penalty=0.0"),
+            ("--seed", "-1", "seed=-1"),
+            ("--stop", "", "stop=['']"),
+            ("--max-length", "1", "--prompt", "小猫", "max_length=1"),
+            ("--prompt", "very long " * 99, "leaves no room in the context"),
+            ("--chat", "--prompt", "a", "--chat and --prompt exclude each other"),
+        )
+    ),
+    *(
+        ({"run/" + name: content}, ["sample", "--run", "{d}/run"], message)
+        for name, content, message in (
+            ("checkpoint.pt", b"torn", "checkpoint.pt is damaged"),
+            ("checkpoint.pt", GARBAGE, "checkpoint.pt is damaged"),
+            ("checkpoint.pt", None, "checkpoint.pt does not exist"),
+            ("tokenizer.json", b"{", "tokenizer.json is not a tokenizer.json"),
+            ("tokenizer.json", None, "tokenizer.json does not exist"),
+            ("tokenizer.json", b"other", "is not the tokenizer that the checkpoint was trained with"),
+            ("config.json", b"[]", "config.json: a JSON object"),
+            ("config.json", None, "has no config.json"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "argv", "message"), MISTAKES, ids=map(str, range(len(MISTAKES))))
+def test_mistakes_are_one_message_and_cost_nothing(driven, base, tmp_path, capsys, files, argv, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/file").write_text("")
+    if any(name.startswith("run/") for name in files):
+        m.shutil.copytree(driven / "tiny/pretrain", tmp_path / "run")
+    for name, content in files.items():
+        path = tmp_path / name
+        if content == b"other":
+            m.BPETokenizer().save(path)
+        elif content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        if "checkpoint" in name:
+            (tmp_path / "run/checkpoint.prev.pt").unlink(missing_ok=True)
+    here = tmp_path if files else tmp_path / "empty"
+    names = {"{d}": here, "{out}": driven, "{run}": driven / "tiny/pretrain", "{base}": base}
+    names["{val}"] = base / "data/val"
+
+    def filled(text: str) -> str:
+        for name, path in names.items():
+            text = text.replace(name, str(path))
+        return text
+
+    before = everything(driven) | everything(base)
+    main = {"train": train.main, "sample": sample.main}[argv[0]]
+    assert main(list(map(filled, argv[1:]))) == 2
+    error = capsys.readouterr().err
+    last = [line for line in error.splitlines() if ": warning: " not in line]
+    assert filled(message) in error and len(last) == 1 and "Traceback" not in error
+    assert everything(driven) | everything(base) == before
+
+
+def test_three_hundred_damaged_checkpoints(tmp_path):
+    """Truncated or with a flipped bit: what loads is what was saved last, or with a warning what was saved before."""
+    path, draw = tmp_path / "checkpoint.pt", torch.Generator().manual_seed(0)
+    states = [{"step": k, "model": {"w": torch.arange(500.0) * k}, "text": f"step {k}"} for k in (1, 2)]
+    for state in states:
+        m.save_checkpoint(path, dict(state))
+    whole, noticed = path.read_bytes(), 0
+    for k in range(300):
+        at = int(torch.randint(0, len(whole), (), generator=draw))
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << k % 8
+        path.write_bytes(whole[:at] if k % 3 == 0 else damaged)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = m.load_checkpoint(path)
+        wanted = states[0] if caught else states[1]  # zip files have bytes that nobody reads
+        assert m.digest(loaded) == m.digest(wanted), at
+        noticed += bool(caught)
+    assert noticed > 200
+
+
+def test_one_process_a_run(driven, base, tmp_path, capsys):
+    argv = ["--out", str(tmp_path), "--data", str(base / "data/train"), "--val-data", str(base / "data/val"), *QUICK]
+    m.shutil.copytree(driven / "tiny/pretrain", tmp_path / "tiny/pretrain")
+    before = everything(tmp_path)
+    with m.locked(tmp_path / "tiny/pretrain"):
+        for more in (["--resume", "--max-steps", "9"], ["--overwrite", "--max-steps", "1"]):
+            assert train.main(["--seq-len", "16", *argv, *more]) == 2
+            assert "in use by another process" in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_resuming_says_what_is_different(base, tmp_path, capsys):
+    argv = ["--stage", "sft", "--init", str(base / "pretrain"), "--out", str(tmp_path), *QUICK]
+    argv += ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
+    assert train.main([*argv, "--max-steps", "1"]) == 0
+    assert train.main([*argv, "--max-steps", "2", "--learning-rate", "0.25", "--resume"]) == 0
+    assert "from here on: learning_rate 0.004 -> 0.25, max_steps 1 -> 2" in capsys.readouterr().out
+    for more, message in (
+        (["--batch-size", "2"], "batch_size=2, but the checkpoint"),
+        (["--seed", "3"], "seed=3, but the checkpoint"),
+        (["--lora-rank", "2"], "was trained with --lora-rank 0"),
+        (["--optimizer", "adamw"], "was trained with --optimizer muon"),
+        (["--data", str(base / "data/val")], "the data, its split or the tokenizer are not those"),
+    ):
+        assert train.main([*argv, "--max-steps", "3", "--resume", *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
+    config = m.TrainConfig(max_steps=4, save_every=2, eval_every=0, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run")
+    plain = open
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.room = file, 20_000 if trainer.step_count == 4 else 10**9
+
+        def write(self, data):
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __iter__(self):
+            return iter(self.file)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(m, "open", lambda *args, **options: Full(plain(*args, **options)), raising=False)
+    with pytest.raises(OSError, match="disk is full"):
+        trainer.fit()
+    assert m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "big.txt"
+    path.write_text("".join(f"{i} 只小猫 and {i} dogs\n" for i in range(90_000)), encoding="utf-8")
+    me = os.getpid()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(
+        m.BPETokenizer, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != me else []
+    )
+    with pytest.raises(m.UserError, match="encodes the data was killed"):
+        m.encode_corpus(path, tokenizer, "train", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(m, "LONGEST_RECORD", 1000)
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz"):
+        text = b'{"text": "short"}\n{"text": "' + b"x" * 5000 + b'"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+        with pytest.raises(m.UserError, match=rf"{name}:2: a line of more than 1,000 characters"):
+            m.encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "cache")
+
+
+def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = m.TrainConfig(max_steps=3, log_every=1, warmup_steps=0, sample_tokens=0, tensorboard=True)
+    trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
+    events = loading.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    rows = [row for row in m.read_metrics(tmp_path / "run") if "loss" in row]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in rows
+    ]
+    assert {"lr", "grad_norm", "tok_per_s"} <= set(events.Tags()["scalars"])
 
 
 class Killing:
