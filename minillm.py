@@ -1050,7 +1050,7 @@ def _python_pattern(pattern: str) -> str:
 # 3 Data: files -> records -> documents -> a memory-mapped stream of token ids -> batches.
 # ======================================================================================================================
 
-LONGEST_RECORD = 1 << 26  # characters of a line of JSON, or bytes of a .json: more is no record but a mistake
+LONGEST_RECORD = 1 << 26  # characters of a line of JSON: more is no record but a mistake
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]").search
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from at most about so much text, evenly picked
@@ -1176,7 +1176,8 @@ def read_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict]]:
             bad.add(f"{path}:{line}", f"JSON that can not be read: {error}")
 
     def parse_all(file: typing.TextIO) -> Iterator[tuple[str, object]]:
-        if ".jsonl" not in path.name and len(text := file.read(LONGEST_RECORD + 1)) <= LONGEST_RECORD:
+        whole_file = 16 * LONGEST_RECORD  # what may be read at once; a larger .json must be lines
+        if ".jsonl" not in path.name and len(text := file.read(whole_file + 1)) <= whole_file:
             try:
                 whole = json.loads(text)
             except (ValueError, RecursionError) as error:
@@ -2449,7 +2450,8 @@ _HF_DEFAULTS = {  # what transformers takes for fields that a config.json leaves
 _HF_MOE = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
            "router_aux_loss_coef": 0.001}
 _HF_FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False,
-             "mlp_only_layers": [], "decoder_sparse_step": 1, "partial_rotary_factor": 1.0, "quantization_config": None}
+             "mlp_only_layers": [], "decoder_sparse_step": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False,
+             "quantization_config": None}
 
 
 def import_safetensors() -> tuple:

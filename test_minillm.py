@@ -3300,6 +3300,15 @@ def test_mistakes_are_one_message_and_cost_nothing(driven, base, tmp_path, capsy
     assert everything(driven) | everything(base) == before
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, p=plain: (calls.append(n), p(*args))[1])
+    m.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
+    assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the directory
+
+
 def test_three_hundred_damaged_checkpoints(tmp_path):
     """Truncated or with a flipped bit: what loads is what was saved last, or with a warning what was saved before."""
     path, draw = tmp_path / "checkpoint.pt", torch.Generator().manual_seed(0)
