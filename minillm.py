@@ -3,9 +3,10 @@
 Text goes in at the top and a talking model comes out at the bottom; every section uses only what stands above it:
 
     1 Config            what a model, a run and a sampler are made of, and how that becomes command-line flags
-    2 Tokenizer         byte-level BPE that is friendly to Chinese, saved as a Hugging Face tokenizer.json
+    2 Tokenizer         byte-level BPE that is friendly to Chinese; Hugging Face tokenizer.json files in and out
     3 Data              files -> records -> a memory-mapped stream of token ids -> batches
-    4 Model             RMSNorm, RoPE/YaRN, grouped-query attention, SwiGLU, mixture of experts, KV cache
+    4 Model             RMSNorm, RoPE/YaRN, grouped-query attention, SwiGLU, mixture of experts, KV cache, LoRA;
+                        Hugging Face directories in and out
     5 Generation        greedy, sampling, beam search, streaming, chat
     6 Losses            pure functions of tensors
     7 Optimisation      schedules, Muon, AdamW, precision, memory
@@ -793,8 +794,10 @@ class BPETokenizer:
             raise UserError("this tokenizer can not hold conversations: it has no <|im_start|> and <|im_end|>")
         newline, ids, own = self.encode("\n"), [], []
         for i, message in enumerate(messages):
-            head = [self.im_start_id, *self.encode(message["role"] + "\n")]
-            body = [*self.encode(message["content"]), self.im_end_id]
+            role, content = message["role"] + "\n", message["content"]
+            # in one piece, as transformers encode it, but for an answer, which the model begins after the newline
+            texts = (role, content) if message["role"] == "assistant" else (role + content, "")
+            head, body = [self.im_start_id, *self.encode(texts[0])], [*self.encode(texts[1]), self.im_end_id]
             ids += head + body + newline
             own += [False] * len(head) + [message["role"] == "assistant" and i >= first] * len(body)
             own += [False] * len(newline)

@@ -2983,7 +2983,7 @@ def same_in_transformers(folder: Path, run: Path) -> None:
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
     model, tokenizer, _ = m.load_run(run)
     generator = m.TextGenerator(model, tokenizer)
-    for text in [*TEXTS[:6], "Once there was", "小猫"]:
+    for text in [*TEXTS[:6], "Once there was", "小猫", "\n\n a", " \n b \n"]:
         ids = tokenizer.encode(text, add_special_tokens=True)
         assert tokens(text)["input_ids"] == ids
         chat = [{"role": "system", "content": "简短"}, {"role": "user", "content": text}]
