@@ -911,7 +911,10 @@ class BPETokenizer:
                 raise UserError(f"added token {token['content']!r} with lstrip, rstrip or single_word is not supported")
         ids = {spelled: i for spelled, i in model["vocab"].items() if i not in special and spelled not in plain}
         ids = {bytes(map(_CHAR_TO_BYTE.__getitem__, spelled)): i for spelled, i in ids.items()}
-        tokens = [b""] * (1 + max([*ids.values(), *special, *plain.values()]))
+        numbers = [*ids.values(), *special, *plain.values()]
+        if not all(isinstance(i, int) and 0 <= i < sys.maxunicode for i in numbers):
+            raise UserError(f"a token's id is not in 0 … {sys.maxunicode - 1}")
+        tokens = [b""] * (1 + max(numbers))
         for token, i in [*ids.items(), *((content.encode(), i) for content, i in plain.items())]:
             tokens[i] = token
         tokenizer = cls(len(tokens))

@@ -723,6 +723,7 @@ def test_merges_out_of_order_and_twice_the_same_token(tmp_path):
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
         ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
         ({"added_tokens": []}, "no token ends a text"),
+        ({"added_tokens": [{"id": 10**12, "content": "<|endoftext|>", "special": True}]}, "id is not in 0"),
     ],
 )
 def test_what_a_tokenizer_can_not_have_is_named(tmp_path, change, message):
