@@ -1329,6 +1329,19 @@ def test_a_step_that_is_not_finite_touches_nothing(tokenizer):
     hook.remove()
 
 
+def test_a_run_that_stays_not_finite_says_where(tmp_path, corpus, tokenizer):
+    data = m.PretrainDataLoader(corpus, tokenizer, batch_size=2, seq_len=16, split="all", cache_dir=tmp_path / "cache")
+    config = m.TrainConfig(max_steps=50, log_every=1, save_every=4, eval_every=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=data, run_dir=tmp_path / "run")
+    plain = trainer.loss
+    trainer.loss = lambda batch: plain(batch) * (math.nan if trainer.step_count in (2, *range(5, 50)) else 1)
+    with pytest.raises(m.UserError, match=r"20 steps on end, up to step 24, before item \d+ of epoch \d+ of the data"):
+        trainer.fit()
+    rows = m.read_metrics(tmp_path / "run")
+    assert [row["skipped"] for row in rows][:6] == [0, 0, 1, 1, 1, 2] and rows[2]["loss"] is None
+    assert m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 24
+
+
 def test_the_monitor_agrees_with_the_operating_system():
     code = (
         "import torch, resource, minillm as m; x = torch.ones(60_000_000); del x; monitor = m.MemoryMonitor(); "
