@@ -1374,10 +1374,12 @@ WANTED = {"text": 'text: .txt files and {"text": …}', "chat": 'conversations: 
           "prompt": '{"prompt"} records, or conversations where no file has any'}
 
 
-def select(files: list[Path], named: set[Path], kind: str, bad: BadRecords) -> Iterator[tuple[Path, str, dict | None]]:
+def select(files: list[Path], named: set[Path], kind: str, bad: BadRecords, wanted: str = ""
+           ) -> Iterator[tuple[Path, str, dict | None]]:
     """(file, file:line, record) for the records of a kind; (file, "", None) for a .txt file, if that kind is text.
 
-    A file without any is an error if the user `named` it, and passed over if it only stands in a directory.
+    A file without any is an error if the user `named` it, and passed over if it only stands in a directory. `wanted`:
+    the kind that the error speaks of, if it is not this one.
     """
     total = 0
     for path in files:
@@ -1391,10 +1393,10 @@ def select(files: list[Path], named: set[Path], kind: str, bad: BadRecords) -> I
         total += kinds[kind]
         if not kinds[kind] and path in named:
             raise UserError(f"{path}: nothing for this stage, but {', '.join(kinds) or 'no'} records: it takes "
-                            f"{WANTED[kind]}")
+                            f"{WANTED[wanted or kind]}")
     bad.report()
     if not total:
-        raise UserError(f"nothing for this stage in {', '.join(map(str, files))}: it takes {WANTED[kind]}")
+        raise UserError(f"nothing for this stage in {', '.join(map(str, files))}: it takes {WANTED[wanted or kind]}")
 
 
 def kinds_of(paths: str | Path | list) -> dict[str, int]:
@@ -1555,7 +1557,7 @@ def examples(files: list[Path], named: set[Path], kind: str, split: str, on_bad_
     """
     bad = BadRecords(on_bad_record)
     as_chat = kind == "prompt" and "prompt" not in kinds_of(files)
-    for _, where, record in select(files, named, "chat" if as_chat else kind, bad):
+    for _, where, record in select(files, named, "chat" if as_chat else kind, bad, kind):
         try:
             category = str(record.get("category", ""))
             if kind == "preference":
