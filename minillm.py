@@ -504,6 +504,10 @@ def atomic_write(path: str | Path) -> Iterator[typing.BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself is on the disk only once the directory is
@@ -911,6 +915,10 @@ class BPETokenizer:
                 raise UserError(f"added token {token['content']!r} with lstrip, rstrip or single_word is not supported")
         ids = {spelled: i for spelled, i in model["vocab"].items() if i not in special and spelled not in plain}
         ids = {bytes(map(_CHAR_TO_BYTE.__getitem__, spelled)): i for spelled, i in ids.items()}
+        for token in added:
+            if not token["content"] or model["vocab"].get(token["content"], token["id"]) != token["id"]:
+                raise UserError(f"added token {token['content']!r} with id {token['id']} is not supported: it must "
+                                "have a text, and the id of the vocabulary")
         numbers = [*ids.values(), *special, *plain.values()]
         if not all(isinstance(i, int) and 0 <= i < sys.maxunicode for i in numbers):
             raise UserError(f"a token's id is not in 0 … {sys.maxunicode - 1}")
@@ -941,6 +949,8 @@ class BPETokenizer:
             raise UserError("no token ends a text: name an eos_token in tokenizer_config.json, beside it")
         pad = named("pad_token")
         tokenizer.eos_id, tokenizer.pad_id = eos, eos if pad is None else pad
+        if tokenizer.im_start_id is not None:  # whatever its own template adds, here conversations are plain ChatML
+            tokenizer._source = text, config | {"chat_template": CHAT_TEMPLATE}
         return tokenizer
 
 
@@ -996,6 +1006,9 @@ def _splitter(normalizer: dict | None, pre_tokenizer: dict | None) -> Callable[[
         if node is not None:
             add(node)
 
+    if "'ByteLevel'" not in repr(pre_tokenizer):
+        raise UserError("a pre_tokenizer without ByteLevel is not supported")
+
     def split(text: str) -> list[str]:
         words = [text]
         for step in steps:
@@ -1036,7 +1049,8 @@ def _python_pattern(pattern: str) -> str:
     for token, category in re.findall(r"(\\[pP]\{(\w+)\}|\\.|\[\^?|[^\\\[])", pattern, re.S):
         chars = _unicode_class(category) if category else {
             "\\s": _SPACE, "\\S": _SPACE, "\\d": _unicode_class("Nd")}.get(token)
-        if category and not chars or token[0] == "\\" and token[1:].isalnum() and not chars and token[1] not in "rnt":
+        if category and not chars or token[0] == "\\" and token[1:].isalnum() and not chars and token[1] not in "rnt" \
+                or inside and token[0] == "[" or "&&" in pattern:
             raise UserError(f"the pattern {pattern!r} is not supported: it has {token}")
         if chars is None:
             inside = token[0] == "[" or inside and token != "]"
@@ -2040,7 +2054,7 @@ def rope_tables(config: MiniGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
         high = min(math.ceil(dimension(scaling.get("beta_slow") or 1)), D - 1)
         slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
         inv_freq = inv_freq / factor * slow + inv_freq * (1 - slow)
-        attention_factor = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+        attention_factor = scaling.get("attention_factor", 0.1 * math.log(factor) + 1.0)
     angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inv_freq)
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -2494,6 +2508,11 @@ def read_hf_config(folder: str | Path) -> MiniGPTConfig:
         raise UserError(f"{path}: model_type={kind!r} is not supported: it must be llama, qwen3 or qwen3_moe")
     if lacking := [field for field in _HF_SHAPE if field not in data]:
         raise UserError(f"{path}: {', '.join(lacking)} is missing")
+    for field in (*_HF_SHAPE, "max_position_embeddings"):
+        if not isinstance(size := data.get(field, 1), int) or not 0 < size < 1 << 24:
+            raise UserError(f"{path}: {field}={size!r} is not possible: it must be a number in 1 … {(1 << 24) - 1}")
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_type", rope.get("type", "default")), str):
+        raise UserError(f"{path}: rope_parameters={rope!r} is not possible: it must be an object with a rope_type")
     for field, value in _HF_FIXED.items():
         if data.get(field, value) not in (value, None):
             raise UserError(f"{path}: {field}={data[field]!r} is not supported: it must be {value!r}")
@@ -2506,11 +2525,16 @@ def read_hf_config(folder: str | Path) -> MiniGPTConfig:
     theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type") and v is not None} | {
         "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    if scaling["rope_type"] == "yarn":
-        scaling.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
+    if scaling["rope_type"] in ("yarn", "llama3"):
+        scaling.setdefault("original_max_position_embeddings", data.get("original_max_position_embeddings")
+                           or fields["max_position_embeddings"])
+    if scaling.get("truncate") is True:  # YaRN's default
+        del scaling["truncate"]
     ends = data.get("eos_token_id")
     eos = (ends or [None])[0] if isinstance(ends, list) else ends
     eos = min(MiniGPTConfig.eos_token_id, fields["vocab_size"] - 1) if eos is None else eos
+    if not isinstance(eos, int) or not 0 <= eos < fields["vocab_size"]:
+        raise UserError(f"{path}: eos_token_id={ends!r} is not possible: it must be in 0 … {fields['vocab_size'] - 1}")
     ids = {name: eos if data.get(name) is None else data[name] for name in ("bos_token_id", "pad_token_id")}
     try:
         return MiniGPTConfig(**fields, **ids, eos_token_id=eos, qk_norm=kind != "llama", rope_theta=theta,
@@ -2606,18 +2630,25 @@ def write_hf(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | None) -> No
         split = rows.split(list(parts[name].values()))
         tensors |= {part: tensor.clone() for part, tensor in zip(parts[name], split, strict=True)}
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        check_vocabulary(model, tokenizer)
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids),
-                      "pad_token_id": tokenizer.pad_id}
-        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        tokenizer.save_pretrained(folder)
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        with atomic_write(folder / name) as file:
-            file.write(json.dumps(content, indent=2).encode())
-    with atomic_write(folder / "model.safetensors") as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # a failure leaves what was there, all of it
+    try:
+        aside.mkdir(parents=True)
+        if tokenizer is not None:
+            check_vocabulary(model, tokenizer)
+            generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids),
+                          "pad_token_id": tokenizer.pad_id}
+            config |= generation | {"eos_token_id": tokenizer.eos_id}
+            tokenizer.save_pretrained(aside)
+        for name, content in (("config.json", config), ("generation_config.json", generation)):
+            with atomic_write(aside / name) as file:
+                file.write(json.dumps(content, indent=2).encode())
+        with atomic_write(aside / "model.safetensors") as file:
+            file.write(save(tensors, metadata={"format": "pt"}))
+        folder.mkdir(exist_ok=True)
+        for path in aside.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ======================================================================================================================
@@ -3387,7 +3418,8 @@ def run_config(run_dir: str | Path) -> dict:
         raise UserError(f"{run_dir} is no run directory: it has no config.json")
     config = read_json(path)
     if "model_type" in config:
-        return {"stage": "pretrain", "model": dataclasses.asdict(read_hf_config(run_dir)), "train": {}, "data": {}}
+        return {"model_type": config["model_type"], "stage": "pretrain", "train": {}, "data": {},
+                "model": dataclasses.asdict(read_hf_config(run_dir))}
     if not all(isinstance(config.get(part), dict) for part in ("model", "train")):
         raise UserError(f'{path} has neither "model" and "train", as that of a run, nor a "model_type"')
     try:
@@ -3406,9 +3438,10 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         try:
             rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
             if line.endswith("\n"):  # else a line that was being written when the run was killed
-                raise UserError(f"{path}:{number}: not a row of metrics: {error}") from error
+                raise UserError(f"{path}:{number}: not a row of metrics ({error!r}): mend or delete it") from error
     return rows
 
 
@@ -3420,7 +3453,7 @@ def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[M
     run_dir = Path(run_dir)
     config = run_config(run_dir)
     tokenizer = BPETokenizer.load(run_dir / "tokenizer.json")
-    if not config["train"]:
+    if "model_type" in config:
         model = MiniGPT.from_pretrained(run_dir).to(device)
         check_vocabulary(model, tokenizer)
         return model, tokenizer, {"config": config, "step": 0}
@@ -3750,54 +3783,56 @@ class Trainer:
             raise UserError(f"there is no time left to train: {self.elapsed_s():.0f} s have gone by, {self.step_count} "
                             "steps are done: give a larger --max-steps or --minutes")
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.run_dir):
+        with locked(self.run_dir), self._signals() as caught:
             self._open_run()
-            return self._fit()
+            return self._fit(caught)
 
-    def _fit(self) -> dict[str, float]:
+    def _fit(self, caught: list[int]) -> dict[str, float]:
         config, evaluated = self.config, {}
         if self.step_count == 0 and self.val_data is not None and self.stage != "pretrain":
             evaluated = self._evaluate()  # what there was before: it has been trained already
         peak_flops = matmul_peak(self.device, self.dtype)
-        batches, caught = self._endless(), []
+        batches = self._endless()
         losses, tokens, since = [], 0, time.monotonic()  # since the last line of metrics
-        with self._signals(caught):
-            while self.progress() < 1 and not caught:
-                group = list(itertools.islice(batches, config.accumulation_steps))
-                result = self.step(group)
-                losses.append(result["loss"])
-                count = result.pop("tokens")
-                del result["weight"]
-                tokens, self.tokens_seen = tokens + count, self.tokens_seen + count
-                if self.step_count % config.log_every == 0 or self.step_count == 1:
-                    speed = tokens / (time.monotonic() - since)
-                    self.step_s = (time.monotonic() - since) / len(losses)
-                    flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[-1] - 1)
-                    row = {**result, "loss": sum(losses) / len(losses), "tok_per_s": speed, "mfu": flops / peak_flops}
-                    self._log(row)
-                    self._show(row, evaluated)
-                    if not evaluated and self.val_data is not None:  # a guess until it has been timed
-                        size = len(self.val_data.tokens) if isinstance(self.val_data, PretrainDataLoader) else math.inf
-                        guess = min(config.eval_tokens, size) / (2.5 * speed) + 2.0
-                        self.reserve_s = min(guess, 6.0 * config.minutes)
-                    losses, tokens, since = [], 0, time.monotonic()
-                if self.progress() >= 1 or caught:
-                    break
-                pause = time.monotonic()
-                if config.eval_every and self.step_count % config.eval_every == 0:
-                    evaluated = self._evaluate_and_save()
-                elif config.save_every and self.step_count % config.save_every == 0:
-                    self.save_checkpoint(self.run_dir / "checkpoint.pt")
-                since += time.monotonic() - pause
-            if self.progress() < 1:
+        while self.progress() < 1 and not caught:
+            group = list(itertools.islice(batches, config.accumulation_steps))
+            result = self.step(group)
+            losses.append(result["loss"])
+            count = result.pop("tokens")
+            del result["weight"]
+            tokens, self.tokens_seen = tokens + count, self.tokens_seen + count
+            if self.step_count % config.log_every == 0 or self.step_count == 1:
+                speed = tokens / (time.monotonic() - since)
+                self.step_s = (time.monotonic() - since) / len(losses)
+                flops = speed * self.model.flops_per_token(group[0]["input_ids"].shape[-1] - 1)
+                row = {**result, "loss": sum(losses) / len(losses), "tok_per_s": speed, "mfu": flops / peak_flops}
+                self._log(row)
+                self._show(row, evaluated)
+                if not evaluated and self.val_data is not None:  # a guess until it has been timed
+                    size = len(self.val_data.tokens) if isinstance(self.val_data, PretrainDataLoader) else math.inf
+                    guess = min(config.eval_tokens, size) / (2.5 * speed) + 2.0
+                    self.reserve_s = min(guess, 6.0 * config.minutes)
+                losses, tokens, since = [], 0, time.monotonic()
+            if self.progress() >= 1 or caught:
+                break
+            pause = time.monotonic()
+            if config.eval_every and self.step_count % config.eval_every == 0:
+                evaluated = self._evaluate_and_save()
+            elif config.save_every and self.step_count % config.save_every == 0:
                 self.save_checkpoint(self.run_dir / "checkpoint.pt")
-                return evaluated | {"signal": caught[0]}
-            result = self._evaluate_and_save()
-            return result | ({"signal": caught[0]} if caught else {})
+            since += time.monotonic() - pause
+        if self.progress() < 1:
+            if self.step_count:
+                self.save_checkpoint(self.run_dir / "checkpoint.pt")
+            return evaluated | {"signal": caught[0]}
+        result = self._evaluate_and_save()
+        return result | ({"signal": caught[0]} if caught else {})
 
     @contextlib.contextmanager
-    def _signals(self, caught: list[int]) -> Iterator[None]:
-        """Note SIGINT and SIGTERM in `caught`; a second one interrupts at once."""
+    def _signals(self) -> Iterator[list[int]]:
+        """A list in which SIGINT and SIGTERM are noted; a second one interrupts at once."""
+        caught: list[int] = []
+
         def note(number: int, _: object) -> None:
             if caught:
                 raise KeyboardInterrupt
@@ -3806,7 +3841,7 @@ class Trainer:
         main = threading.current_thread() is threading.main_thread()  # signals are its alone
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
         try:
-            yield
+            yield caught
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -3862,6 +3897,8 @@ class Trainer:
         """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will take again."""
         if self.step_count == 0 and (self.run_dir / "checkpoint.pt").exists():
             raise UserError(f"{self.run_dir} holds a run already: load its checkpoint, or take another run_dir")
+        metrics = self.run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.run_dir) if row["step"] <= self.step_count] if metrics.exists() else []
         with atomic_write(self.run_dir / "config.json") as file:
             file.write(json.dumps(self._config_dict(), indent=2).encode())
         self.tokenizer.save(self.run_dir / "tokenizer.json")
@@ -3871,11 +3908,8 @@ class Trainer:
             except ImportError:
                 raise UserError("--tensorboard needs tensorboard: pip install -e '.[plot]'") from None
             self.writer = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step_count + 1)
-        metrics = self.run_dir / "metrics.jsonl"
-        kept = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")
-                and json.loads(row)["step"] <= self.step_count] if metrics.exists() else []
         with atomic_write(metrics) as file:
-            file.write("".join(kept).encode())
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def _log(self, row: dict[str, float]) -> None:
         row = {"step": self.step_count, **row, "tokens": self.tokens_seen, "skipped": self.skipped,

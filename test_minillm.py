@@ -540,6 +540,7 @@ def test_older_spellings_and_half_precision(tmp_path):
     rope = config.pop("rope_parameters")
     config["rope_theta"], config["eos_token_id"] = rope.pop("rope_theta"), [7, 9]
     config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}  # as releases of 2023 spell it
+    config["original_max_position_embeddings"] = config["rope_scaling"].pop("original_max_position_embeddings")
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, ids = m.MiniGPT.from_pretrained(tmp_path), random_ids(2, 60)
     assert ours.embed_tokens.weight.dtype == torch.float32 and ours.config.eos_token_id == 7
@@ -563,6 +564,11 @@ def test_older_spellings_and_half_precision(tmp_path):
         ("config.json", {"intermediate_size": 96}, r"gate_proj.weight is torch.float32 \(64, 32\)"),
         ("config.json", {"tie_word_embeddings": False}, "lack lm_head.weight"),
         ("config.json", {"hidden_size": "32"}, "hidden_size='32'"),
+        ("config.json", {"vocab_size": None}, "vocab_size=None"),
+        ("config.json", {"num_hidden_layers": 10**30}, "num_hidden_layers=10"),
+        ("config.json", {"rope_parameters": "yarn"}, "rope_parameters='yarn'"),
+        ("config.json", {"rope_parameters": {"rope_type": []}}, "rope_parameters="),
+        ("config.json", {"eos_token_id": [-1]}, r"eos_token_id=\[-1\]"),
         ("config.json", None, "hidden_size"),
         ("model.safetensors", b"\xff" * 8 + b"{}", "damaged"),
         ("model.safetensors", b"", "damaged"),
@@ -694,15 +700,16 @@ def test_imported_tokenizers_give_the_same_ids(tmp_path, family):
     assert m.BPETokenizer.load(tmp_path / "copy/tokenizer.json").content_hash() == ours.content_hash()
 
 
-def test_merges_out_of_order_and_twice_the_same_token(tmp_path):
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_merges_out_of_order_and_twice_the_same_token(tmp_path, ignore_merges):
     """As in Llama 3's file, which lists every way to make a token, in the order of the results' ids."""
     tokenizers = pytest.importorskip("tokenizers")
     letters = {chr(i): i - 33 for i in range(33, 127)}
     bytes_ = {c: i for i, c in enumerate(sorted(set(m._CHAR_TO_BYTE) - set(letters)), len(letters))}
-    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3]
+    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3, "bcab"]  # no merges make the last
     vocab = letters | bytes_ | {token: 256 + i for i, token in enumerate(tokens)}
     merges = [("ab", "a"), ("a", "ba"), ("a", "b"), ("b", "a"), ("ab", "ab"), ("c", "c"), ("cc", "c"), ("c", "cc")]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=ignore_merges))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.add_special_tokens(["<|endoftext|>"])
     made.save(str(tmp_path / "tokenizer.json"))
@@ -711,8 +718,11 @@ def test_merges_out_of_order_and_twice_the_same_token(tmp_path):
         for letters in itertools.product("abc", repeat=length):
             text = "".join(letters)
             assert ours.encode(text) == made.encode(text).ids, text
-    long = "abcabacccab" * 100
-    assert ours.encode(long) == made.encode(long).ids
+    assert (len(ours.encode("bcab")) == 1) == ignore_merges
+    draw = torch.Generator().manual_seed(0)
+    for length in range(31, 331):  # merged by the queue
+        long = "".join("abc"[i] for i in torch.randint(0, 3, (length,), generator=draw).tolist())
+        assert ours.encode(long) == made.encode(long).ids
 
 
 @pytest.mark.parametrize(
@@ -723,7 +733,9 @@ def test_merges_out_of_order_and_twice_the_same_token(tmp_path):
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
         ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
         ({"added_tokens": []}, "no token ends a text"),
-        ({"added_tokens": [{"id": 10**12, "content": "<|endoftext|>", "special": True}]}, "id is not in 0"),
+        ({"added_tokens": [{"id": 10**12, "content": "<|new|>", "special": True}]}, "id is not in 0"),
+        ({"added_tokens": [{"id": 9, "content": "<|endoftext|>", "special": True}]}, "with id 9 is not supported"),
+        ({"pre_tokenizer": None}, "without ByteLevel"),
     ],
 )
 def test_what_a_tokenizer_can_not_have_is_named(tmp_path, change, message):
@@ -732,10 +744,12 @@ def test_what_a_tokenizer_can_not_have_is_named(tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(data | change))
     with pytest.raises(m.UserError, match=message):
         m.BPETokenizer.load(tmp_path / "tokenizer.json")
-    pattern = {"type": "Split", "pattern": {"Regex": r"\p{Han}+|\w+"}, "behavior": "Isolated", "invert": False}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"pre_tokenizer": pattern}))
-    with pytest.raises(m.UserError, match=r"it has \\p\{Han\}"):
-        m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    patterns = {r"\p{Han}+|a": r"\\p\{Han\}", r"\w+": r"\\w", r"[[:alpha:]]+": r"\[", r"[a-z&&x]": ""}
+    for pattern, found in patterns.items():
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"pre_tokenizer": split}))
+        with pytest.raises(m.UserError, match=f"it has {found}"):
+            m.BPETokenizer.load(tmp_path / "tokenizer.json")
 
 
 def test_nothing_looks_ahead():
@@ -2979,10 +2993,10 @@ def huggingface_run(path: Path, kind: str = "Qwen3") -> Path:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": "<|im_end|>",
                 "pad_token": "<|endoftext|>",
-                "chat_template": m.CHAT_TEMPLATE,
             }
         )
     )
+    (path / "chat_template.jinja").write_text("{{ messages }}")  # exported runs have plain ChatML instead
     changes = {"num_shared_experts": 0} if kind == "Qwen3Moe" else {}
     size = made.get_vocab_size() + 3  # releases round it up
     model = huggingface_model(kind, vocab_size=size, eos_token_id=ids["eos"], pad_token_id=ids["pad"], **changes)
@@ -3370,6 +3384,50 @@ def test_resuming_says_what_is_different(base, tmp_path, capsys):
     ):
         assert train.main([*argv, "--max-steps", "3", "--resume", *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_metrics_that_are_none_stop_a_resumed_run_before_it_changes_anything(base, tmp_path):
+    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
+    metrics = tmp_path / "tiny/pretrain/metrics.jsonl"
+    whole = metrics.read_bytes()
+    for line in (b"garbage", b"[1]", b'{"loss": 1}', b'{"step": "x"}', b"\xff\xfe"):
+        metrics.write_bytes(whole + line + b"\n")
+        before = everything(tmp_path)
+        trainer = trainer_for(m.BPETokenizer.load(base / "pretrain/tokenizer.json"), run_dir=tmp_path / "tiny/pretrain")
+        trainer.step_count = 1
+        with pytest.raises(m.UserError, match="metrics.jsonl:[0-9]+: not a row"):
+            trainer._open_run()
+        assert everything(tmp_path) == before
+
+
+def test_a_signal_before_the_first_step_saves_nothing(base, tmp_path, monkeypatch):
+    sources = json.loads((base / "sources.json").read_text())
+    trainer = m.open_stage(
+        "sft", tmp_path / "sft", base / "pretrain", sources, stage_config(), cache_dir=tmp_path / "cache"
+    )
+    plain = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
+    assert trainer.fit()["signal"] == signal.SIGTERM and not m.holds_run(tmp_path / "sft")
+
+
+def test_an_export_that_fails_leaves_the_one_before_whole(tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "export"
+    random_model(shape()).save_pretrained(folder, tokenizer)
+    before, plain = everything(folder), m.atomic_write
+
+    @m.contextlib.contextmanager
+    def full(path):
+        if path.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        with plain(path) as file:
+            yield file
+
+    monkeypatch.setattr(m, "atomic_write", full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            random_model(shape(num_hidden_layers=1), seed=1).save_pretrained(target, tokenizer)
+    assert everything(tmp_path) == before
 
 
 def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):

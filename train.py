@@ -222,7 +222,8 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
     with replacing(args, run_dir):
         result = trainer.fit()
     if "signal" in result and trainer.progress() < 1:
-        print(f"stopped at step {trainer.step_count}; saved in {run_dir}\ngo on:  {command(args)} --resume")
+        saved = f"saved in {run_dir}\ngo on:  {command(args)} --resume" if trainer.step_count else "nothing to save yet"
+        print(f"stopped at step {trainer.step_count}; {saved}")
         return 128 + result["signal"]
     there = shlex.quote(str(run_dir))
     followers = {"pretrain": f"sample.py --run {there} --prompt {shlex.quote(trainer.prompts()[0])}"
