@@ -706,9 +706,10 @@ def test_merges_out_of_order_and_twice_the_same_token(tmp_path, ignore_merges):
     tokenizers = pytest.importorskip("tokenizers")
     letters = {chr(i): i - 33 for i in range(33, 127)}
     bytes_ = {c: i for i, c in enumerate(sorted(set(m._CHAR_TO_BYTE) - set(letters)), len(letters))}
-    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3, "bcab"]  # no merges make the last
+    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3, "bc", "abc", "bcab"]  # no merges make the last
     vocab = letters | bytes_ | {token: 256 + i for i, token in enumerate(tokens)}
-    merges = [("ab", "a"), ("a", "ba"), ("a", "b"), ("b", "a"), ("ab", "ab"), ("c", "c"), ("cc", "c"), ("c", "cc")]
+    merges = ["b c", "ab a", "a ba", "a b", "b a", "ab ab", "c c", "cc c", "c cc", "a bc"]
+    merges = [tuple(pair.split()) for pair in merges]
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=ignore_merges))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.add_special_tokens(["<|endoftext|>"])
