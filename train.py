@@ -415,6 +415,8 @@ def inspect(args) -> int:
 def plot(runs: list[str], path: Path) -> int:
     """Draw what runs have logged, a panel a figure, all runs together."""
     rows = {run: m.read_metrics(run) for run in runs}
+    if path.suffix != ".png":
+        raise m.UserError(f"--png {path} is not possible: it must end in .png")
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -426,9 +428,8 @@ def plot(runs: list[str], path: Path) -> int:
               ("val_exact_match", "val_pair_accuracy"), ("answer_length",), ("lr",), ("grad_norm",))
     panels = [[name for name in names if name in logged] for names in wanted]
     panels = [names for names in panels if names]
-    if not panels or path.suffix != ".png":
-        raise m.UserError(f"{', '.join(runs)}: nothing has been logged yet" if not panels else
-                          f"--png {path} is not possible: it must end in .png")
+    if not panels:
+        raise m.UserError(f"{', '.join(runs)}: nothing has been logged yet")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False)
