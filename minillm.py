@@ -162,16 +162,18 @@ class MiniGPTConfig:
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
         if self.rope_scaling is not None:
-            numbers = {k: v for k, v in self.rope_scaling.items() if k != "rope_type"}
+            numbers = {k: v for k, v in self.rope_scaling.items() if k not in ("rope_type", "truncate")}
             kind, least = self.rope_scaling.get("rope_type"), {"factor": 1, "original_max_position_embeddings": 1}
             needed = {"linear": ["factor"], "yarn": [*least], "llama3": [*least, "low_freq_factor", "high_freq_factor"]}
-            optional = ["beta_fast", "beta_slow", "attention_factor"] if kind == "yarn" else []
-            ok = kind in needed and set(needed[kind]) <= numbers.keys() <= {*needed[kind], *optional}
+            optional = ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"]
+            optional = optional if kind == "yarn" else []
+            ok = kind in needed and isinstance(self.rope_scaling.get("truncate", True), bool)
+            ok = ok and set(needed[kind]) <= numbers.keys() <= {*needed[kind], *optional}
             ok = ok and all(type(v) in (int, float) and math.isfinite(v) and v >= least.get(k, 0)
                             for k, v in numbers.items())
             check(self, ok, "rope_scaling", "none or numbers with a rope_type, " + ", ".join(
                 f"{kind} ({', '.join(keys)})" for kind, keys in needed.items())
-                + "; yarn may have beta_fast, beta_slow, attention_factor")
+                + "; yarn may have beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate")
 
 
 def get_tiny_config() -> MiniGPTConfig:
@@ -2050,11 +2052,17 @@ def rope_tables(config: MiniGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
         def dimension(turns: float) -> float:  # the dimension that turns so often within the original context
             return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-        low = max(math.floor(dimension(scaling.get("beta_fast") or 32)), 0)
-        high = min(math.ceil(dimension(scaling.get("beta_slow") or 1)), D - 1)
+        low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
         slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
         inv_freq = inv_freq / factor * slow + inv_freq * (1 - slow)
-        attention_factor = scaling.get("attention_factor", 0.1 * math.log(factor) + 1.0)
+        growth = 0.1 * math.log(factor)
+        attention_factor = growth + 1.0
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            attention_factor = (growth * scaling["mscale"] + 1.0) / (growth * scaling["mscale_all_dim"] + 1.0)
+        attention_factor = scaling.get("attention_factor", attention_factor)
     angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inv_freq)
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -2528,8 +2536,6 @@ def read_hf_config(folder: str | Path) -> MiniGPTConfig:
     if scaling["rope_type"] in ("yarn", "llama3"):
         scaling.setdefault("original_max_position_embeddings", data.get("original_max_position_embeddings")
                            or fields["max_position_embeddings"])
-    if scaling.get("truncate") is True:  # YaRN's default
-        del scaling["truncate"]
     ends = data.get("eos_token_id")
     eos = (ends or [None])[0] if isinstance(ends, list) else ends
     eos = min(MiniGPTConfig.eos_token_id, fields["vocab_size"] - 1) if eos is None else eos
@@ -3458,11 +3464,14 @@ def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[M
         check_vocabulary(model, tokenizer)
         return model, tokenizer, {"config": config, "step": 0}
     state = load_checkpoint(run_dir / "checkpoint.pt")
-    config = MiniGPTConfig(**state["config"]["model"])
-    model = (RewardModel if state["config"]["stage"] == "reward" else MiniGPT)(config)
-    if rank := state["config"]["train"].get("lora_rank", 0):
-        add_lora(model, rank, state["config"]["train"]["lora_alpha"])
-    model.load_state_dict(state["model"])
+    try:
+        config = state["config"]
+        model = (RewardModel if config["stage"] == "reward" else MiniGPT)(MiniGPTConfig(**config["model"]))
+        if rank := config["train"].get("lora_rank", 0):
+            add_lora(model, rank, config["train"]["lora_alpha"])
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError) as error:  # whole, but not what a run of today's code writes
+        raise UserError(f"{run_dir / 'checkpoint.pt'} does not hold such a run: {str(error)[:200]}") from error
     merge_lora(model)
     if state["tokenizer_hash"] != tokenizer.content_hash():
         raise UserError(f"{run_dir / 'tokenizer.json'} is not the tokenizer that the checkpoint was trained with")

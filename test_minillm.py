@@ -475,6 +475,16 @@ ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "odd yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.2,
+        "truncate": False,
+    },
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -508,6 +518,7 @@ def huggingface_model(kind: str, tied: bool = True, rope: str = "default", **cha
         ("Qwen3", True, "yarn"),
         ("Qwen3", False, "default"),
         ("Qwen3", False, "linear"),
+        ("Llama", True, "odd yarn"),
         ("Qwen3Moe", True, "default"),
         ("Qwen3Moe", False, "yarn"),
     ],
@@ -1370,6 +1381,16 @@ def test_the_monitor_agrees_with_the_operating_system():
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_checkpoint_of_something_else_is_one_message(base, tmp_path):
+    m.shutil.copytree(base / "pretrain", tmp_path / "run")
+    state = m.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    shrunk = state["model"] | {"norm.weight": torch.ones(3)}
+    for changed in ({"step": 1}, state | {"config": {}}, state | {"model": {}}, state | {"model": shrunk}):
+        m.save_checkpoint(tmp_path / "run/checkpoint.pt", changed)
+        with pytest.raises(m.UserError, match="checkpoint.pt does not hold such a run"):
+            m.load_run(tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
