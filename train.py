@@ -263,8 +263,7 @@ def post_train(args) -> int:
     stage, runs = args.stage, Path(args.out) / (args.config or "tiny")
     run_dir, saved = runs / stage, {}
     if resuming := can_resume(run_dir, args):
-        m.load_run(run_dir)  # whose checkpoint is that of a run, or an error
-        saved = m.load_checkpoint(run_dir / "checkpoint.pt")["config"]
+        saved = m.load_run(run_dir)[2]["config"]
     parent = Path(args.init or saved.get("parent") or runs / m.PARENTS[stage])
     if not args.init and not saved and not (parent / "config.json").exists():
         raise m.UserError(f"{stage} goes out from {parent}, where there is no run: train it with --stage "
