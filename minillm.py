@@ -2004,8 +2004,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (…, in) · weightᵀ -> (…, out)."""
     rows, (n, width) = x.numel() // x.shape[-1], weight.shape
-    if rows > 16 or n % 2 or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled() \
-            or torch.compiler.is_compiling():
+    if rows > 16 or n % 2 or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled():
         return F.linear(x, weight)
     # A few rows on a CPU, as in decoding: MKL's matrix-vector products reach a quarter of memory's speed, the kernel of
     # batched products nearly all of it. So the weight becomes a batch of two halves.
