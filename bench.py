@@ -37,7 +37,6 @@ REPEATS = (3, 25)  # of a measurement: at least, and at most as far as they fit 
 BUDGET_S = {True: 2.0, False: 8.0}  # those seconds, with --quick and without
 PEER_SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8,
               "intermediate_size": 768}
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GROWTH = {  # of the tiny shape: (what it is called, what changes, rows, tokens of a row)
     "context, 2 rows": [(f"{n:,} tokens", {"max_position_embeddings": n}, 2, n) for n in (128, 256, 512, 1024, 2048)],
     "batch, of 256 tokens": [(f"{n} rows", {}, n, 256) for n in (1, 2, 4, 8, 16)],
@@ -505,7 +504,7 @@ def measure_tokenizers(setup: Setup, names: tuple[str, ...] = ()) -> Table:
     if "tiktoken" in there:
         import tiktoken
         ranks = {token: i for i, token in enumerate(own.token_bytes) if token}
-        tik = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        tik = tiktoken.Encoding("bench", pat_str=m.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
         encodes["tiktoken"] = lambda: sum(map(len, map(tik.encode_ordinary, texts)))
     if "rustbpe" in there:
         import rustbpe

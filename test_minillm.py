@@ -3715,6 +3715,23 @@ def test_overwriting_costs_nothing_until_a_new_run_stands(base, tmp_path, capsys
     assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
 
 
+def test_a_stopped_rlhf_does_not_mix_old_stages_with_new_ones(base, tmp_path, monkeypatch, capsys):
+    data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
+    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
+    argv = ["--stage", "rlhf", "--out", str(tmp_path), *data, *QUICK, "--max-steps", "1"]
+    assert train.main(argv) == 0
+    plain = m.RewardTrainer.fit
+    monkeypatch.setattr(m.RewardTrainer, "fit", lambda self: {"signal": signal.SIGTERM})
+    assert train.main([*argv, "--overwrite"]) == 143
+    assert not m.holds_run(tmp_path / "tiny/reward") and not m.holds_run(tmp_path / "tiny/ppo")
+    assert all(len(list(tmp_path.glob(f"tiny/{stage}.old-*/checkpoint.pt"))) == 1 for stage in ("reward", "ppo"))
+    monkeypatch.setattr(m.RewardTrainer, "fit", plain)
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "sft: finished already" in shown and "ppo: finished already" not in shown
+
+
 def test_rlhf_on_a_file_a_kind(base, tmp_path, capsys):
     m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
     files = {part: [str(base / f"data/{part}/{name}.jsonl") for name in ("sft", "pref")] for part in ("train", "val")}

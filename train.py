@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
                 return plot(args.plot, Path(args.png))
             if args.inspect is not None:
                 return inspect(args)
-            return {"tokenizer": train_tokenizer, "pretrain": pretrain, "rlhf": rlhf, "eval": evaluate,
-                    "export": export}.get(
-                args.stage, post_train)(args)
+            stages = {"tokenizer": train_tokenizer, "pretrain": pretrain, "rlhf": rlhf, "eval": evaluate,
+                      "export": export}
+            return stages.get(args.stage, post_train)(args)
     except KeyboardInterrupt:
         print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
         return 130
@@ -238,7 +238,10 @@ def fit(args, trainer: m.Trainer, size: str) -> int:
 
 @contextlib.contextmanager
 def replacing(args, *run_dirs: Path):
-    """With --overwrite the old runs stand aside, and come back unless a new one with a checkpoint is in their place."""
+    """With --overwrite the old runs stand aside, and come back if no new one with a checkpoint is in their place.
+
+    Of several, those that were not reached stay aside: beside new parents they would pass for finished.
+    """
     aside = {}
     try:
         for run_dir in run_dirs if args.overwrite else ():
@@ -251,6 +254,8 @@ def replacing(args, *run_dirs: Path):
         for run_dir, old in aside.items():
             if m.holds_run(run_dir):
                 shutil.rmtree(old)
+            elif any(map(m.holds_run, aside)):
+                print(f"not replaced yet: the old {run_dir} is in {old}")
             else:
                 shutil.rmtree(run_dir, ignore_errors=True)
                 old.rename(run_dir)
