@@ -4250,6 +4250,16 @@ def in_pieces(fn: Callable[[dict[str, torch.Tensor]], torch.Tensor], batch: dict
     return torch.cat(found)[torch.cat(parts).argsort()]
 
 
+def check_stage(stage: str, train: TrainConfig, shape: MiniGPTConfig) -> None:
+    """Whether a model of that shape can go through a stage with such options."""
+    if train.answer_tokens >= shape.max_position_embeddings:
+        raise UserError(f"answer_tokens={train.answer_tokens} leave no room for a question in the context of "
+                        f"max_position_embeddings={shape.max_position_embeddings}")
+    if stage in ("ppo", "grpo") and train.accumulation_steps > 1:
+        raise UserError(f"accumulation_steps={train.accumulation_steps} has no meaning here: batch_size prompts make a "
+                        "rollout, minibatch_size answers an update")
+
+
 class RLTrainer(Trainer):
     """What PPO and GRPO share: rollouts, their scores, minibatch updates, held-out evaluation.
 
@@ -4269,6 +4279,7 @@ class RLTrainer(Trainer):
         self.reference.to(self.device)
         if isinstance(self.reward, RewardModel):
             self.reward.to(self.device)
+        check_stage(self.stage, self.config, model.config)
         self.kl_coef, self.moves = self.rl.kl_coef, []
 
     def extra_state(self) -> dict:
@@ -4531,16 +4542,6 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable[
     if its_tokenizer.content_hash() != tokenizer.content_hash():
         raise UserError(f"--reward {source}: its tokenizer is not the policy's")
     return model
-
-
-def check_stage(stage: str, train: TrainConfig, shape: MiniGPTConfig) -> None:
-    """Whether a model of that shape can go through a stage with such options."""
-    if train.answer_tokens >= shape.max_position_embeddings:
-        raise UserError(f"answer_tokens={train.answer_tokens} leave no room for a question in the context of "
-                        f"max_position_embeddings={shape.max_position_embeddings}")
-    if stage in ("ppo", "grpo") and train.accumulation_steps > 1:
-        raise UserError(f"accumulation_steps={train.accumulation_steps} has no meaning here: batch_size prompts make a "
-                        "rollout, minibatch_size answers an update")
 
 
 def open_data(stage: str, tokenizer: BPETokenizer, shape: MiniGPTConfig, train: TrainConfig, source: dict,

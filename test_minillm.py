@@ -3715,6 +3715,12 @@ def test_overwriting_costs_nothing_until_a_new_run_stands(base, tmp_path, capsys
     assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
 
 
+def test_rollouts_can_not_be_accumulated(tokenizer):
+    for trainer in (m.PPOTrainer, m.GRPOTrainer):
+        with pytest.raises(m.UserError, match="accumulation_steps=2 has no meaning"):
+            trainer(m.MiniGPT(shape()), tokenizer, reward=m.answer_reward, config=m.TrainConfig(accumulation_steps=2))
+
+
 def test_a_stopped_rlhf_does_not_mix_old_stages_with_new_ones(base, tmp_path, monkeypatch, capsys):
     data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
     m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
