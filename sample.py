@@ -1,7 +1,12 @@
-"""Let a trained model write: `python sample.py` continues a text with the newest run, `--chat` talks with it."""
+"""Generate with a trained model: `python sample.py` continues texts with the newest run, `--chat` talks with it."""
+
+import itertools
+import re
 import sys
 import time
 import warnings
+from collections import Counter
+from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
 
@@ -11,8 +16,9 @@ PROMPTS = ["从前，", "Once there was"]
 
 
 def build_parser() -> m.FlagParser:
-    parser = m.FlagParser(prog="sample.py", description=__doc__,
-                          usage="sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]")
+    parser = m.FlagParser(
+        prog="sample.py", description=__doc__, usage="sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
+    )
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
     parser.add_argument("--out", default="out", metavar="DIR", help="where to look for the newest run [out]")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue [one Chinese, one English]")
@@ -98,9 +104,11 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str | N
         elif said:
             messages.append({"role": "user", "content": said})
             room = limit - min(config.new_tokens(0), limit // 2)
-            while len(messages) > len(start) + 1 and len(
-                    generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room:
-                del messages[len(start):len(start) + 2]  # the context is full: the oldest turn is forgotten
+            while (
+                len(messages) > len(start) + 1
+                and len(generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room
+            ):
+                del messages[len(start) : len(start) + 2]  # the context is full: the oldest turn is forgotten
             if reply := answer(generator, messages, config):
                 messages.append({"role": "assistant", "content": reply})
             else:
@@ -111,8 +119,11 @@ def answer(generator: m.TextGenerator, messages: list[dict], config: m.Generatio
     """Print the answer as it comes; after Ctrl-C what there is of it."""
     text = ""
     try:
-        for piece in [generator.continue_rows([generator.tokenizer.apply_chat_template(messages, True)], config)[0]] \
-                if config.num_beams > 1 else generator.stream(messages, config):
+        for piece in (
+            [generator.continue_rows([generator.tokenizer.apply_chat_template(messages, True)], config)[0]]
+            if config.num_beams > 1
+            else generator.stream(messages, config)
+        ):
             print(piece, end="", flush=True)
             text += piece
     except KeyboardInterrupt:
@@ -121,6 +132,83 @@ def answer(generator: m.TextGenerator, messages: list[dict], config: m.Generatio
         print(f"({error})", end="")
     print()
     return text
+
+
+# -- what train.py shows: --plot and --inspect -------------------------------------------------------------------------
+
+
+def show_conversations(data: m.ConversationDataLoader, count: int) -> None:
+    """Print conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
+    full = [len(data.sequence(i)[0]) for i in range(len(data.lengths))]
+    for i in range(min(count, len(full))):
+        ids, trained = (x[: data.lengths[i]].tolist() for x in data.sequence(i))
+        text, lost = "", full[i] - len(ids)
+        for is_trained, run in itertools.groupby(range(len(ids)), trained.__getitem__):
+            part = data.tokenizer.decode([ids[at] for at in run], skip_special_tokens=False)
+            text += on + part + off if is_trained else part
+        print(f"-- {i + 1}: {len(ids)} tokens, {sum(trained)} trained\n{text.rstrip()}")
+        for problem, applies in (
+            (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
+            ("nothing to train on: left out", not any(trained)),
+            ("missing end-of-turn", any(trained) and data.is_truncated(i)),
+            ("doubled BOS", ids.count(data.tokenizer.bos_id) > 1),
+        ):
+            print(f"   warning: {problem}\n" * applies, end="")
+    step = max(1, -(-max(full) // 12))
+    bars = Counter(length // step for length in full)
+    print(f"lengths of {len(full)} conversations in tokens (seq_len {data.seq_len}):")
+    for k in range(max(bars) + 1):
+        bar = "#" * round(50 / max(bars.values()) * bars[k])
+        print(f"{k * step:>6} … {(k + 1) * step - 1:<6}{bars[k]:>8} {bar}".rstrip())
+
+
+PANELS = (
+    ("loss", "val_loss"), ("val_bpb",), ("reward", "val_reward"), ("kl", "val_kl"),
+    ("val_exact_match", "val_pair_accuracy"), ("reply_length",), ("lr",), ("grad_norm",),
+)  # fmt: skip
+NOT_DRAWN = re.compile(
+    "step|(val_)?(tokens|bytes)|tok_per_s|mfu|skipped|peak_bytes|elapsed_s|rollout_.*|updates|count|val_.*"
+)
+
+
+def plot(runs: list[str], path: Path) -> int:
+    """Draw what runs have logged, a panel a figure, all runs together."""
+    rows = {run: m.read_metrics(run) for run in runs}
+    if path.suffix != ".png":
+        raise m.UserError(f"--png {path} is not possible: it must end in .png")
+    matplotlib = m.import_extra("matplotlib", "plot")
+    matplotlib.use("Agg")
+    pyplot = m.import_extra("matplotlib.pyplot", "plot")
+    logged = dict.fromkeys(name for run in rows.values() for row in run for name in row)
+    known = set(itertools.chain.from_iterable(PANELS))
+    others = [(name,) for name in logged if name not in known and not NOT_DRAWN.fullmatch(name)]  # parts of a loss
+    panels = [[name for name in names if name in logged] for names in (*PANELS, *others)]
+    panels = [names for names in panels if names]
+    if not panels:
+        raise m.UserError(f"{', '.join(runs)}: nothing has been logged yet")
+    columns = min(3, len(panels))
+    figure, axes = pyplot.subplots(
+        -(-len(panels) // columns), columns, squeeze=False, figsize=(4.2 * columns, 3 * -(-len(panels) // columns))
+    )
+    for axis, names in itertools.zip_longest(axes.flat, panels):
+        if names is None:
+            axis.remove()
+            continue
+        for (k, run), name in itertools.product(enumerate(runs), names):
+            points = [(row["step"], row[name]) for row in rows[run] if row.get(name) is not None]
+            held_out = name.startswith("val_")
+            label = "/".join(Path(run).parts[-2:]) + ", held out" * (held_out and len(names) > 1)
+            style = {"marker": "o", "markersize": 4} if held_out else {"linewidth": 0.8, "alpha": 0.6}
+            if points:
+                axis.plot(*zip(*points, strict=True), color=f"C{k}", label=label, **style)
+        axis.set(title=names[-1].removeprefix("val_").replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"{path}: {len(panels)} panels of {', '.join(runs)}")
+    return 0
 
 
 if __name__ == "__main__":

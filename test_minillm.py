@@ -1,13 +1,39 @@
-"""Tests of MiniLLM against oracles (transformers, tokenizers, float64, brute force); equivalences, faults, learning.
+"""Tests of MiniLLM, section by section in the order of minillm.py, the worked examples of each section first.
 
-`pytest` runs everything, the benchmarks once each as plain tests; `pytest --benchmark-only` times them.
+     1 Config            sizes that follow from others, and every bad field by name; against numbers worked out by hand
+     2 Model             attention, cache, experts, LoRA: against brute force, torch's own layers and finite differences
+     3 Losses            every loss and estimate against its equation, token by token in float64, and against autograd
+     4 Optimisation      schedules by hand, Muon against its definition and the SVD, memory against the system's count
+     5 Tokenizer         words, merges, ids: against a textbook BPE and the package tokenizers; all bytes survive
+     6 Data              every form of record, exact cursors, crash-safe caches: against files written by hand
+     7 Generation        cached decoding against the naive loop, beams against exhaustive search, sampling by frequency
+     8 Runs              checkpoints with every bit flipped; interrupted and resumed runs against straight ones
+     9 Trainers          updates and evaluations against plain cross-entropy; each trainer learns what it should
+    10 Reinforcement     rollouts, PPO and GRPO against figures worked out anew from plain prefixes
+    11 Pipeline          every stage resumes bit for bit; changed parents and rewards are refused
+    12 Edges             models, tokenizers and chat templates against transformers, tokenizers, jinja2; flags, rewards
+
+    Drivers             train.py and sample.py as people call them, what they leave, show and refuse
+    README              the snippet runs; every diff of "Hack it" applies and does what it says
+    bench.py            its figures, tables, plans and messages
+    Benchmarks          run once each as plain tests
+    Faults              signals, full disks, two processes; then the table of mistakes, and the kill matrix
+
+`pytest` runs all but what takes minutes, `pytest -m slow` that, `pytest --benchmark-only` times the benchmarks.
 """
 
+import array
+import codecs
+import contextlib
+import copy
 import dataclasses
 import doctest
 import functools
 import gzip
+import hashlib
+import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -20,20 +46,31 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
+import traceback
 import unicodedata
 import warnings
+import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import minillm as m
 import sample
 import train
+
+# ======================================================================================================================
+# Helpers and fixtures
+# ======================================================================================================================
 
 HERE = Path(__file__).parent
 TEXTS = [
@@ -45,32 +82,24 @@ TEXTS = [
     "café naïve Ωμέγα 日本語のテスト 😀👍",
 ] * 3
 
+# -- models and batches ------------------------------------------------------------------------------------------------
+
 
 def shape(**changes) -> m.MiniGPTConfig:
-    return m.MiniGPTConfig(
-        **{
-            "vocab_size": 300,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "max_position_embeddings": 64,
-            **changes,
-        }
-    )
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=64)
+    return m.MiniGPTConfig(**heads | sizes | changes)
 
 
 def moe_shape(**changes) -> m.MiniGPTConfig:
-    return shape(
-        **{"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 24, **changes}
-    )
+    experts = dict(num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=24)
+    return shape(**experts | changes)
 
 
-def random_model(config: m.MiniGPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> m.MiniGPT:
+def random_model(config: m.MiniGPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32, module=m) -> m.MiniGPT:
     """A model whose weights are all random: the zeros and ones of initialisation would hide mistakes."""
     torch.manual_seed(seed)
-    model = m.MiniGPT(config).to(dtype).eval()
+    model = module.MiniGPT(config).to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p.shape[-1] ** -0.5))
@@ -81,10 +110,30 @@ def random_ids(B: int, T: int, V: int = 300, low: int = 5, seed: int = 1) -> tor
     return torch.randint(low, V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_measurements() -> None:
-    """What each run measures and reads anew takes longer than the tests themselves."""
-    m.matmul_peak, inspect.getsource = functools.cache(m.matmul_peak), functools.cache(inspect.getsource)
+def doubles(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def lm_batch(B: int, T: int, seed: int = 0, ragged: bool = False) -> dict[str, torch.Tensor]:
+    ids = random_ids(B, T, seed=seed)
+    labels = ids.clone()
+    if ragged:
+        for row in range(B):
+            labels[row, 2 + (row * 5) % (T - 2) :] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def trainer_for(tokenizer, config=None, dtype=torch.float32, **options) -> m.PreTrainer:
+    return m.PreTrainer(
+        random_model(shape(), dtype=dtype), tokenizer, config=config or m.TrainConfig(warmup_steps=0), **options
+    )
+
+
+def settings(**changes) -> m.GenerationConfig:
+    return m.GenerationConfig(**dict(max_new_tokens=12, temperature=1.0, top_p=1.0) | changes)
+
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 
 @pytest.fixture(scope="session")
@@ -95,24 +144,182 @@ def tokenizer() -> m.BPETokenizer:
     return tokenizer
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """A file of 60 documents."""
-    path = tmp_path / "corpus.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps(
-                {"text": f"第{i}天，小猫吃了{i % 7}条鱼。The cat ate {i % 7} fish on day {i}."}, ensure_ascii=False
-            )
-            + "\n"
-            for i in range(60)
-        ),
-        encoding="utf-8",
-    )
+@pytest.fixture(scope="session", autouse=True)
+def quick_measurements() -> None:
+    """What each run measures and reads anew takes longer than the tests themselves."""
+    m.matmul_peak, inspect.getsource = functools.cache(m.matmul_peak), functools.cache(inspect.getsource)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
 
 
-# -- config and flags --------------------------------------------------------------------------------------------------
+DOCUMENTS = [f"第{i}天，小猫吃了{i % 7}条鱼。The cat ate {i % 7} fish on day {i}." for i in range(60)]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A file of the 60 documents."""
+    return write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in DOCUMENTS])
+
+
+def turns(*texts: str, system: str = "") -> list[dict]:
+    roles = itertools.cycle(("user", "assistant"))
+    said = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}] * bool(system) + said
+
+
+def load(cls, tmp_path: Path, tokenizer, records: list[dict], name: str = "records.jsonl", **options):
+    options = {"seq_len": 500, "split": "all", "shuffle": False, "cache_dir": tmp_path / "cache", **options}
+    return cls(write_jsonl(tmp_path / name, records), tokenizer, **options)
+
+
+CHATS = [
+    {"messages": turns("你好", "你好！")},
+    {"messages": turns("小猫吃什么？", "吃鱼。", "小狗呢？", "吃骨头 🦴。", system="你是助手。")},
+    {"messages": turns("2 + 2?", "4")},
+    {"messages": turns("a" * 30, "b" * 40, "c", "d")},
+    {"messages": turns("ok?", "")},
+]
+
+
+def record_for(cls, i: int) -> dict:
+    if cls is m.DPODataLoader:
+        return {"prompt": f"问题 {i}?", "chosen": "好" * (i % 5 + 1), "rejected": f"no {i}", "category": "ab"[i % 2]}
+    if cls is m.PromptDataLoader:
+        return {"prompt": f"question {i}" + "?" * (i % 7), "answer": i}
+    return {"messages": turns(f"第{i}题", "答" * (i % 9) + str(i))}
+
+
+def pairs() -> list[dict]:
+    return [record_for(m.DPODataLoader, i) for i in range(12)]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def same(a, b) -> bool:
+    """Whether two nestings of tensors are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        kinds = (a.dtype, a.shape) == (b.dtype, b.shape)
+        return kinds and torch.equal(*(x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files under a folder but the caches."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "cache" not in path.parts)
+    return {str(path): path.read_bytes() for path in files}
+
+
+def stage_records(path: Path) -> dict[str, m.Source]:
+    """Small data of each stage in files under `path`, as `sources`."""
+    words = ["cat", "dog", "小猫", "小狗", "fox", "cow", "pig", "hen", "ant", "bee"]
+    for part, chosen in (("train", words[:8]), ("val", words[8:])):
+        (path / part).mkdir(parents=True)
+        write_jsonl(path / part / "text.jsonl", [{"text": f"{a} and {b}" * 3} for a in words for b in chosen])
+        write_jsonl(path / part / "sft.jsonl", [{"messages": turns(a, a), "answer": a} for a in chosen])
+        write_jsonl(path / part / "pref.jsonl", [{"prompt": a, "chosen": "good", "rejected": "bad!"} for a in chosen])
+        write_jsonl(path / part / "prompts.jsonl", [{"prompt": a, "answer": a} for a in chosen])
+    return sources_in(path)
+
+
+def sources_in(data: Path) -> dict[str, m.Source]:
+    return {part: m.Source([str(data / part)], "all") for part in ("train", "val")}
+
+
+def stage_config(**changes) -> m.TrainConfig:
+    sizes = dict(max_steps=4, batch_size=3, warmup_steps=1, reply_tokens=6, eval_prompts=4, sample_tokens=0)
+    return m.TrainConfig(**sizes | dict(eval_every=3, save_every=2, log_every=1) | changes)
+
+
+def make_runs(path: Path, tokenizer: m.BPETokenizer) -> Path:
+    """A directory with `data` of all stages and the runs `pretrain` and `reward`, hardly trained."""
+    sources = stage_records(path / "data")
+    config = m.TrainConfig(max_steps=2, warmup_steps=0, sample_tokens=0)
+    model = random_model(shape(dropout=0.1))
+    data = [lm_batch(2, 16)]
+    m.PreTrainer(model, tokenizer, config=config, train_data=data, val_data=data, run_dir=path / "pretrain").fit()
+    options = {"run_dir": path / "reward", "cache_dir": path / "cache"}
+    m.make_trainer("reward", *m.load_run(path / "pretrain")[:2], sources, stage_config(max_steps=2), **options).fit()
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory, tokenizer) -> Path:
+    return make_runs(tmp_path_factory.mktemp("runs"), tokenizer)
+
+
+def stage_trainer(
+    runs: Path,
+    stage: str,
+    run_dir: Path,
+    parent: Path | None = None,
+    config: m.TrainConfig | None = None,
+    resume: bool = False,
+    **options,
+) -> m.Trainer:
+    """The trainer of a stage on the data of `runs`, from its pretrained run or `parent`."""
+    model, tokenizer, _ = m.load_run(parent or runs / "pretrain")
+    reward = m.load_reward(str(runs / "reward") if stage == "ppo" else "answer", tokenizer)
+    options = {"reward": reward, "run_dir": run_dir, "cache_dir": runs / "cache", **options}
+    rl = m.RLHFConfig(group_size=4, minibatch_size=6)
+    trainer = m.make_trainer(
+        stage, model, tokenizer, sources_in(runs / "data"), config or stage_config(), rl, **options
+    )
+    if resume:
+        trainer.load_checkpoint(run_dir / "checkpoint.pt")
+    return trainer
+
+
+@pytest.fixture(scope="session")
+def out_with_a_run(trained_runs, tmp_path_factory) -> Path:
+    """An --out with a pretrained run, for the drivers."""
+    out = tmp_path_factory.mktemp("out")
+    shutil.copytree(trained_runs / "pretrain", out / "tiny/pretrain")
+    return out
+
+
+QUICK = ["--batch-size", "3", "--reply-tokens", "6", "--eval-prompts", "3", "--sample-tokens", "4"]
+
+
+def data_flags(runs: Path) -> list[str]:
+    return ["--data", str(runs / "data/train"), "--val-data", str(runs / "data/val")]
+
+
+def one_error(capsys) -> str:
+    """What was written to stderr since the last time: one line, after warnings."""
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if ": warning: " not in line]
+    assert len(lines) == 1 and ".py: error: " in lines[0] and "Traceback" not in error, error
+    return error
+
+
+# ======================================================================================================================
+# 1 Config
+# ======================================================================================================================
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def test_sizes_that_are_left_out_follow_from_the_others():
+    """Worked example: C = 96 and H = 4 give D = 96 / 4 = 24; F = 8/3 · 96 = 256; of 2 + 1 active experts each 64."""
+    config = m.MiniGPTConfig(hidden_size=96, num_attention_heads=4)
+    assert (config.num_key_value_heads, config.head_dim, config.intermediate_size) == (4, 24, 256)
+    assert config.moe_intermediate_size is None
+    config = m.MiniGPTConfig(hidden_size=96, num_attention_heads=4, num_experts=4, num_shared_experts=1)
+    assert config.moe_intermediate_size == 64  # 256 / 3 = 85, down to a multiple of 32
+    assert m.MiniGPTConfig(hidden_size=100, num_attention_heads=5).intermediate_size == 288  # 266.7, up
+    assert m.MiniGPTConfig(hidden_size=100, num_attention_heads=7, head_dim=16).head_dim == 16
 
 
 @pytest.mark.parametrize(
@@ -120,13 +327,23 @@ def corpus(tmp_path: Path) -> Path:
     [
         (m.MiniGPTConfig, "vocab_size", 0),
         (m.MiniGPTConfig, "hidden_size", -1),
+        (m.MiniGPTConfig, "hidden_size", True),
+        (m.MiniGPTConfig, "num_hidden_layers", 2.0),
         (m.MiniGPTConfig, "num_attention_heads", 3),
         (m.MiniGPTConfig, "num_key_value_heads", 3),
         (m.MiniGPTConfig, "head_dim", 7),
         (m.MiniGPTConfig, "dropout", 1.0),
+        (m.MiniGPTConfig, "qk_norm", 1),
         (m.MiniGPTConfig, "rope_theta", 0.5),
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": "dynamic", "factor": 2}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": ["yarn"], "factor": 2}),
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 0.5}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": "2"}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 2, "beta_fast": 32}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "llama3", "factor": 2}),
+        (m.MiniGPTConfig, "rope_scaling", YARN | {"mscale": 0.7}),
+        (m.MiniGPTConfig, "rope_scaling", YARN | {"mscale_all_dim": 1.2}),
+        (m.MiniGPTConfig, "rope_scaling", YARN | {"truncate": 1}),
         (m.MiniGPTConfig, "eos_token_id", 4096),
         (m.MiniGPTConfig, "num_experts", -1),
         (m.MiniGPTConfig, "rms_norm_eps", 0),
@@ -138,15 +355,20 @@ def corpus(tmp_path: Path) -> Path:
         (m.TrainConfig, "minutes", -1),
         (m.TrainConfig, "dtype", "float8"),
         (m.TrainConfig, "grad_clip", math.inf),
+        (m.TrainConfig, "seed", 2**32),
         (m.GenerationConfig, "temperature", 0),
         (m.GenerationConfig, "top_p", 0.0),
         (m.GenerationConfig, "num_beams", 0),
         (m.GenerationConfig, "max_new_tokens", 0),
         (m.GenerationConfig, "stop", [""]),
+        (m.RLHFConfig, "group_size", 1),
+        (m.RLHFConfig, "dpo_beta", 0.0),
+        (m.RLHFConfig, "dpo_kind", "hinge"),
+        (m.RLHFConfig, "gamma", 1.1),
     ],
 )
 def test_config_names_the_bad_field(cls, field, value):
-    with pytest.raises(ValueError, match=f"^{field}="):
+    with pytest.raises(m.UserError, match=f"^{field}={re.escape(repr(value))} is not possible: it must be "):
         cls(**{field: value})
 
 
@@ -158,31 +380,888 @@ def test_presets_have_their_size(name, low, high):
     with torch.device("meta"):
         model = m.MiniGPT(m.get_config(name))
     assert low <= model.num_params() <= high
+    assert dataclasses.asdict(getattr(m, f"get_{name}_config")()) == dataclasses.asdict(model.config)
     if name == "moe":
         assert 22e6 <= model.num_params(active=True) <= 28e6
 
 
-def test_flags_come_from_the_dataclass():
-    parser = m.FlagParser()
-    m.add_flags(parser, m.TrainConfig(), "training")
-    help_text = parser.format_help()
-    for field in dataclasses.fields(m.TrainConfig):
-        assert "--" + field.name.replace("_", "-") in help_text
-    assert "largest norm of the whole gradient" in help_text and "on out-of-memory" in help_text
-    args = parser.parse_args(["--learning-rate", "0.1", "--seq-len", "7", "--no-auto-micro-batch", "--schedule", "wsd"])
-    assert m.given_flags(args, m.TrainConfig) == {
-        "learning_rate": 0.1,
-        "seq_len": 7,
-        "auto_micro_batch": False,
-        "schedule": "wsd",
-    }
-    with pytest.raises(m.UserError, match="did you mean --learning-rate"):
-        parser.parse_args(["--learing-rate", "1"])
-    with pytest.raises(m.UserError, match="invalid choice"):
-        parser.parse_args(["--schedule", "cosinus"])
+def test_an_unknown_preset_is_named():
+    with pytest.raises(m.UserError, match="'huge' is unknown: choose from tiny, small"):
+        m.get_config("huge")
 
 
-# -- tokenizer ---------------------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# 2 Model
+# ======================================================================================================================
+
+
+def test_rms_norm_by_hand():
+    """Worked example: the mean square of (1, 7) is 25, so (1, 7) / 5 = (0.2, 1.4), times the weight (10, 1)."""
+    norm = m.RMSNorm(2, 1e-12)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([10.0, 1.0]))
+    for x in (torch.tensor([[1.0, 7.0]]), torch.tensor([[1.0, 7.0]]).requires_grad_()):
+        torch.testing.assert_close(norm(x), torch.tensor([[2.0, 1.4]]))
+
+
+def test_rope_by_hand():
+    """Worked example: D = 4 has the pairs (x0, x2), (x1, x3); θ = 100 turns them by p and p / 10 at position p."""
+    cos, sin = m.rope_tables(shape(hidden_size=16, head_dim=4, rope_theta=100.0))
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 3, 1, 4)
+    turned = m.apply_rope(x, cos[None, :3, None], sin[None, :3, None])
+    expected = [[math.cos(p), math.cos(p / 10), math.sin(p), math.sin(p / 10)] for p in range(3)]
+    torch.testing.assert_close(turned[0, :, 0], torch.tensor(expected))
+
+
+def test_visible_keys_by_hand():
+    """Worked example: causal, behind a cache, with padding on the left, and with a sliding window of two."""
+
+    def rows(queries, S, mask=None):
+        visible = m.visible_keys(torch.tensor(queries), S, mask)
+        assert visible.dtype == torch.bool
+        return [["".join("x" if seen else "." for seen in row) for row in one[0]] for one in visible]
+
+    assert rows([0, 1, 2], 3) == [["x..", "xx.", "xxx"]]
+    assert rows([2, 3], 4) == [["xxx.", "xxxx"]]  # two keys are in the cache already
+    assert rows([1], 4) == [["xx.."]]  # fixed shapes: slots that are not written yet
+    padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])  # padding attends to itself, and nobody to padding
+    assert rows([0, 1, 2, 3], 4, padded) == [["x...", ".x..", "..x.", "..xx"], ["x...", "xx..", "xxx.", "xxxx"]]
+    assert rows([3], 4, padded) == [["..xx"], ["xxxx"]]
+    window = torch.ones(4, 4).triu(-1)[None]  # (B, T, S): a query sees itself and the key before it
+    assert rows([0, 1, 2, 3], 4, window) == [["x...", "xx..", ".xx.", "..xx"]]
+    assert rows([2, 3], 4, window[:, 2:]) == [[".xx.", "..xx"]]
+
+
+def test_attention_by_hand():
+    """Worked example: scores ln 3 and 0 become weights 3/4 and 1/4; two query heads share one key head."""
+    q = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 1)  # H = 2, T = 2, D = 1
+    k, v = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1), torch.tensor([8.0, 4.0]).view(1, 1, 2, 1)
+    expected = torch.tensor([[8.0, 7.0], [8.0, 6.0]])  # head 0: 8, 3/4 · 8 + 1/4 · 4; head 1: 8, 1/2 · 8 + 1/2 · 4
+    torch.testing.assert_close(m.attend(q, k, v, None)[0, :, :, 0], expected)
+    torch.testing.assert_close(m.attend(q[:, :, :1], k, v, None)[0, :, 0, 0], expected[:, 1])
+    apart = torch.eye(2, dtype=torch.bool)[None, None]
+    torch.testing.assert_close(m.attend(q, k, v, apart)[0, :, :, 0], torch.tensor([[8.0, 4.0], [8.0, 4.0]]))
+
+
+def test_cache_rows_can_be_copied_and_dropped():
+    """Worked example: rows 0, 1, 2 become 2, 0, 0, then two rows of them, then four."""
+    model = random_model(shape(num_hidden_layers=1))
+    cache, value = m.KVCache(model, 3, 4), torch.arange(3.0)[:, None, None, None].expand(3, 2, 2, 8)
+    keys, values = cache.update(0, value, value + 10)
+    assert keys.shape == values.shape == (3, 2, 2, 8)
+    cache.length = 2
+    for rows, expected in (([2, 0, 0], [2, 0, 0]), ([1, 0], [0, 2]), ([1, 1, 0, 1], [2, 2, 0, 2])):
+        cache.reorder(torch.tensor(rows))
+        assert cache.k[0][:, 0, 1, 0].tolist() == expected
+        assert (cache.v[0][:, :, :2] == cache.k[0][:, :, :2] + 10).all()
+
+
+def test_lora_by_hand():
+    """Worked example: W = 0, A = (1, 2), B = (3, 0), alpha / rank = 4, x = (1, 1): 4 · 3 · (1 + 2) = 36, and 0."""
+    base = m.Linear(2, 2)
+    torch.nn.init.zeros_(base.weight)
+    lora = m.LoRALinear(base, rank=1, alpha=4.0)
+    with torch.no_grad():
+        lora.lora_a.copy_(torch.tensor([[1.0, 2.0]]))
+        assert lora(torch.ones(2)).tolist() == [0, 0]  # B starts at 0
+        lora.lora_b.copy_(torch.tensor([[3.0], [0.0]]))
+    assert lora(torch.ones(2)).tolist() == [36, 0]
+    assert lora.merged().weight.tolist() == [[12, 24], [0, 0]]
+
+
+def test_nothing_looks_ahead():
+    for config in (shape(), moe_shape()):
+        model, ids = random_model(config), random_ids(1, 12)
+        x = model.embed_tokens(ids).detach().requires_grad_()
+        model.embed_tokens.forward = lambda _, x=x: x
+        for t in range(12):
+            (grad,) = torch.autograd.grad(model(ids)[0, t].square().sum(), x)
+            assert (grad[0, t + 1 :] == 0).all() and (grad[0, : t + 1].abs().sum(-1) > 0).all()
+
+
+def test_rms_norm_against_torch_and_finite_differences():
+    norm = m.RMSNorm(8, 1e-6).double()
+    x, w = doubles(3, 5, 8).requires_grad_(), doubles(8, seed=1).abs().requires_grad_()
+
+    def ours(x, w):
+        return torch.func.functional_call(norm, {"weight": w}, (x,))
+
+    plain = F.rms_norm(x, (8,), w, 1e-6)
+    torch.testing.assert_close(ours(x, w), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, w), plain)
+    found, expected = (
+        torch.autograd.grad((y * doubles(3, 5, 8, seed=2)).sum(), (x, w), retain_graph=True)
+        for y in (ours(x, w), plain)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.gradcheck(ours, (x, w))
+    (grad,) = torch.autograd.grad(ours(x.detach().requires_grad_(False), w).sum(), w)
+    torch.testing.assert_close(grad, F.rms_norm(x, (8,), eps=1e-6).sum((0, 1)))  # a frozen model below
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_norm_of_half_precision_is_computed_in_float32(dtype):
+    norm, x = m.RMSNorm(8, 1e-6).to(dtype), (doubles(3, 8) * 1000).to(dtype)  # whose squares float16 cannot hold
+    expected = F.rms_norm(x.float(), (8,), eps=1e-6).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(norm(x), expected)
+    found = norm(x.requires_grad_())
+    found.sum().backward()
+    assert found.dtype == x.grad.dtype == norm.weight.grad.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "n"), [((1,), 6), ((2, 3), 6), ((16,), 6), ((17,), 6), ((3,), 7), ((1,), 1)])
+def test_a_linear_map_of_few_rows_is_the_same_map(rows, n, dtype):
+    x, weight = doubles(*rows, 5).to(dtype), doubles(n, 5, seed=1).to(dtype)
+    with torch.no_grad():
+        found = m.linear(x, weight)
+    torch.testing.assert_close(found, F.linear(x, weight))
+    assert found.is_contiguous() and found.dtype == dtype
+
+
+class WithOwnParts(m.MiniGPT):
+    """A model as people extend it: a bias, learned positions, a scale."""
+
+    def __init__(self, config: m.MiniGPTConfig) -> None:
+        super().__init__(config)
+        attention = self.layers[0].self_attn
+        attention.qkv_proj = torch.nn.Linear(config.hidden_size, attention.qkv_proj.out_features)
+        torch.nn.init.constant_(attention.qkv_proj.bias, 0.25)
+        self.positions = torch.nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        torch.nn.init.constant_(self.positions.weight, 0.5)
+        self.scale = torch.nn.Parameter(torch.full((3,), 0.75))
+        self.reset_parameters()
+
+
+@pytest.mark.parametrize("config", [shape(hidden_size=128, tie_word_embeddings=False), moe_shape(hidden_size=128)])
+def test_weights_are_initialised_by_name_and_own_parts_keep_theirs(config):
+    torch.manual_seed(0)
+    plain, extended = m.MiniGPT(config), WithOwnParts(config)
+    own = {"layers.0.self_attn.qkv_proj.bias": 0.25, "positions.weight": 0.5, "scale": 0.75}
+    assert set(dict(extended.named_parameters())) == set(dict(plain.named_parameters())) | set(own)
+    for name, p in itertools.chain(plain.named_parameters(), extended.named_parameters()):
+        if name in own:
+            assert (p == own[name]).all(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        elif "o_proj" in name or "down_proj" in name:
+            assert (p == 0).all(), name
+        else:
+            std = 2.5 / 128 if name in ("embed_tokens.weight", "lm_head.weight") else p.shape[-1] ** -0.5
+            assert p.std().item() == pytest.approx(std, rel=0.1) and abs(p.mean().item()) < std / 5, name
+
+
+def test_the_first_loss_is_that_of_guessing():
+    for name in ("tiny", "moe"):
+        config = m.get_config(name)
+        torch.manual_seed(0)
+        model, ids = m.MiniGPT(config), random_ids(2, 32, config.vocab_size)
+        loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.2)
+
+
+def test_grouped_query_attention_with_all_heads_is_plain_attention():
+    grouped, plain = random_model(shape(num_key_value_heads=2)), random_model(shape(num_key_value_heads=4))
+    state = grouped.state_dict()
+    for name, value in state.items():
+        if "qkv_proj" in name:
+            q, k, v = value.split((32, 16, 16))
+            state[name] = torch.cat(
+                [q, *(part.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for part in (k, v))]
+            )
+    plain.load_state_dict(state)
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(grouped(ids), plain(ids))
+
+
+@pytest.mark.parametrize("config", [shape(), moe_shape(), shape(num_key_value_heads=4, qk_norm=False)])
+def test_cached_equals_uncached_for_every_split(config):
+    model, ids = random_model(config), random_ids(2, 14)
+    with torch.no_grad():
+        whole = model(ids)
+        for split in range(1, 14):
+            cache = m.KVCache(model, 2, 14)
+            parts = [model(ids[:, :split], cache=cache), model(ids[:, split:], cache=cache)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+        cache = m.KVCache(model, 2, 14)
+        torch.testing.assert_close(torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(14)], dim=1), whole)
+        cache, parts = m.KVCache(model, 2, 20), []
+        for t in range(14):  # the fixed shapes of compiled code: all 20 slots are keys
+            cache.position = torch.tensor([t])
+            parts.append(model(ids[:, t : t + 1], cache=cache))
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_padding_on_either_side_changes_nothing():
+    model, ids = random_model(shape()), random_ids(1, 9)
+    with torch.no_grad():
+        alone = model(ids)
+        for left in (1, 5):
+            row = torch.cat((torch.full((1, left), 0), ids), dim=1)
+            mask = torch.cat((torch.zeros(1, left), torch.ones(1, 9)), dim=1)
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            torch.testing.assert_close(model(row, attention_mask=mask, position_ids=positions)[:, left:], alone)
+        torch.testing.assert_close(model(F.pad(ids, (0, 4)))[:, :9], alone)
+
+
+@pytest.mark.parametrize("config", [shape(), moe_shape(), shape(tie_word_embeddings=False, rope_scaling=YARN)])
+def test_left_padded_rows_have_the_logits_of_rows_without_padding(config):
+    """Rows of one batch, with and without a cache, whatever the padding's ids are."""
+    model, rows = random_model(config), [random_ids(1, n, seed=n) for n in (9, 4, 1)]
+    with torch.no_grad():
+        alone = [model(row)[0] for row in rows]
+        for padding in (0, 77):
+            ids = torch.cat([F.pad(row, (9 - row.shape[1], 0), value=padding) for row in rows])
+            mask = torch.cat([F.pad(torch.ones_like(row), (9 - row.shape[1], 0)) for row in rows])
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            whole = model(ids, attention_mask=mask, position_ids=positions, token_mask=mask)
+            cache = m.KVCache(model, 3, 9)
+            parts = [
+                model(ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part], cache=cache)
+                for part in (slice(0, 6), slice(6, 8), slice(8, 9))
+            ]
+            for logits in (whole, torch.cat(parts, dim=1)):
+                for found, expected in zip(logits, alone, strict=True):
+                    torch.testing.assert_close(found[-len(expected) :], expected)
+
+
+def test_rows_of_several_texts_are_as_if_alone():
+    """A mask (B, T, S) that keeps texts of a row apart, with positions from 0 in each."""
+    model, texts = random_model(shape()), [random_ids(1, n, seed=n) for n in (5, 3, 6)]
+    segments = torch.cat([torch.full_like(text, k) for k, text in enumerate(texts)], dim=1)
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with torch.no_grad():
+        row = model(
+            torch.cat(texts, dim=1), position_ids=positions, attention_mask=segments[:, :, None] == segments[:, None]
+        )
+        torch.testing.assert_close(row, torch.cat([model(text) for text in texts], dim=1))
+
+
+def test_positions_count_and_only_their_distances():
+    """A gap in the positions is that of hidden tokens between; to begin later changes nothing."""
+    model, ids, hidden = random_model(shape()), random_ids(1, 12), slice(4, 9)
+    mask = torch.ones(1, 12)
+    mask[:, hidden] = 0
+    kept = mask[0].nonzero()[:, 0]
+    with torch.no_grad():
+        between = model(ids, attention_mask=mask)[:, kept]
+        torch.testing.assert_close(model(ids[:, kept], position_ids=kept[None]), between)
+        torch.testing.assert_close(model(ids[:, kept], position_ids=kept[None] + 20), between)
+        assert (model(ids[:, kept]) - between).abs().max() > 0.01
+
+
+def test_the_context_has_an_end():
+    model = random_model(shape(max_position_embeddings=8))
+    cache = m.KVCache(model, 1, 9)
+    assert model(random_ids(1, 8), cache=cache).shape == (1, 8, 300)
+    for options in ({"input_ids": random_ids(1, 9)}, {"input_ids": random_ids(1, 1), "cache": cache}):
+        with pytest.raises(m.UserError, match="9 tokens exceed the context of max_position_embeddings=8"):
+            model(**options)
+
+
+def test_grouped_experts_equal_a_loop():
+    torch.manual_seed(0)
+    moe = m.MixtureOfExperts(moe_shape()).double()
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.normal_()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    probs = F.linear(x, moe.gate.weight).float().softmax(-1)
+    expected = moe.shared(x)
+    for b, t in itertools.product(range(2), range(7)):
+        top = probs[b, t].topk(2)
+        for p, e in zip(top.values / top.values.sum(), top.indices, strict=True):
+            gate, up = (moe.gate_up_proj[e] @ x[b, t]).chunk(2)
+            expected[b, t] += p * (moe.down_proj[e] @ (F.silu(gate) * up))
+    torch.testing.assert_close(moe(x, None)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_balance_loss(k):
+    moe = m.MixtureOfExperts(moe_shape(num_experts_per_tok=k)).train()
+    with torch.no_grad():
+        moe.gate.weight.zero_()
+        moe.gate_up_proj.normal_()  # MiniGPT initialises them
+        moe.down_proj.normal_()
+    x = torch.randn(1, 8, 32)
+    assert moe(x, None)[1].item() == pytest.approx(1)  # equal probabilities
+    with torch.no_grad():
+        moe.gate.weight.normal_()
+    weights, experts, loss = moe.route(x[0], None)
+    share = torch.bincount(experts.flatten(), minlength=4) / (8 * k)
+    assert loss.item() == pytest.approx(
+        4 * (share * (x[0] @ moe.gate.weight.T).softmax(-1).mean(0)).sum().item(), rel=1e-5
+    )
+    padded = torch.cat((x, torch.randn(1, 3, 32)), dim=1)
+    token_mask = torch.tensor([[1] * 8 + [0] * 3])
+    assert moe(padded, token_mask)[1].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert moe.eval()(x, None)[1] == 0
+
+
+def test_gradient_checkpointing_and_dropout():
+    for config in (shape(dropout=0.0), moe_shape()):
+        model, ids = random_model(config).train(), random_ids(2, 10)
+        plain = torch.autograd.grad(model(ids).square().mean(), list(model.parameters()))
+        model.gradient_checkpointing = True
+        for a, b in zip(plain, torch.autograd.grad(model(ids).square().mean(), list(model.parameters())), strict=True):
+            torch.testing.assert_close(a, b)
+    model = random_model(shape(dropout=0.5))
+    assert torch.equal(model(ids), model(ids)) and not torch.equal(model.train()(ids), model(ids))
+    assert torch.equal(model.generate(ids, 3), model.eval().generate(ids, 3))  # without dropout, whatever the mode
+    assert not model.train().generate(ids, 1).requires_grad and model.training
+
+
+def test_flops_count_the_matrix_products():
+    model = m.MiniGPT(shape(tie_word_embeddings=False, qk_norm=False))
+    products = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight")
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # counted along, and negligible
+    assert model.flops_per_token(64) == 6 * (products + vectors) + 6 * 2 * 32 * 64
+
+
+@pytest.mark.parametrize("config", [shape(), shape(tie_word_embeddings=False), moe_shape()])
+def test_flops_are_those_that_torch_counts(config):
+    """All but attention's, of which torch counts the half that the mask hides, too."""
+    model, ids = random_model(config), random_ids(2, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(ids).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "attention" not in str(op))
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert products / ids.numel() == model.flops_per_token(0) - 6 * vectors
+
+
+@pytest.mark.parametrize(
+    "config",
+    [shape(), moe_shape(), shape(tie_word_embeddings=False), moe_shape(num_shared_experts=0)],
+    ids=["dense", "moe", "untied", "no_shared"],
+)
+def test_lora_merged_equals_unmerged(config):
+    model, ids = random_model(config), random_ids(2, 20)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        plain = model(ids)
+        m.add_lora(model, 3, 6.0)
+        torch.testing.assert_close(model(ids), plain)
+        for name, p in model.named_parameters():
+            assert p.requires_grad == (".lora_" in name)
+            if name.endswith("lora_b"):
+                p.normal_(std=0.1)
+        unmerged = model(ids)
+        weight = model.layers[0].self_attn.qkv_proj
+        expected = before["layers.0.self_attn.qkv_proj.weight"] + 2.0 * weight.lora_b @ weight.lora_a
+        m.merge_lora(model)
+        torch.testing.assert_close(model(ids), unmerged, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.layers[0].self_attn.qkv_proj.weight, expected)
+    assert (unmerged - plain).abs().max() > 0.01 and model.state_dict().keys() == before.keys()
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(m.UserError, match="lora_rank=33 is not possible: it must be at most 32"):
+        m.add_lora(model, 33, 6.0)
+
+
+def test_the_reward_is_read_at_the_last_token():
+    model = m.RewardModel(random_model(shape()))
+    torch.nn.init.normal_(model.score.weight)
+    rows = [random_ids(1, n, seed=n)[0] for n in (5, 9, 2)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    alone = torch.cat([model(row[None]) for row in rows])
+    for padded in (ids, ids.where(mask == 1, 77)):
+        torch.testing.assert_close(model(padded, mask), alone)
+        torch.testing.assert_close(model.token_scores(padded)[range(3), mask.sum(1) - 1], alone)
+    torch.testing.assert_close(alone[0], model.score(model.hidden_states(rows[0][None])[0])[0, -1, 0])
+    again = m.RewardModel(model)
+    torch.testing.assert_close(again(ids, mask), alone)
+    assert m.RewardModel(m.MiniGPT(shape()))(ids, mask).tolist() == [0, 0, 0]
+
+
+# ======================================================================================================================
+# 3 Losses
+# ======================================================================================================================
+
+
+def spans(B: int, T: int, seed: int = 0) -> torch.Tensor:
+    """(B, T) masks of one run of ones a row, of any place and length."""
+    draw = random.Random(seed)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for row in mask:
+        start = draw.randrange(T)
+        row[start : draw.randrange(start, T) + 1] = True
+    return mask
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_cross_entropy_by_hand():
+    """Worked example: logits (0, ln 3) are probabilities 1/4 and 3/4; labels 0 and 1 cost ln 4 + ln 4/3, -100 none."""
+    hidden, weight = torch.ones(3, 1), torch.tensor([[0.0], [math.log(3)]])
+    labels, nats = torch.tensor([0, 1, -100]), math.log(4) + math.log(4 / 3)
+    assert m.chunked_cross_entropy(hidden, weight, labels).item() == pytest.approx(nats)
+    logprobs = [math.log(1 / 4), math.log(3 / 4), 0]
+    assert m.token_logprobs(hidden, weight, labels).tolist() == pytest.approx(logprobs)
+    half = math.log(1 + 3**0.5)  # at temperature 2 the logits are 0 and ln √3
+    assert m.token_logprobs(hidden, weight, labels, 2.0).tolist() == pytest.approx([-half, math.log(3) / 2 - half, 0])
+
+
+def test_dpo_loss_by_hand():
+    """Worked example: h = (-1 + 2) - (-3 + 2.5) = 1.5; sigmoid at β = ½: ln(1 + e^-0.75); ipo: (1.5 - 1)²."""
+    one = [torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.5)]
+    assert m.dpo_loss(*one, beta=0.5).item() == pytest.approx(0.386871, abs=1e-6)
+    assert m.dpo_loss(*one, beta=0.5, kind="ipo").item() == pytest.approx(0.25)
+
+
+def test_reward_loss_by_hand():
+    """Worked example: ln(1 + e^-(2 - 1)), and ln 2 for equal scores."""
+    assert m.reward_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(0.313262, abs=1e-6)
+    assert m.reward_loss(torch.tensor([1.0]), torch.tensor([1.0])).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_masked_mean_and_whitening_by_hand():
+    """Worked example: of 1, 3 and a hidden 100 the mean is 2 and the variance 1."""
+    x, mask = torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]])
+    assert m.masked_mean(x, mask).item() == 2
+    torch.testing.assert_close(m.whiten(x, mask), torch.tensor([[-1.0, 1.0, 0.0]]))
+
+
+def test_kl_estimates_by_hand():
+    """Worked example: policy 1/2, reference 1/4, so r = 1/2."""
+    policy, reference = torch.tensor(0.5).log(), torch.tensor(0.25).log()
+    for kind, value in {"k1": math.log(2), "k3": 0.5 - 1 + math.log(2)}.items():
+        assert m.kl_estimate(policy, reference, kind).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_gae_by_hand():
+    """Worked example: three tokens, a reward of 1 at the last; see the δ of each discount."""
+    rewards, values, mask = (torch.tensor([x]) for x in ([0.0, 0.0, 1.0], [0.5, 0.4, 0.6], [True] * 3))
+    advantages, returns = m.gae(rewards, values, mask, gamma=1.0, lam=0.5)  # δ = -0.1, 0.2, 0.4
+    torch.testing.assert_close(advantages, torch.tensor([[0.1, 0.4, 0.4]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.6, 0.8, 1.0]]))
+    advantages, returns = m.gae(rewards, values, mask, gamma=0.5, lam=1.0)  # δ = -0.3, -0.1, 0.4
+    torch.testing.assert_close(advantages, torch.tensor([[-0.25, 0.1, 0.4]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.25, 0.5, 1.0]]))
+    padded = [torch.cat((torch.full((1, 1), 9), x, torch.full((1, 2), 9)), dim=1) for x in (rewards, values)]
+    around = m.gae(*padded, F.pad(mask, (1, 2)), gamma=0.5, lam=1.0)  # a prompt before, padding after
+    for found, expected in zip(around, (advantages, returns), strict=True):
+        torch.testing.assert_close(found, F.pad(expected, (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.1, 2.0, -2.2, -2.2),  # inside
+        (1.5, 2.0, -2.4, 0.0),  # beyond 1.2, where there is nothing more to gain
+        (0.5, 2.0, -1.0, -1.0),  # too unlikely: may come back
+        (1.1, -2.0, 2.2, 2.2),
+        (1.5, -2.0, 3.0, 3.0),  # too likely: may come back
+        (0.5, -2.0, 1.6, 0.0),  # below 0.8, where there is nothing more to gain
+    ],
+)
+def test_ppo_policy_loss_by_hand(ratio, advantage, loss, slope):
+    """Worked example: one token, clip_range 0.2, on both sides of the clip."""
+    old, mask = torch.tensor([[-1.3]], dtype=torch.float64), torch.tensor([[True]])
+    new = (old + math.log(ratio)).requires_grad_()
+    found = m.ppo_policy_loss(new, old, torch.tensor([[advantage]]), mask, 0.2)
+    (grad,) = torch.autograd.grad(found, new)
+    assert found.item() == pytest.approx(loss, abs=1e-9) and grad.item() == pytest.approx(slope, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss"),
+    [
+        (0.5, 0.0, 0.5, 0.045),  # right, but moved too far: ½ (0.2 - 0.5)²
+        (1.0, 0.0, 0.5, 0.125),  # ½ (1 - 0.5)² is the larger
+        (0.1, 0.0, 0.5, 0.08),  # not clipped
+    ],
+)
+def test_ppo_value_loss_by_hand(value, old, target, loss):
+    """Worked example: one token, value_clip 0.2."""
+    found = m.ppo_value_loss(*(torch.tensor([[x]]) for x in (value, old, target)), torch.tensor([[1.0]]), 0.2)
+    assert found.item() == pytest.approx(loss)
+
+
+def test_grpo_advantages_by_hand():
+    """Worked example: rewards 1, 0, 0, 1 have mean 1/2 and deviation √(1/3); equal ones teach nothing."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0])
+    assert m.grpo_advantages(rewards, 4).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    scaled = m.grpo_advantages(rewards, 4, "grpo")
+    torch.testing.assert_close(scaled[0].item(), 0.5 / (3**-0.5 + 1e-4))
+    assert (scaled[4:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunked_cross_entropy_equals_plain(chunk):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 7, 8), (50, 8)))
+    labels = random_ids(2, 7, 50, low=0)
+    labels[0, 3:] = -100
+    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = m.chunked_cross_entropy(hidden, weight, labels, chunk)
+    torch.testing.assert_close(loss, plain)
+    for a, b in zip(
+        torch.autograd.grad(3 * loss, (hidden, weight)),
+        torch.autograd.grad(3 * plain, (hidden, weight), retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    frozen = m.chunked_cross_entropy(hidden, weight.detach(), labels, chunk)
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden), torch.autograd.grad(plain, hidden))
+    with torch.no_grad():
+        torch.testing.assert_close(m.chunked_cross_entropy(hidden, weight, labels, chunk), plain)
+        assert m.chunked_cross_entropy(hidden, weight, torch.full((2, 7), -100), chunk) == 0
+
+
+def test_evaluation_computes_no_gradient_of_the_output_matrix():
+    """One product of hidden states and matrix while evaluating; three with both gradients."""
+    hidden, weight = doubles(2, 7, 8).requires_grad_(), doubles(50, 8, seed=1).requires_grad_()
+    labels = random_ids(2, 7, 50, low=0)
+    with FlopCounterMode(display=False) as training:
+        loss = m.chunked_cross_entropy(hidden, weight, labels, 4)
+        loss.backward()
+    with torch.no_grad(), FlopCounterMode(display=False) as evaluation:
+        torch.testing.assert_close(m.chunked_cross_entropy(hidden, weight, labels, 4), loss)
+    product = 2 * labels.numel() * weight.numel()
+    assert (evaluation.get_total_flops(), training.get_total_flops()) == (product, 3 * product)
+    weight.requires_grad_(False)  # LoRA: the matrix is frozen
+    with FlopCounterMode(display=False) as frozen:
+        m.chunked_cross_entropy(hidden, weight, labels, 4).backward()
+    assert frozen.get_total_flops() == 2 * product
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_cross_entropy_of_half_precision_is_summed_in_float32(grad):
+    """4096 labels of 50 words: sums in bfloat16 would stand still at 256 or 512 nats."""
+    hidden, weight = doubles(4096, 8).bfloat16(), doubles(50, 8, seed=1).bfloat16()
+    labels = random_ids(1, 4096, 50, low=0)[0]
+    with torch.set_grad_enabled(grad):
+        loss = m.chunked_cross_entropy(hidden, weight, labels, 64)
+        logprobs = m.token_logprobs(hidden, weight, labels, chunk=64)
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
+    assert loss.dtype == logprobs.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.sum().item(), rel=1e-3)
+    torch.testing.assert_close(-logprobs.double(), expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize(("temperature", "chunk"), [(1.0, 100), (0.7, 3), (2.0, 1)])
+def test_token_logprobs(temperature, chunk):
+    hidden, weight = doubles(2, 7, 8).requires_grad_(), doubles(50, 8, seed=1).requires_grad_()
+    labels = random_ids(2, 7, 50, low=0)
+    labels[0, 3:5] = labels[1, 0] = -100
+    found = m.token_logprobs(hidden, weight, labels, temperature, chunk)
+    every = (hidden @ weight.T / temperature).log_softmax(-1)
+    plain = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-9)
+    assert (found[labels == -100] == 0).all()
+    ours, theirs = (torch.autograd.grad((x * doubles(2, 7, seed=2)).sum(), (hidden, weight)) for x in (found, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    assert m.token_logprobs(hidden, weight, torch.full((2, 7), -100)).abs().sum() == 0
+
+
+def test_dpo_loss_against_its_equations():
+    pc, pr, rc, rr = four = [doubles(9, seed=k) for k in range(4)]
+    eq7 = [
+        -math.log(sigmoid(0.3 * ((a - c) - (b - d))))
+        for a, b, c, d in zip(*map(torch.Tensor.tolist, four), strict=True)
+    ]
+    eq17 = [(((a - c) - (b - d)) - 1 / 0.6) ** 2 for a, b, c, d in zip(*map(torch.Tensor.tolist, four), strict=True)]
+    assert m.dpo_loss(*four, beta=0.3).item() == pytest.approx(sum(eq7) / 9, abs=1e-9)
+    assert m.dpo_loss(*four, beta=0.3, kind="ipo").item() == pytest.approx(sum(eq17) / 9, abs=1e-9)
+    assert m.dpo_loss(pc, pr, pc, pr, beta=0.3).item() == pytest.approx(math.log(2), abs=1e-12)
+    huge = m.dpo_loss(*(torch.tensor([x]) for x in (-1e4, 0.0, 0.0, 0.0)), beta=1.0)
+    assert huge.item() == pytest.approx(1e4)  # no overflow to infinity
+
+
+def test_reward_loss_against_its_equation():
+    chosen, rejected = doubles(9), doubles(9, seed=1)
+    eq1 = [-math.log(sigmoid(a - b)) for a, b in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert m.reward_loss(chosen, rejected).item() == pytest.approx(sum(eq1) / 9, abs=1e-9)
+
+
+def test_ppo_losses_against_their_equations():
+    new, old, advantages = (doubles(4, 7, seed=k) for k in range(3))
+    mask, policy, value = spans(4, 7), [], []
+    values, before, returns = (doubles(4, 7, seed=k) for k in range(3, 6))
+    for b, t in mask.nonzero().tolist():
+        r, a = math.exp(new[b, t] - old[b, t]), advantages[b, t].item()
+        policy.append(-min(r * a, min(max(r, 0.7), 1.3) * a))
+        v, o, g = values[b, t].item(), before[b, t].item(), returns[b, t].item()
+        value.append(0.5 * max((v - g) ** 2, (min(max(v, o - 0.4), o + 0.4) - g) ** 2))
+    found = m.ppo_policy_loss(new, old, advantages, mask, 0.3)
+    assert found.item() == pytest.approx(sum(policy) / len(policy), abs=1e-9)
+    found = m.ppo_value_loss(values, before, returns, mask, 0.4)
+    assert found.item() == pytest.approx(sum(value) / len(value), abs=1e-9)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (0.9, 1.0), (0.0, 0.5), (1.0, 1.0)])
+def test_gae_equals_the_sum_of_its_definition(gamma, lam):
+    """A_t = Σ_l (γλ)^l δ_{t+l} and, the same recursively, δ_t + γλ A_{t+1}; δ_t = r_t + γ V_{t+1} - V_t."""
+    rewards, values, mask = doubles(6, 11), doubles(6, 11, seed=1), spans(6, 11, seed=3)
+    expected, summed = torch.zeros(6, 11, dtype=torch.float64), torch.zeros(6, 11, dtype=torch.float64)
+    for b in range(6):
+        after, advantage, deltas = 0.0, 0.0, {}
+        for t in reversed(mask[b].nonzero().flatten().tolist()):
+            deltas[t] = rewards[b, t] + gamma * after - values[b, t]
+            advantage = deltas[t] + gamma * lam * advantage
+            after, expected[b, t] = values[b, t], advantage
+        for t in deltas:
+            summed[b, t] = sum((gamma * lam) ** (k - t) * delta for k, delta in deltas.items() if k >= t)
+    advantages, returns = m.gae(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(advantages, summed, rtol=0, atol=1e-9)
+    torch.testing.assert_close((returns - values)[mask], expected[mask], rtol=0, atol=1e-9)
+    assert (returns[~mask] == 0).all()
+
+
+def test_whitening_looks_at_the_mask_alone():
+    x, mask = doubles(5, 9) * 3 + 7, spans(5, 9)
+    white = m.whiten(x, mask)
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-6) and (white[~mask] == 0).all()
+    assert white[mask].var(correction=0).item() == pytest.approx(1, abs=1e-6)
+    other = torch.where(mask, x, 1e6)
+    torch.testing.assert_close(m.whiten(other, mask), white)
+    assert m.whiten(torch.ones(2, 3), torch.ones(2, 3)).abs().max() == 0  # nothing to scale
+
+
+def test_expected_kl_estimates_are_the_divergence():
+    """Over a whole vocabulary, with the policy's probabilities as weights."""
+    p, q = doubles(50, 6).log_softmax(-1), doubles(50, 6, seed=1).log_softmax(-1)
+    true = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    assert (true > 0).all() and (m.kl_estimate(p, q, "k3") >= 0).all()
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((p.exp() * m.kl_estimate(p, q, kind)).sum(-1), true, rtol=0, atol=1e-12)
+    torch.testing.assert_close(m.kl_estimate(p, q), m.kl_estimate(p, q, "k1"))
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "grpo"])
+def test_grpo_advantages_against_their_definition(kind):
+    rewards, expected = doubles(12), []
+    for group in (rewards[:3], rewards[3:6], rewards[6:9], rewards[9:]):
+        mean = sum(group.tolist()) / 3
+        deviation = (sum((r - mean) ** 2 for r in group.tolist()) / 2) ** 0.5 + 1e-4
+        expected += [(r - mean) / (deviation if kind == "grpo" else 1) for r in group.tolist()]
+    assert m.grpo_advantages(rewards, 3, kind).tolist() == pytest.approx(expected, abs=1e-6)
+    assert (m.grpo_advantages(torch.full((7,), 0.1), 7, kind) == 0).all()  # whose mean is not exactly 0.1
+
+
+# ======================================================================================================================
+# 4 Optimisation
+# ======================================================================================================================
+
+
+def test_schedules():
+    """Worked example: from 0.1 to a peak of 1; half of the cosine's way is their middle, 0.55."""
+    config = m.TrainConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rate = m.learning_rate_at
+    assert [rate(step, 0.0, config) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rate(9, 0.5, config) == pytest.approx(0.55) and rate(9, 1.0, config) == pytest.approx(0.1)
+    wsd = dataclasses.replace(config, schedule="wsd", decay_fraction=0.2)
+    assert [round(rate(9, p, wsd), 6) for p in (0.0, 0.8, 0.9, 1.0, 1.1)] == [1.0, 1.0, 0.55, 0.1, 0.1]
+    constant = dataclasses.replace(config, schedule="constant")
+    assert [rate(step, 0.9, constant) for step in (0, 9)] == [0.25, 1.0]
+    assert rate(0, 0.0, dataclasses.replace(config, warmup_steps=0)) == 1.0
+
+
+def test_newton_schulz_by_hand():
+    """Worked example: after division by the norm, a step takes s to 3.4445 s - 4.775 s³ + 2.0315 s⁵."""
+    assert m.orthogonalize(torch.tensor([[[2.0]]]), steps=1).item() == pytest.approx(0.701)  # s = 1
+    half = torch.eye(2)[None] * 3  # s = 3 / √18 = √½ twice
+    torch.testing.assert_close(m.orthogonalize(half, steps=1), torch.eye(2)[None] * 1.106539, atol=1e-5, rtol=0)
+
+
+def test_stacked_weights_are_taken_apart_by_hand():
+    """Worked example: four rows of two matrices, and the same for each of two experts; the parts are views."""
+    weight = torch.arange(4.0)[:, None]
+    assert [part.tolist() for part in m.unstack(weight, [1, 3])] == [[[0.0]], [[1.0], [2.0], [3.0]]]
+    experts = torch.stack((weight, weight + 10))
+    first, *_, last = m.unstack(experts, [2, 2])
+    assert (first.tolist(), last.tolist()) == ([[0.0], [1.0]], [[12.0], [13.0]])
+    last.zero_()
+    assert experts[1].flatten().tolist() == [10, 11, 0, 0]
+
+
+def test_newton_schulz_makes_matrices_orthogonal():
+    torch.manual_seed(0)
+    for rows, cols in ((16, 16), (8, 40), (40, 8)):
+        x = torch.randn(3, rows, cols)
+        singular = torch.linalg.svdvals(m.orthogonalize(x, steps=9))
+        assert singular.min() > 0.6 and singular.max() < 1.25
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        assert (m.orthogonalize(x, steps=9) * (u @ v)).sum((-2, -1)).min() > 0.85 * min(rows, cols)  # the nearest one
+
+
+def test_muon_against_its_definition():
+    model = random_model(moe_shape(tie_word_embeddings=False))
+    optimizers = m.build_optimizers(model, m.TrainConfig(learning_rate=0.1, weight_decay=0.5))
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(owned) == len({id(p) for p in owned}) == len(list(model.parameters()))
+    muon = optimizers[1]
+    names = {id(p): n for n, p in model.named_parameters()}
+    muon_names = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert not any(word in name for name in muon_names for word in ("embed", "lm_head", "norm", "mlp.gate.weight"))
+    assert {n for n, p in model.named_parameters() if "_proj" in n} == muon_names
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    momentum = {n: 0.0 for n in before}
+    for step in range(2):
+        grads = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for n, p in before.items()}
+        for n, p in model.named_parameters():
+            p.grad = grads[n].clone()
+        muon.step()
+        for n in muon_names:
+            momentum[n] = 0.95 * momentum[n] + 0.05 * grads[n]
+            update = 0.05 * grads[n] + 0.95 * momentum[n]
+            rows = {"qkv_proj.weight": [32, 16, 16], "gate_up_proj": [24, 24], "gate_up_proj.weight": [24, 24]}
+            rows = next((r for suffix, r in rows.items() if n.endswith(suffix)), [update.shape[-2]])
+            parts = [
+                m.orthogonalize(part.reshape(-1, *part.shape[-2:])).view_as(part) * 0.2 * max(part.shape[-2:]) ** 0.5
+                for part in update.split(rows, dim=-2)
+            ]
+            before[n] = before[n] * (1 - 0.1 * 0.5) - 0.1 * torch.cat(parts, dim=-2)
+            torch.testing.assert_close(dict(model.named_parameters())[n].detach(), before[n], rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_decays_the_matrices_of_blocks_alone():
+    model = random_model(moe_shape(tie_word_embeddings=False))
+    config = m.TrainConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
+    (adamw,) = m.build_optimizers(model, config)
+    decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decay.pop(id(p)) == (0.5 if "_proj" in name else 0.0), name
+    assert not decay and all(group["betas"] == (0.8, 0.9) for group in adamw.param_groups)
+
+
+def test_lora_is_left_to_adamw():
+    model = random_model(shape())
+    m.add_lora(model, 2, 4.0)
+    (adamw,) = m.build_optimizers(model, m.TrainConfig(optimizer="muon"))
+    held = {p for group in adamw.param_groups for p in group["params"]}
+    assert type(adamw) is torch.optim.AdamW and held == {p for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_devices_and_dtypes_are_picked_by_name():
+    cpu = m.pick_device("cpu")
+    assert cpu == torch.device("cpu") and m.pick_device().type in ("cpu", "cuda", "mps")
+    assert m.pick_dtype("auto", cpu) == torch.float32 and m.pick_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(m.UserError, match="device 'gpu' cannot be used here"):
+        m.pick_device("gpu")
+    with pytest.raises(m.UserError, match="device 'meta' is not possible: it must be auto, cpu"):
+        m.pick_device("meta")
+
+
+def test_running_out_of_memory_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert m.is_out_of_memory(caught.value) and m.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not m.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_monitor_agrees_with_the_operating_system():
+    code = (
+        "import torch, resource, minillm as m; x = torch.ones(60_000_000); del x; monitor = m.MemoryMonitor(); "
+        "print(monitor.peak_bytes(), monitor.current_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    # a shell between: after exec, ru_maxrss still counts the memory of the process that it was forked from
+    out = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}'; true"], cwd=HERE, capture_output=True, text=True)
+    peak, current, os_peak = map(int, out.stdout.split())
+    assert peak == pytest.approx(os_peak * (1 if sys.platform == "darwin" else 1024), rel=0.05)
+    assert peak - current > 200e6 or sys.platform == "darwin"
+
+
+# ======================================================================================================================
+# 5 Tokenizer
+# ======================================================================================================================
+
+
+def words(text: str) -> list[str]:
+    return re.findall(m.WORD_PATTERN, text)
+
+
+def byte_ids(text: str) -> list[int]:
+    """The ids of a tokenizer without merges."""
+    return [m.FIRST_BYTE + b for b in text.encode()]
+
+
+@pytest.fixture(scope="session")
+def bytes_only() -> m.BPETokenizer:
+    return m.BPETokenizer()
+
+
+def test_a_text_is_cut_into_words_by_hand():
+    """Worked example: spaces go to the word that follows, ends of lines to the mark before, each digit is alone."""
+    assert words("Don't go, it's 12!\n\n  我有3只猫abc。\r\nx") == [
+        *("Don", "'t", " go", ",", " it", "'s", " ", "1", "2", "!\n\n", " ", " "),
+        *("我有", "3", "只猫", "abc", "。\r\n", "x"),
+    ]
+
+
+def test_merges_are_learned_by_hand():
+    """Worked example: bc is seen 3 times, ab twice; then a+bc would be next, but no pair is left that occurs twice."""
+    text = "bc\nbc\nbc\nab\nab\nabc"
+    assert m.count_words([text]) == {"bc": 3, "ab": 2, "abc": 1, "\n": 5}
+    tokenizer = m.BPETokenizer(vocab_size=300)
+    tokenizer.train(text)
+    assert tokenizer.merges == [(b"b", b"c"), (b"a", b"b")] and tokenizer.vocab_size == m.FIRST_MERGE + 2 == 263
+
+
+def test_the_merge_that_was_learned_first_comes_first_by_hand():
+    """Worked example: bc (261) was learned before ab (262), so abc is a + bc, and ababcc is ab + a + bc + c."""
+    tokenizer = m.BPETokenizer(vocab_size=300)
+    tokenizer.train("bc\nbc\nbc\nab\nab\nabc")
+    a, c = byte_ids("ac")
+    assert (a, c) == (5 + 97, 5 + 99)
+    assert tokenizer.encode("abc") == [a, 261] and tokenizer.encode("ababcc") == [262, a, 261, c]
+    assert tokenizer.encode("ab", add_special_tokens=True) == [1, 262]
+    assert tokenizer.decode_bytes([262, 1, 261]) == b"abbc" and tokenizer.token_bytes[261:] == [b"bc", b"ab"]
+
+
+def test_a_conversation_is_encoded_by_hand(bytes_only):
+    """Worked example: <|im_start|> is 3 and <|im_end|> is 4; the reply and its end are trained, the newline is not."""
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    ids, trained = bytes_only.encode_chat(chat)
+    asked = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n")]
+    opened = [3, *byte_ids("assistant\n")]
+    assert ids == [*asked, *opened, *byte_ids("yo"), 4, *byte_ids("\n")]
+    assert trained == [False] * (10 + 11) + [True] * 3 + [False]
+    assert bytes_only.apply_chat_template(chat) == ids
+    assert bytes_only.apply_chat_template(chat[:1], add_generation_prompt=True) == asked + opened
+    assert bytes_only.encode_chat(chat, first=2) == (ids, [False] * len(ids))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("it's IT'S we'll WE'LL We'Ll", ["it", "'s", " IT", "'S", " we", "'ll", " WE", "'LL", " We", "'Ll"]),
+        (
+            "I've I'VE they're I'm I'M I'd",
+            ["I", "'ve", " I", "'VE", " they", "'re", " I", "'m", " I", "'M", " I", "'d"],
+        ),
+        ("l'abc 'x’s", ["l", "'", "abc", " '", "x", "’", "s"]),
+        ("2024年", ["2", "0", "2", "4", "年"]),
+        ("〇①１½٣Ⅳ²", ["〇", "①", "１", "½", "٣", "Ⅳ", "²"]),
+        ("二〇二四 -12", ["二", "〇", "二四", " -", "1", "2"]),
+        ("a.\n\nb?!\r\n\r\n c", ["a", ".\n\n", "b", "?!\r\n\r\n", " c"]),
+        ("a\n\n \t\nb  \n", ["a", "\n\n", " \t\n", "b", "  \n"]),
+        ("a   b\u3000 。", ["a", "  ", " b", "\u3000", " 。"]),
+        ("中文，abc。C++代码", ["中文", "，", "abc", "。", "C", "++", "代码"]),
+        ("日本語のテスト 한국어", ["日本語", "のテスト", " 한국어"]),
+        ("e\u0301 😀👍🏽 \ufeffx\x00", ["e", "\u0301", " 😀👍🏽", " ", "\ufeff", "x", "\x00"]),
+        ("", []),
+    ],
+)
+def test_words(text, expected):
+    assert words(text) == expected
+
+
+def test_every_number_is_a_word_of_its_own():
+    numbers = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nd", "Nl", "No")]
+    assert len(numbers) > 1500
+    for c in [*numbers, "〇"]:
+        assert words(f"a {c * 3}b") == ["a", " ", c, c, c, "b"], c
 
 
 def nasty_texts() -> list[str]:
@@ -191,7 +1270,7 @@ def nasty_texts() -> list[str]:
         "abc xyz'sdtllvere",
         "你好世界中国人𠮷々",
         " \t\n\r\u3000\xa0",
-        "0123456789",
+        "0123456789〇½①٣",
         "，。！？“”…—.,!?'\"-_()[]^\\",
         "éßЖωあ한😀👍🏽\u200d\u0301",
     ]
@@ -203,7 +1282,47 @@ def nasty_texts() -> list[str]:
         )
         for _ in range(3000)
     ]
-    return [*mixed, *any_char, "我" * 2000, "abc" * 700, " " * 50, "", *m.SPECIAL_TOKENS, "x<|eos|>y", *TEXTS]
+    runs = [
+        run * n for run in ("a", "é", "中", "。", "\n", "\u3000", "1", "\u0301", ".\n", " \n") for n in (31, 33, 65)
+    ]
+    return [*mixed, *any_char, *runs, "我" * 2000, "abc" * 700, " " * 50, "", *m.SPECIAL_TOKENS, "x<|eos|>y", *TEXTS]
+
+
+def test_words_add_up_to_the_text_and_are_short():
+    """Long words would take quadratic time to merge."""
+    draw = random.Random(0)
+    letters = "".join(draw.choices("abcdefghijklmnopqrstuvwxyzéßжω", k=100_000))
+    runs = [
+        run * (100_000 // len(run)) for run in ("a", "中", "。", " ", "\n", "1", "\x00", " .\n", "\u3000\n", "'", "'l")
+    ]
+    for text in [letters, *runs, *nasty_texts()]:
+        found = words(text)
+        assert "".join(found) == text
+        assert max(map(len, found), default=0) <= 1 + 32 + 32  # a space, marks, ends of lines
+        for kind, longest in (("[a-zé]+", 33), ("[一-鿿]+", 64), ("[0-9]+", 1)):
+            assert max((len(word) for word in found if re.fullmatch(" ?" + kind, word)), default=0) <= longest
+
+
+def test_a_text_of_one_word_takes_bounded_work(tokenizer):
+    """No clock: of 100,000 letters no word is looked at that is longer than 32."""
+    draw = random.Random(1)
+    text = "".join(draw.choices("abcdefghij", k=100_000))
+    assert len(words(text)) == 100_000 / 32 == len(set(words(text)))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids == [i for at in range(0, len(text), 32) for i in tokenizer.encode(text[at : at + 32])]
+
+
+def test_a_safe_cut_changes_no_word():
+    cuts = 0
+    for text in nasty_texts():
+        places = [match.start() for match in m.SAFE_CUT.finditer(text)]
+        cuts += len(places)
+        pieces = [text[a:b] for a, b in itertools.pairwise([0, *places, len(text)])]
+        assert [word for piece in pieces for word in words(piece)] == words(text), text
+        for at in places[:30]:
+            assert 0 < at < len(text) and words(text[:at]) + words(text[at:]) == words(text), (text, at)
+    assert cuts > 5000
 
 
 def test_tokenizer_round_trips_all_bytes(tokenizer):
@@ -215,21 +1334,98 @@ def test_tokenizer_round_trips_all_bytes(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ids_equal_huggingface_tokenizers(tmp_path):
+def as_huggingface(tokenizer: m.BPETokenizer, pattern: str | None = None):
+    """The same tokenizer in `tokenizers`, perhaps with another word pattern."""
+    data = json.loads(tokenizer.to_json())
+    if pattern:
+        data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(data))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+@functools.cache
+def val_docs() -> list[str]:
+    lines = (HERE / "data/val/pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def larger() -> m.BPETokenizer:
+    """A tokenizer of 2,000 tokens, of Chinese and English."""
+    tokenizer = m.BPETokenizer(vocab_size=2000)
+    tokenizer.train(val_docs()[:300] + TEXTS)
+    return tokenizer
+
+
+def test_ids_equal_huggingface_tokenizers(tmp_path, larger):
     hf = pytest.importorskip("tokenizers")
-    ours = m.BPETokenizer(vocab_size=2000)
-    docs = [json.loads(line)["text"] for line in open(HERE / "data/val/pretrain.jsonl", encoding="utf-8")]
-    ours.train(docs[:300] + TEXTS)
-    ours.save(tmp_path / "tokenizer.json")
+    larger.save(tmp_path / "tokenizer.json")
     theirs = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
-    assert theirs.get_vocab_size() == ours.vocab_size
-    for text in nasty_texts() + docs:
-        ids = ours.encode(text)
+    assert theirs.get_vocab_size() == larger.vocab_size == 2000
+    for text in nasty_texts() + val_docs():
+        ids = larger.encode(text)
         assert ids == theirs.encode(text).ids, text
         assert theirs.decode(ids) == text
     for special, i in zip(m.SPECIAL_TOKENS, range(5), strict=True):
-        assert theirs.token_to_id(special) == i and i not in ours.encode(special)
+        assert theirs.token_to_id(special) == i and i not in larger.encode(special)
+
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_ids_equal_those_under_qwen2s_pattern(larger):
+    """llama.cpp knows only patterns of well-known families: what it makes of an export must be what we make."""
+    qwen2 = as_huggingface(larger, QWEN2_PATTERN)
+    mixed = (
+        "我用Python 3写了2个程序，don't worry! It's 100% OK。\n\nWE'LL see… “好的”，he said：\r\n  1. 第一，\n\t2. b;\n"
+    )
+    marks = ["".join(pair) for pair in itertools.product((*" \n中.a1'。", "'s", "“", "\r\n", "  "), repeat=3)]
+    other = 0
+    for text in [mixed, mixed * 3, *TEXTS, *marks, *val_docs()]:
+        assert larger.encode(text) == qwen2.encode(text).ids, text
+        other += words(text) != [word for word, _ in qwen2.pre_tokenizer.pre_tokenize_str(text)]
+    assert other > 0  # the words differ, the ids do not
+
+
+_OLD = {
+    "han": "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\u8c48-\ufaff\U00020000-\U000323af",
+    "space": "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
+    "mark": "!-/:-@\\[-`{-~\xa1-\xa9\xab-\xb1\xb4\xb6-\xb8\xbb-\xbf\xd7\xf7\u2010-\u2027\u2030-\u205e\u20a0-\u20bf"
+    "\u2190-\u2bff\u3001-\u3004\u3008-\u3020\ufe30-\ufe4f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+    "\U0001f000-\U0001faff",
+}
+_OLD["letter"] = "[^0-9{han}{space}{mark}]".format(**_OLD)
+OLD_PATTERN = (
+    "'(?:[sdmt]|ll|ve|re)(?!{letter})| ?{letter}+|[{han}]+|[0-9]| ?[{mark}]+|[{space}]*[\r\n]+|[{space}]+(?![^{space}])"
+    "|[{space}]+"
+).format(**_OLD)
+
+
+def test_a_tokenizer_of_the_old_pattern_keeps_it(tmp_path, monkeypatch, tokenizer):
+    """Its ids depend on the pattern that it was trained with, which its tokenizer.json holds."""
+    monkeypatch.setattr(m, "WORD_PATTERN", OLD_PATTERN)
+    old, long = m.BPETokenizer(vocab_size=700), "".join(map(chr, range(0x430, 0x430 + 32))) + "abcdefgh"
+    old.train([*TEXTS, "½½½ ½½½", f"{long}\n{long}"])
+    old.save(tmp_path / "tokenizer.json")
+    monkeypatch.undo()
+    loaded = m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    assert type(loaded) is m.BPETokenizer and loaded.pattern == OLD_PATTERN != m.WORD_PATTERN == tokenizer.pattern
+    assert loaded.to_json() == old.to_json() and loaded.content_hash() == old.content_hash()
+    theirs, new_words = as_huggingface(loaded), as_huggingface(loaded, m.WORD_PATTERN)
+    for text in nasty_texts():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")  # unknown to this Python
+        ids = loaded.encode(text)
+        assert ids == theirs.encode(text).ids, text
+        assert loaded.decode_bytes(ids) == text.encode()
+    for text in ("½½½", long):  # where the patterns differ
+        assert loaded.encode(text) != new_words.encode(text).ids, text
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +1437,7 @@ def test_every_merge_is_the_most_frequent_pair(texts):
     def whole(token: bytes) -> bool:
         return token.decode("utf-8", "ignore").encode() == token
 
-    word_counts = m._count_words(texts)
+    word_counts = m.count_words(texts)
     words = {word: [bytes([b]) for b in word.encode()] for word in word_counts}
     merges = m.learn_merges(word_counts, 150)
     assert merges == m.learn_merges(dict(reversed(word_counts.items())), 150)  # ties do not depend on the order
@@ -263,25 +1459,32 @@ def test_every_merge_is_the_most_frequent_pair(texts):
                 i += 1
 
 
+def let_fork(monkeypatch) -> list[int]:
+    """Two cores, however many there are; return a list that grows with every child process."""
+    forks, fork = [], os.fork
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "fork", lambda: forks.append(1) or fork())
+    return forks
+
+
 def test_training_is_deterministic_and_stops_cleanly(tokenizer, monkeypatch):
     again = m.BPETokenizer(vocab_size=300)
     again.train(iter(TEXTS))
     assert again.to_json() == tokenizer.to_json()
-    docs = [json.loads(line)["text"] for line in open(HERE / "data/val/pretrain.jsonl", encoding="utf-8")]
+    forks = let_fork(monkeypatch)
     parallel, serial = m.BPETokenizer(vocab_size=600), m.BPETokenizer(vocab_size=600)
-    parallel.train(docs * 12)  # large enough for child processes
+    parallel.train(val_docs() * 16)
+    assert forks
     monkeypatch.delattr(os, "fork")
-    serial.train(docs * 12)
+    serial.train(val_docs() * 16)
     assert parallel.to_json() == serial.to_json()
     small = m.BPETokenizer(vocab_size=5000)
     small.train("abab")
     assert small.vocab_size == m.FIRST_MERGE + 1 and small.decode(small.encode("abab")) == "abab"
     with pytest.warns(UserWarning, match="below the floor of 261"):
         m.BPETokenizer(vocab_size=10).train(["a"])
-
-
-def test_docstring_examples():
-    assert doctest.testmod(m) == (0, 5)
+    with pytest.raises(m.UserError, match="vocab_size=131073 .* at most 131072"):
+        m.BPETokenizer(vocab_size=(1 << 17) + 1).train(["a"])
 
 
 def test_chat_template(tokenizer):
@@ -304,6 +1507,9 @@ def test_tokenizer_manager_trains_once_for_each_content(tmp_path, monkeypatch):
     manager.get_or_train_tokenizer(data, vocab_size=270)
     manager.get_or_train_tokenizer(data, vocab_size=271)
     assert len(trained) == 3
+    monkeypatch.setattr(m, "code_hash", lambda: "of a changed minillm.py")
+    manager.get_or_train_tokenizer(data, vocab_size=270)
+    assert len(trained) == 4
 
 
 @pytest.mark.parametrize(
@@ -324,7 +1530,147 @@ def test_foreign_tokenizer_files_are_refused(tmp_path, content):
         m.BPETokenizer.load(tmp_path / "t.json")
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data["model"]["merges"].pop(), "differ"),
+        (lambda data: data["model"]["merges"].reverse(), "not a tokenizer.json of byte-level BPE|differ"),
+        (lambda data: data["model"]["merges"].append(["a"]), "not a tokenizer.json of byte-level BPE"),
+        (lambda data: data["model"]["merges"].append(["§§", "好"]), "not a tokenizer.json of byte-level BPE"),
+        (lambda data: data["model"]["vocab"].update(x=9999), "differ"),
+        (lambda data: data["added_tokens"][4].update(special=False), "differ"),
+        (lambda data: data["added_tokens"].append(data["added_tokens"][0]), "differ"),
+        (lambda data: data.update(normalizer={"type": "NFC"}), "differ"),
+        (lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("), "not a tokenizer.json"),
+        (lambda data: data["pre_tokenizer"]["pretokenizers"][0].pop("pattern"), "not a tokenizer.json"),
+        (lambda data: data.pop("pre_tokenizer"), "not a tokenizer.json"),
+    ],
+)
+def test_a_damaged_tokenizer_file_is_refused(tmp_path, tokenizer, damage, message):
+    data = json.loads(tokenizer.to_json())
+    damage(data)
+    (tmp_path / "t.json").write_text(json.dumps(data))
+    with pytest.raises(m.UserError, match=f"t.json.* {message}"):
+        m.BPETokenizer.load(tmp_path / "t.json")
+
+
+def test_ids_outside_the_vocabulary_are_named(tokenizer):
+    for i in (300, -1):
+        with pytest.raises(m.UserError, match=rf"token id {i} is outside the vocabulary, 0 … 299"):
+            tokenizer.decode([5, i])
+
+
+# ======================================================================================================================
+# 6 Data
+# ======================================================================================================================
+
+
+def as_lists(value):
+    """Tensors as lists, through all lists and dicts: what == can compare."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, dict):
+        return {name: as_lists(part) for name, part in value.items()}
+    return list(map(as_lists, value)) if isinstance(value, list) else value
+
+
+def read_array(path: Path, typecode: str) -> list[int]:
+    values = array.array(typecode)
+    values.frombytes(path.read_bytes())
+    return values.tolist()
+
+
+def only_folder(cache: Path) -> Path:
+    (folder,) = cache.iterdir()
+    return folder
+
+
+def test_an_encoded_conversation_is_plain_arrays(tmp_path, bytes_only):
+    """Worked example: the files of one conversation, read without MiniLLM. What follows the last reply is left out."""
+    record = {"messages": turns("hi", "yo", "bye"), "answer": ["a", 2], "category": "c"}
+    load(m.ConversationDataLoader, tmp_path, bytes_only, [record])
+    folder = only_folder(tmp_path / "cache")
+    assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{24}", folder.name) and folder.name.endswith("-" + m.code_hash())
+    assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
+    names = ("ids", "trained", "lengths", "notes", "note_lengths")
+    assert {f.name for f in folder.iterdir()} == {f"{part}.{name}" for part in ("train", "val") for name in names}
+    ids = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\nyo"), 4]
+    assert read_array(folder / "train.ids", "H") == ids
+    assert read_array(folder / "train.trained", "b") == [0] * (len(ids) - 3) + [1, 1, 1]
+    assert read_array(folder / "train.lengths", "i") == [len(ids)] == [24]
+    note = (folder / "train.notes").read_bytes()
+    assert json.loads(note) == {"messages": turns("hi"), "answer": "a\n2", "category": "c"}
+    assert read_array(folder / "train.note_lengths", "i") == [len(note)]
+    assert all((folder / f"val.{name}").stat().st_size == 0 for name in names)
+    mapped = torch.from_file(str(folder / "train.ids"), size=24, dtype=torch.uint16)
+    assert mapped.tolist() == ids
+
+
+def test_an_encoded_pair_and_a_prompt_are_plain_arrays(tmp_path, bytes_only):
+    """Worked example: a pair is two sequences, a prompt is one with nothing to train; records lie end to end."""
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "n"}
+    loader = load(m.DPODataLoader, tmp_path / "a", bytes_only, [pair, pair | {"chosen": "好"}])
+    folder = only_folder(tmp_path / "a/cache")
+    asked = [3, *byte_ids("user\nq"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\n")]
+    sides = [[*asked, *byte_ids(reply), 4] for reply in ("yes", "n", "好", "n")]
+    assert read_array(folder / "train.ids", "H") == list(itertools.chain(*sides))
+    assert read_array(folder / "train.lengths", "i") == list(map(len, sides)) == [20 + 4, 20 + 2, 20 + 4, 20 + 2]
+    assert read_array(folder / "train.trained", "b") == [i >= 20 for side in sides for i in range(len(side))]
+    assert loader.sequence(1, 0)[0].tolist() == sides[2] and loader.note(1)["messages"] == turns("q")
+    load(m.PromptDataLoader, tmp_path / "b", bytes_only, [{"prompt": "q"}, {"prompt": "r"}])
+    folder = only_folder(tmp_path / "b/cache")
+    assert read_array(folder / "train.ids", "H")[:20] == asked and read_array(folder / "train.lengths", "i") == [20, 20]
+    assert not any(read_array(folder / "train.trained", "b"))
+
+
+def test_blocks_of_pretraining_by_hand(tmp_path, bytes_only):
+    """Worked example: <bos>abcd<eos><bos>e<eos> in blocks of 3 targets; neighbours share a token."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abcd"}, {"text": "e"}])
+    options = {"batch_size": 2, "seq_len": 3, "split": "all", "shuffle": False, "cache_dir": tmp_path / "cache"}
+    loader = m.PretrainDataLoader(path, bytes_only, **options)
+    a, b, c, d, e = byte_ids("abcde")
+    assert loader.tokens.tolist() == read_array(only_folder(tmp_path / "cache") / "train.ids", "H")
+    assert loader.tokens.tolist() == [1, a, b, c, d, 2, 1, e, 2]
+    rows = [batch["input_ids"].tolist() for batch in loader]
+    assert rows == [[[1, a, b, c], [c, d, 2, 1]], [[1, e, 2]]] and len(loader) == 2
+    assert loader.epoch == 1 and loader.index == 0
+
+
+def test_a_packed_row_by_hand(tmp_path, bytes_only):
+    """Worked example: two conversations of 22 and 23 tokens lie in one row of 50; the third begins the next row."""
+    records = [{"messages": turns("a", "b")}, {"messages": turns("a", "cd")}, {"messages": turns("", "")}]
+    loader = load(m.ConversationDataLoader, tmp_path, bytes_only, records, seq_len=50)
+    assert loader.lengths == [22, 23, 20]
+    (batch,) = loader
+    assert batch["input_ids"].shape == (2, 45)
+    assert batch["segments"].tolist() == [[1] * 22 + [2] * 23, [1] * 20 + [0] * 25]
+    assert batch["position_ids"].tolist() == [[*range(22), *range(23)], [*range(20)] + [0] * 25]
+    b, c, d = byte_ids("bcd")
+    assert batch["labels"].tolist() == [[-100] * 20 + [b, 4] + [-100] * 20 + [c, d, 4], [-100] * 19 + [4] + [-100] * 25]
+    assert batch["input_ids"][0].tolist() == [*loader.sequence(0)[0], *loader.sequence(1)[0]]
+
+
+def test_prompts_and_pairs_are_padded_by_hand(tmp_path, bytes_only):
+    """Worked example: prompts on the left, where a reply follows; pairs on the right."""
+    batch = m.pad_left([[7, 8, 9], [5]], pad_id=0)
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [0, 0, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "n", "category": "b"}
+    loader = load(m.DPODataLoader, tmp_path, bytes_only, [pair, pair | {"category": "a"}])
+    batch = next(iter(loader))
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "input_ids": (2, 2, 24), "labels": (2, 2, 24), "attention_mask": (2, 2, 24), "category": (2,)
+    }  # fmt: skip
+    assert batch["labels"][0].tolist() == [
+        [-100] * 20 + [*byte_ids("yes"), 4],
+        [-100] * 20 + [*byte_ids("n"), 4, -100, -100],
+    ]
+    assert batch["input_ids"][0, 1, 20:].tolist() == [*byte_ids("n"), 4, 0, 0]
+    assert batch["attention_mask"][0].tolist() == [[1] * 24, [1] * 22 + [0, 0]]
+    assert loader.categories == ["a", "b"] and batch["category"].tolist() == [1, 0]
+
+
+# -- files and text ----------------------------------------------------------------------------------------------------
 
 
 def stream(tokens: torch.Tensor, tokenizer: m.BPETokenizer) -> str:
@@ -338,15 +1684,16 @@ def encode(paths, tokenizer, split, cache) -> str:
 def test_every_container_gives_the_same_documents(tmp_path, tokenizer):
     records = [{"text": "一、二、三"}, {"text": "a\nb"}]
     lines = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\r\n\r\n"
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + lines.encode())
     (tmp_path / "b.json").write_text(json.dumps(records))
     (tmp_path / "c.json").write_text(lines)
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (tmp_path / "e.json").write_text(json.dumps(records, indent=2))
     expected = "<|bos|>一、二、三<|eos|><|bos|>a\nb<|eos|>"
-    for name in ("a.jsonl", "b.json", "c.json", "d.jsonl.gz"):
+    for name in ("a.jsonl", "b.json", "c.json", "d.jsonl.gz", "e.json"):
         assert encode(tmp_path / name, tokenizer, "all", tmp_path / "cache") == expected, name
-    assert encode(tmp_path, tokenizer, "all", tmp_path / "cache2") == expected * 4
-    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + "第一行\r\n第二行\r\n".encode())
+    assert encode(tmp_path, tokenizer, "all", tmp_path / "cache2") == expected * 5
+    (tmp_path / "t.txt").write_bytes(codecs.BOM_UTF8 + "第一行\r\n第二行\r\n".encode())
     assert encode(tmp_path / "t.txt", tokenizer, "all", tmp_path / "cache") == "<|bos|>第一行\n第二行\n<|eos|>"
 
 
@@ -370,7 +1717,7 @@ def test_cutting_a_text_into_pieces_changes_no_id(tmp_path, tokenizer, chunk):
 def test_splits_are_disjoint_complete_and_independent_of_order(tmp_path, corpus, tokenizer):
     train_text = encode(corpus, tokenizer, "train", tmp_path / "c")
     val_text = encode(corpus, tokenizer, "val", tmp_path / "c")
-    docs = [json.loads(line)["text"] for line in open(corpus, encoding="utf-8")]
+    docs = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
     for doc in docs:
         assert (f"<|bos|>{doc}<|eos|>" in train_text) != (f"<|bos|>{doc}<|eos|>" in val_text)
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -380,11 +1727,16 @@ def test_splits_are_disjoint_complete_and_independent_of_order(tmp_path, corpus,
     )
 
 
+def big_text(path: Path) -> Path:
+    """A text large enough for child processes."""
+    path.write_text("".join(f"{i} 只小猫 and {i} dogs\n" for i in range(190_000)), encoding="utf-8")
+    return path
+
+
 def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
-    path = tmp_path / "big.txt"
-    path.write_text("".join(f"{i} 只小猫 and {i} dogs\n" for i in range(90_000)), encoding="utf-8")
-    assert path.stat().st_size > 2e6
+    path, forks = big_text(tmp_path / "big.txt"), let_fork(monkeypatch)
     parallel = m.encode_corpus(path, tokenizer, "train", tmp_path / "a")[0]
+    assert forks
     monkeypatch.delattr(os, "fork")
     assert torch.equal(parallel.long(), m.encode_corpus(path, tokenizer, "train", tmp_path / "b")[0].long())
 
@@ -397,15 +1749,21 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
         ("a.jsonl", b'{"txt": "a"}\n', r"a.jsonl:1: unknown form of record \(txt\)"),
         ("a.jsonl", b"[1]\n", "a.jsonl:1: unknown"),
         ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: an escape"),
-        ("a.txt", b"abc\xff", "a.txt: byte 3 is not UTF-8"),
-        ("a.txt", "你".encode()[:2], "a.txt: ends inside"),
-        ("a.txt", b"", "a.txt: (?!.*tenth).*(no text|empty)"),  # fails: speaks of a tenth, leaves a cache
+        ("a.json", b'[{"text": "a"},\n {"text": 3}]', r"a.json\[1\]: .*string"),
+        ("a.json", b'[\n{"text": "a"},\n{"text" 3}]', "a.json:3: not JSON"),
+        ("a.txt", b"abc\xff", "a.txt:1: not UTF-8"),
+        ("a.txt", b"abc\nd\n\xffe\n", "a.txt:3: not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8"),
+        ("a.txt", "你".encode()[:2], "a.txt:1: not UTF-8 .*unexpected end"),
+        ("a.txt", b"", "a.txt: (?!.*tenth).*(no text|empty)"),
+        ("a.jsonl", b'{"text": ""}\n', "a.jsonl: (?!.*tenth).*empty"),
         ("a.csv", b"a", "unknown kind of data file"),
         ("a.jsonl", b"", "a.jsonl: nothing for this stage, but no records: it takes text"),
-        ("a.json", b"[" * 100_000, "a.json:1: JSON that can not be read"),
-        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1: JSON that can not be read"),
+        ("a.json", b"[" * 100_000, "a.json:1: not JSON"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1:1: not JSON"),
         ("a.jsonl", b'{"messages": []}\n', "a.jsonl: nothing for this stage, but chat records: it takes text"),
         ("a.txt.gz", b"no gzip", "damaged .gz"),
+        ("a.txt.gz", gzip.compress(b"abc" * 100, mtime=0)[:-9], "damaged .gz"),
     ],
 )
 def test_bad_data_is_named_with_its_place(tmp_path, tokenizer, name, content, message):
@@ -420,6 +1778,16 @@ def test_bad_records_can_be_skipped_and_are_counted(tmp_path, tokenizer):
     with pytest.warns(UserWarning, match="skipped 2 malformed records, the first at .*a.jsonl:2"):
         tokens, _ = m.encode_corpus(tmp_path / "a.jsonl", tokenizer, "all", tmp_path / "c", "skip")
     assert stream(tokens, tokenizer) == "<|bos|>ok<|eos|>"
+
+
+def test_ids_above_65535_take_four_bytes(tmp_path):
+    tokenizer = m.BPETokenizer()
+    tokenizer.token_bytes += [b"x"] * 70_000
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "好"}])
+    tokenizer.eos_id = 70_100
+    tokens, _ = m.encode_corpus(path, tokenizer, "all", tmp_path / "cache")
+    assert tokens.dtype == torch.uint32 and tokens.tolist() == [1, *byte_ids("好"), 70_100]
+    assert read_array(only_folder(tmp_path / "cache") / "train.ids", "I") == tokens.tolist()
 
 
 def test_sequential_blocks_predict_every_token_once(tmp_path, corpus, tokenizer):
@@ -468,445 +1836,630 @@ def test_language_modeling_dataset(tokenizer):
     assert batch["input_ids"].shape == (2, 6)
 
 
-# -- model -------------------------------------------------------------------------------------------------------------
+# -- what a tokenizer learns from --------------------------------------------------------------------------------------
 
 
-ROPES = {
-    "default": {"rope_type": "default"},
-    "linear": {"rope_type": "linear", "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    "odd yarn": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 32,
-        "beta_fast": 16,
-        "beta_slow": 2,
-        "mscale": 0.7,
-        "mscale_all_dim": 1.2,
-        "truncate": False,
-    },
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "original_max_position_embeddings": 64,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    },
+def alternating(path: Path, n: int = 2000) -> list[list[str]]:
+    """Write conversations in turn Chinese and English; return the contents of each."""
+    said = [(f"第{i}题", f"答案{i}") if i % 2 else (f"task {i}", f"answer {i}") for i in range(n)]
+    write_jsonl(path, [{"messages": turns(*texts)} for texts in said])
+    return [list(texts) for texts in said]
+
+
+def test_a_tokenizer_learns_from_a_sample_of_whole_records(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    said = alternating(path)
+    assert list(m.sample_texts([path], "train", "stop")) == list(itertools.chain(*said))  # small data: all of it
+    monkeypatch.setattr(m, "TOKENIZER_BYTES", path.stat().st_size // 4)
+    sample = list(m.sample_texts([path], "train", "stop"))
+    pairs = list(map(list, zip(sample[::2], sample[1::2], strict=True)))
+    assert all(pair in said for pair in pairs) and len(set(sample)) == len(sample)
+    chinese = sum(pair[0].startswith("第") for pair in pairs)
+    assert 170 < chinese < 330 and 170 < len(pairs) - chinese < 330  # a fourth of 1000 each
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)), encoding="utf-8")
+    assert set(m.sample_texts([path], "train", "stop")) == set(sample)  # chosen by content, not by place
+
+
+def test_a_tokenizer_learns_from_every_part_of_a_large_text_in_turn(tmp_path, monkeypatch):
+    text = "".join(f"{i} word\n" for i in range(200_000))
+    (tmp_path / "a.txt").write_text(text)
+    parts = list(m.read_text(tmp_path / "a.txt"))
+    assert len(parts) > 2 and list(m.sample_texts([tmp_path / "a.txt"], "all", "stop")) == parts
+    monkeypatch.setattr(m, "TOKENIZER_BYTES", len(text) // 2)
+    assert list(m.sample_texts([tmp_path / "a.txt"], "all", "stop")) == parts[::2]
+    monkeypatch.undo()
+    assert "".join(m.sample_texts([tmp_path / "a.txt"], "train", "stop")) == text[: int(0.9 * len(text))]
+
+
+def test_a_tokenizer_never_learns_from_validation_text(tmp_path):
+    docs = [f"document {i}" for i in range(300)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": doc} for doc in docs])
+    learned = list(m.sample_texts([path], "train", "stop"))
+    assert learned == [doc for doc in docs if not m.in_validation(doc)] and 240 < len(learned) < 300
+    assert list(m.sample_texts([path], "all", "stop")) == docs
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]},
+        {"conversations": [{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}]},
+        {
+            "prompt": [{"role": "user", "content": "A"}],
+            "chosen": [{"role": "assistant", "content": "B"}],
+            "rejected": "",
+        },
+        {"instruction": "A", "input": "", "output": "B", "history": []},
+        {"prompt": "A", "answer": ["B", 3, None]},
+    ],
+)
+def test_a_tokenizer_learns_no_names_of_roles_or_keys(tmp_path, record):
+    assert list(filter(None, m.texts_in(record))) == ["A", "B"]
+    path = write_jsonl(tmp_path / "a.jsonl", [record] * 50)
+    tokenizer = m.TokenizerManager(tmp_path / "cache").get_or_train_tokenizer(path, vocab_size=300)
+    assert tokenizer.merges == []
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def contents(loader) -> list:
+    return [[as_lists(list(loader.sequence(i))), loader.note(i)] for i in loader.items]
+
+
+def test_data_are_encoded_once(tmp_path, tokenizer, monkeypatch):
+    first = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS)
+    folder = only_folder(tmp_path / "cache")
+    monkeypatch.setattr(m.BPETokenizer, "encode_chat", lambda *_: pytest.fail("encoded again"))
+    again = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, seq_len=400, name="of another name.jsonl")
+    assert only_folder(tmp_path / "cache") == folder and again.corpus == first.corpus
+    assert contents(again) == contents(first)
+
+
+def test_a_changed_minillm_encodes_anew(tmp_path, tokenizer, corpus, monkeypatch):
+    """As does other content, another tokenizer, and another rule of reading."""
+
+    def folders():
+        load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS)
+        m.encode_corpus(corpus, tokenizer, "train", tmp_path / "cache")
+        return {folder.name for folder in (tmp_path / "cache").iterdir()}
+
+    before = folders()
+    assert len(before) == 2 and folders() == before
+    monkeypatch.setattr(m, "code_hash", lambda: "changed")
+    after = folders()
+    assert after - before == {name.partition("-")[0] + "-changed" for name in before}
+    monkeypatch.undo()
+    for part in ("val", "all"):
+        m.encode_corpus(corpus, tokenizer, part, tmp_path / "cache")
+    assert len(folders()) == 5  # train and val of a split are encoded together
+    m.encode_corpus(corpus, tokenizer, "all", tmp_path / "cache", "skip")
+    m.encode_corpus(corpus, m.BPETokenizer(), "all", tmp_path / "cache")
+    assert len(folders()) == 7
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, MemoryError])
+def test_a_cache_folder_is_complete_or_absent(tmp_path, error):
+    items = [bytes([i]) * 300_000 for i in range(3)]  # a list of two and one of one
+
+    def fails_late(batch):
+        if batch[0][0] == 2:
+            raise error
+        return {"a": b"".join(batch), "b": b"x"}
+
+    def encode(batch):
+        return {"a": b"".join(batch), "b": b"x"}
+
+    with pytest.raises(error):
+        m.encode_once(tmp_path / "deep/folder", items, len, fails_late)
+    assert not list((tmp_path / "deep").iterdir())
+    (tmp_path / "deep/.folder.0123.tmp").mkdir()  # of a process that was killed
+    m.encode_once(tmp_path / "deep/folder", items, len, encode)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "deep/folder").iterdir()} == {"a": b"".join(items), "b": b"xx"}
+    m.encode_once(tmp_path / "deep/folder", items, len, fails_late)  # is there: nothing is encoded
+
+
+def test_a_cache_folder_that_cannot_be_moved_into_place_is_an_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        m.encode_once(tmp_path / "folder", [b"x"], len, lambda batch: {"a": b"x"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_encoders_at_once_do_not_damage_the_cache(tmp_path, tokenizer):
+    """Both do the work, the first result stays, and both read it."""
+    both = threading.Barrier(2, timeout=20)
+
+    def encode(batch):
+        both.wait()
+        return {"a": b"".join(batch)}
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: m.encode_once(tmp_path / "folder", [b"x" * 600_000, b"y"], len, encode), range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder/a").read_bytes() == b"x" * 600_000 + b"y"
+    path = write_jsonl(tmp_path / "a.jsonl", CHATS)
+    with ThreadPoolExecutor(4) as pool:
+        options = {"split": "all", "seq_len": 500, "shuffle": False, "cache_dir": tmp_path / "cache"}
+        loaders = list(pool.map(lambda _: m.ConversationDataLoader(path, tokenizer, **options), range(8)))
+    assert only_folder(tmp_path / "cache").is_dir()
+    assert all(contents(loader) == contents(loaders[0]) and len(loader.items) == 5 for loader in loaders)
+
+
+def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkeypatch):
+    path, forks, me = big_text(tmp_path / "big.txt"), let_fork(monkeypatch), os.getpid()
+    monkeypatch.setattr(
+        m.BPETokenizer, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != me else []
+    )
+    with pytest.raises(m.UserError, match="encodes the data was killed"):
+        m.encode_corpus(path, tokenizer, "train", tmp_path / "cache")
+    assert forks and not list((tmp_path / "cache").iterdir())
+
+
+def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(m, "LONGEST_RECORD", 1000)
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz"):
+        text = b'{"text": "short"}\n{"text": "' + b"x" * 5000 + b'"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith("gz") else text)
+        with pytest.raises(m.UserError, match=rf"{name}:2: a line of more than 1,000 characters"):
+            m.encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "cache")
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_assistants_own_tokens_are_trained(tmp_path, tokenizer):
+    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, packing=False, batch_size=1)
+    for batch, chat in zip(loader, [CHATS[i] for i in loader.order()], strict=True):
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        assert [*ids.tolist(), *tokenizer.encode("\n")] == tokenizer.apply_chat_template(chat["messages"])
+        trained = (labels != -100).nonzero().flatten()
+        assert torch.equal(labels[trained], ids[trained])
+        said = [message["content"] for message in chat["messages"] if message["role"] == "assistant"]
+        shown = tokenizer.decode(ids[trained], skip_special_tokens=False)
+        assert shown == "".join(text + "<|im_end|>" for text in said)
+        # what comes just before a trained run is the assistant's header: not a token late, not a token early
+        starts = [t for t in trained.tolist() if labels[t - 1] == -100]
+        header = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+        assert len(starts) == len(said) and all(ids[t - len(header) : t].tolist() == header for t in starts)
+
+
+def test_what_follows_the_last_reply_is_dropped(tmp_path, tokenizer):
+    """It teaches nothing; the question that stands open is no prompt either."""
+    chats = [{"messages": turns("你好", "你好！", *more)} for more in ([], ["再见"], ["x" * 900])]
+    chats.append({"messages": [*chats[0]["messages"], {"role": "tool", "content": "9"}]})
+    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, chats, seq_len=60)  # no warning: none is long
+    assert len(loader.items) == 4 and all(found == contents(loader)[0] for found in contents(loader))
+    assert loader.note(1)["messages"] == turns("你好")
+
+
+def test_the_trained_positions_are_those_that_the_model_must_write(tmp_path, tokenizer):
+    """SFT's loss is -log p(answer and its end | generation prompt), by the definition of each."""
+    model = random_model(shape(max_position_embeddings=128))
+    trainer = m.SFTTrainer(model, tokenizer)
+    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS[:1])
+    batch = next(iter(loader))
+    question = tokenizer.apply_chat_template(CHATS[0]["messages"][:1], add_generation_prompt=True)
+    answer, total = [*tokenizer.encode("你好！"), tokenizer.im_end_id], 0.0
+    with torch.no_grad():
+        for token in answer:
+            total -= model(torch.tensor([question]))[0, -1].log_softmax(-1)[token].item()
+            question.append(token)
+        assert trainer.loss(batch).item() == pytest.approx(total, abs=1e-4)
+    assert trainer.count(batch) == len(answer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [shape(max_position_embeddings=150), moe_shape(max_position_embeddings=150, router_aux_loss_coef=0.0)],
+    ids=["dense", "moe"],
+)
+def test_packed_rows_equal_one_conversation_a_row(tmp_path, tokenizer, config):
+    """In rows of 200 tokens, more than the positions that there are: each conversation begins at position 0."""
+    found, loss = [], []
+    for packing in (True, False):
+        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, seq_len=200, packing=packing)
+        batches = list(loader)
+        assert batches[0]["segments"].max() == (4 if packing else 1)
+        trainer = m.SFTTrainer(random_model(config, dtype=torch.float64), tokenizer)
+        total = sum(map(trainer.loss, batches))
+        (total / sum(map(trainer.count, batches))).backward()
+        found.append({name: p.grad for name, p in trainer.model.named_parameters()})
+        loss.append(total.item())
+        for batch in batches:
+            if not packing:
+                assert torch.equal((batch["segments"] > 0).sum(1), batch["position_ids"].max(1).values + 1)
+            for row, segments in zip(batch["position_ids"], batch["segments"], strict=True):
+                for k in range(1, int(segments.max()) + 1):
+                    place = (segments == k).nonzero().flatten()
+                    assert row[place].tolist() == list(range(len(place))) and place[-1] - place[0] == len(place) - 1
+    assert loss[0] == pytest.approx(loss[1], rel=1e-6)
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_conversations_of_a_row_do_not_see_each_other(tmp_path, tokenizer):
+    trainer = m.SFTTrainer(random_model(shape(max_position_embeddings=256)), tokenizer)
+    found = []
+    for other in ("第一。", "totally different words"):
+        records = [{"messages": turns("x", other)}, CHATS[0], {"messages": turns(other, "z")}]
+        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=250)
+        batch = next(iter(loader))
+        assert batch["segments"].max() == 3
+        batch["labels"] = batch["labels"].where(batch["segments"] == loader.order().index(1) + 1, -100)
+        trainer.model.zero_grad()
+        loss = trainer.loss(batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
+    chat = turns("a" * 10, "b" * 10, "c" * 10, "d" * 10, "e", "f" * 20)
+    whole = tokenizer.apply_chat_template(chat)[:-1]  # all but the newline after the last turn
+    two, one = len(tokenizer.apply_chat_template(chat[:4])), len(tokenizer.apply_chat_template(chat[:2]))
+    head = len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True))
+    records = [{"messages": chat}, {"messages": turns("q", "r")}]
+    for seq_len, kept, cut in ((len(whole), len(whole), False), (len(whole) - 3, two - 1, False), (two, two - 1, False),
+                               (two - 2, one - 1, False), (one - 1, one - 1, False), (one - 2, one - 2, True),
+                               (head + 1, head + 1, True)):  # fmt: skip
+        options = {"seq_len": seq_len, "packing": False, "batch_size": 1}
+        if seq_len == len(whole):
+            loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, **options)
+        else:
+            message = (
+                f"of 2 conversations 1 exceed {seq_len} tokens: {1 - cut} lose turns at their end, {1 * cut} are t"
+            )
+            with pytest.warns(UserWarning, match=message):
+                loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, **options)
+        batch = list(loader)[loader.order().index(0)]
+        assert batch["input_ids"][0].tolist() == whole[:kept]
+        assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut)
+        assert batch["labels"][0].max() >= 0
+        assert loader.lengths[0] == kept and loader.is_truncated(0) == cut and not loader.is_truncated(1)
+    with pytest.warns(UserWarning, match="1 are truncated .* 1 of which hold nothing to train on"):
+        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=head - 1)
+    assert loader.items == [1] and loader.is_truncated(0)
+    with pytest.raises(m.UserError, match="none of .* chat records fits 5 tokens"), pytest.warns(UserWarning):
+        load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=5)
+    for cls, record in (
+        (m.DPODataLoader, {"prompt": "a", "chosen": "b" * 90, "rejected": "c"}),
+        (m.PromptDataLoader, {"prompt": "a" * 90}),
+    ):
+        small = record | {"prompt": "b", **({"chosen": "b"} if "chosen" in record else {})}
+        with pytest.warns(UserWarning, match="1 of 2 .* records exceed 60 tokens and are left out"):
+            assert load(cls, tmp_path, tokenizer, [record, small], seq_len=60).items == [1]
+
+
+# -- loaders of records ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (m.ConversationDataLoader, {"packing": True}),
+        (m.ConversationDataLoader, {"packing": False}),
+        (m.DPODataLoader, {}),
+        (m.PromptDataLoader, {}),
+    ],
+)
+def test_record_loaders_have_exact_cursors(tmp_path, tokenizer, cls, options):
+    records = [record_for(cls, i) for i in range(40)]
+
+    def loader(**changes):
+        changes = {"shuffle": True, "seed": 3, "batch_size": 3, "seq_len": 120, **options, **changes}
+        return load(cls, tmp_path, tokenizer, records, **changes)
+
+    def take(loader, n):
+        return as_lists(list(itertools.islice((batch for _ in itertools.count() for batch in loader), n)))
+
+    epoch = len(list(loader()))
+    whole = take(loader(), 2 * epoch + 3)
+    assert whole[0] != take(loader(seed=4), 1)[0]
+    count = len(list(loader(shuffle=False)))
+    name = {m.PromptDataLoader: "answers"}.get(cls, "input_ids")
+    assert whole[0][name] != whole[epoch][name] and abs(count - epoch) <= 2
+    for stop in (1, epoch - 1, epoch, epoch + 2):
+        first, second = loader(), loader()
+        take(first, stop)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert take(second, 4) == take(first, 4)
+        fresh = loader()
+        take(fresh, stop)
+        assert take(fresh, 2 * epoch + 3 - stop) == whole[stop:]
+    with pytest.raises(m.UserError, match="seed=4"):
+        loader(seed=4).load_state_dict(first.state_dict())
+    with pytest.raises(m.UserError, match="the data, its split or the tokenizer"):
+        load(cls, tmp_path, tokenizer, records[:9], name="other.jsonl", **options).load_state_dict(first.state_dict())
+    seen = Counter(itertools.chain.from_iterable(
+        b["answers"] if cls is m.PromptDataLoader else [tuple(r.flatten().tolist()) for r in b["input_ids"]]
+        for b in loader(batch_size=1)))  # fmt: skip
+    assert max(seen.values()) == 1 and (options.get("packing") or len(seen) == 40)
+    parts = [load(cls, tmp_path, tokenizer, records, split=split, **options) for split in ("train", "val")]
+    texts = [{loader.tokenizer.decode(loader.prompt_ids(i)) for i in loader.items} for loader in parts]
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
+    assert parts[0].source == m.Source([str(tmp_path / "records.jsonl")], "train")
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ({"text": "a"}, "text"),
+        ({"messages": [], "text": "a"}, "chat"),
+        ({"conversations": []}, "chat"),
+        ({"instruction": "a", "output": "b"}, "chat"),
+        ({"input": "a", "output": "b"}, "chat"),
+        ({"prompt": "a", "completion": "b"}, "chat"),
+        ({"prompt": "a"}, "prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
+        ({"messages": [], "chosen": "b", "rejected": "c"}, "preference"),
+        ({"prompt": "a", "chosen": "b"}, "prompt"),
+        ({"instruction": "a"}, None),
+        ({}, None),
+        ([{"text": "a"}], None),
+        ("text", None),
+        (None, None),
+    ],
+)
+def test_a_record_is_known_by_its_keys(record, kind):
+    form = m.form_of(record)
+    assert (form.kind if form else None) == kind
+
+
+PLAIN = {"messages": turns("小猫吃什么？", "吃鱼。")}
+WITH_SYSTEM = {"messages": turns("小猫吃什么？", "吃鱼。", system="你是助手。")}
+LONG = {"messages": turns("你好", "你好！", "小猫吃什么？", "吃鱼。", system="你是助手。")}
+TOOL = {
+    "messages": [
+        *turns("几点？", "查。"),
+        {"role": "tool", "content": "9点"},
+        {"role": "assistant", "content": "九点。"},
+    ]
 }
 
 
-def huggingface_model(kind: str, tied: bool = True, rope: str = "default", **changes):
-    """A randomised model of transformers."""
-    transformers = pytest.importorskip("transformers")
-    config = (moe_shape if kind == "Qwen3Moe" else shape)(head_dim=16, max_position_embeddings=128, **changes)
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("qk_norm", "dropout", "rope_scaling")}
-    options |= {"rope_parameters": {"rope_theta": 20000.0, **ROPES[rope]}, "tie_word_embeddings": tied}
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
-    return model
-
-
 @pytest.mark.parametrize(
-    ("kind", "tied", "rope"),
+    ("record", "plain"),
     [
-        ("Llama", True, "default"),
-        ("Llama", False, "yarn"),
-        ("Llama", False, "llama3"),
-        ("Qwen3", True, "yarn"),
-        ("Qwen3", False, "default"),
-        ("Qwen3", False, "linear"),
-        ("Llama", True, "odd yarn"),
-        ("Qwen3Moe", True, "default"),
-        ("Qwen3Moe", False, "yarn"),
+        ({"conversations": PLAIN["messages"]}, PLAIN),
+        ({"conversations": LONG["messages"]}, LONG),
+        ({"conversations": [{"from": "human", "value": "小猫吃什么？"}, {"from": "gpt", "value": "吃鱼。"}]}, PLAIN),
+        ({"conversations": [{"from": "human", "value": "小猫吃什么？"}, {"from": "gpt", "value": "吃鱼。"}],
+          "system": "你是助手。"}, WITH_SYSTEM),
+        ({"conversations": [{"from": "system", "value": "你是助手。"}, {"from": "human", "value": "小猫吃什么？"},
+                            {"from": "gpt", "value": "吃鱼。"}]}, WITH_SYSTEM),
+        ({"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "查。"},
+                            {"from": "observation", "value": "9点"}, {"from": "gpt", "value": "九点。"}]}, TOOL),
+        ({"messages": PLAIN["messages"], "system": "你是助手。"}, WITH_SYSTEM),
+        ({"instruction": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
+        ({"instruction": "小猫吃什么？", "input": "", "output": "吃鱼。", "system": "", "history": []}, PLAIN),
+        ({"instruction": "小猫吃什么？", "input": None, "output": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
+        ({"instruction": "小猫吃什么？", "output": "吃鱼。", "system": "你是助手。", "history": [["你好", "你好！"]]},
+         LONG),
+        ({"instruction": "回答", "input": "小猫？", "output": "鱼"}, {"messages": turns("回答\n小猫？", "鱼")}),
+        ({"prompt": "小猫吃什么？", "completion": "吃鱼。"}, PLAIN),
+        ({"prompt": WITH_SYSTEM["messages"][:2], "completion": PLAIN["messages"][1:]}, WITH_SYSTEM),
+        ({"prompt": "小猫吃什么？", "completion": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
+        ({"input": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
     ],
-)
-def test_logits_equal_transformers_both_ways(tmp_path, kind, tied, rope):
-    transformers = pytest.importorskip("transformers")
-    theirs, ids = huggingface_model(kind, tied, rope), random_ids(3, 100)
-    theirs.save_pretrained(tmp_path / "there", max_shard_size="20KB")
-    assert len(list((tmp_path / "there").glob("*.safetensors"))) > 1
-    ours = m.MiniGPT.from_pretrained(tmp_path / "there")
-    assert (ours.config.rope_theta, ours.config.qk_norm, ours.config.tie_word_embeddings) == (
-        20000.0,
-        kind != "Llama",
-        tied,
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
-    ours.save_pretrained(tmp_path / "back")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
-    assert type(again) is type(theirs)
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
-    with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-6)
-
-
-def test_older_spellings_and_half_precision(tmp_path):
-    huggingface_model("Llama", rope="yarn").bfloat16().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    config["rope_theta"], config["eos_token_id"] = rope.pop("rope_theta"), [7, 9]
-    config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}  # as releases of 2023 spell it
-    config["original_max_position_embeddings"] = config["rope_scaling"].pop("original_max_position_embeddings")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    ours, ids = m.MiniGPT.from_pretrained(tmp_path), random_ids(2, 60)
-    assert ours.embed_tokens.weight.dtype == torch.float32 and ours.config.eos_token_id == 7
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("config.json", {"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
-        ("config.json", {"attention_bias": True}, "attention_bias=True is not supported"),
-        ("config.json", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
-        ("config.json", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling"),
-        ("config.json", {"num_hidden_layers": 3}, "lack model.layers.2"),
-        ("config.json", {"num_hidden_layers": 1}, "hold, against config.json, model.layers.1"),
-        ("config.json", {"intermediate_size": 96}, r"gate_proj.weight is torch.float32 \(64, 32\)"),
-        ("config.json", {"tie_word_embeddings": False}, "lack lm_head.weight"),
-        ("config.json", {"hidden_size": "32"}, "hidden_size='32'"),
-        ("config.json", {"vocab_size": None}, "vocab_size=None"),
-        ("config.json", {"num_hidden_layers": 10**30}, "num_hidden_layers=10"),
-        ("config.json", {"rope_parameters": "yarn"}, "rope_parameters='yarn'"),
-        ("config.json", {"rope_parameters": {"rope_type": []}}, "rope_parameters="),
-        ("config.json", {"eos_token_id": [-1]}, r"eos_token_id=\[-1\]"),
-        ("config.json", None, "hidden_size"),
-        ("model.safetensors", b"\xff" * 8 + b"{}", "damaged"),
-        ("model.safetensors", b"", "damaged"),
-        ("model.safetensors.index.json", {"weight_map": {"a": "../outside.safetensors"}}, "same directory"),
-        ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "b.safetensors does not exist"),
-        ("model.safetensors.index.json", {}, "weight_map"),
-    ],
-)
-def test_what_can_not_be_imported_is_named(tmp_path, file, change, message):
-    huggingface_model("Qwen3").save_pretrained(tmp_path)
-    if "index" in file:
-        (tmp_path / "model.safetensors").unlink()
-    if isinstance(change, bytes):
-        (tmp_path / file).write_bytes(change)
-    elif "index" in file:
-        (tmp_path / file).write_text(json.dumps(change))
-    else:
-        config = json.loads((tmp_path / file).read_text()) | (change or {})
-        if change is None:
-            del config["hidden_size"]
-        (tmp_path / file).write_text(json.dumps(config))
-    with pytest.raises(m.UserError, match=message):
-        m.MiniGPT.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: m.MiniGPT(moe_shape()), "num_shared_experts=1"),
-        (lambda: m.MiniGPT(moe_shape(num_shared_experts=0, qk_norm=False)), "qk_norm=False"),
-        (lambda: m.RewardModel(shape()), "reward model"),
-    ],
-)
-def test_what_can_not_be_exported_is_named(tmp_path, model, message):
-    with pytest.raises(m.UserError, match=message):
-        model().save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def huggingface_tokenizer(family: str, path: Path) -> object:
-    """Train a tokenizer as the releases of a family are made, save it into a directory, return it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import normalizers, pre_tokenizers, processors
-
-    byte_level, regex = pre_tokenizers.ByteLevel, tokenizers.Regex
-    qwen = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    split = {"qwen": qwen, "llama3": qwen.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")}
-    specials = {
-        "gpt2": ["<|endoftext|>"],
-        "llama3": ["<|begin_of_text|>", "<|end_of_text|>"],
-        "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        "smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    }[family]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=family == "llama3"))
-    if family in split:
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(regex(split[family]), "isolated"),
-                byte_level(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    elif family == "smollm":
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
-        )
-    else:
-        made.pre_tokenizer = byte_level(add_prefix_space=False)
-    if family == "qwen":
-        made.normalizer = normalizers.NFC()
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500,
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-        special_tokens=specials if family in ("gpt2", "smollm") else [],  # the others come after the merges
-    )
-    made.train_from_iterator(TEXTS * 3, trainer)
-    made.add_special_tokens(specials)
-    if family == "qwen":
-        made.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
-    if family == "llama3":
-        begin = ("<|begin_of_text|>", made.token_to_id("<|begin_of_text|>"))
-        made.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[begin])
-    path.mkdir(parents=True, exist_ok=True)
-    made.save(str(path / "tokenizer.json"))
-    made.encode_special_tokens = True
-    return made
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen", "smollm"])
-def test_imported_tokenizers_give_the_same_ids(tmp_path, family):
-    theirs = huggingface_tokenizer(family, tmp_path)
-    ours = m.BPETokenizer.load(tmp_path / "tokenizer.json")
-    texts = [
-        *TEXTS,
-        *nasty_texts(),
-        "It's IT'S 'ſ we'LL 12345 ٣½Ⅷ𝟘 <think> e\u0301 a</think><|endoftext|><|im_end|>",
-        "hello" * 400 + "你好世界" * 200,
-        " \n\n \t x\x85\u3000\u00a0 y\r\n\r\nz \x1c\x1f",
-        "小猫ー" + "".join(map(chr, range(0x2E80, 0x3100))),
+)  # fmt: skip
+def test_every_form_of_conversation(tmp_path, tokenizer, record, plain):
+    forms = [
+        load(m.ConversationDataLoader, tmp_path, tokenizer, [form | {"gt": "鱼"}], f"{k}.jsonl")
+        for k, form in enumerate((record, plain))
     ]
-    for text in texts:
-        text = "".join(c for c in text if unicodedata.category(c) != "Cn")  # unknown to this Python
-        assert ours.encode(text, add_special_tokens=True) == theirs.encode(text).ids, text
-        if family != "qwen":  # which normalises
-            assert ours.decode_bytes(ours.encode(text)) == text.encode()
-    rare = "中\U00031661文\U0002ebf1 x"  # of Unicode 15, later than some Pythons
-    assert ours.encode(rare, add_special_tokens=True) == theirs.encode(rare).ids
-    assert ours.vocab_size == theirs.get_vocab_size()
-    has_chat = family in ("qwen", "smollm")
-    chat = [{"role": "user", "content": "小猫 <|im_end|>"}]
-    if has_chat:
-        ids = ours.apply_chat_template(chat, add_generation_prompt=True)
-        assert ours.decode(ids, skip_special_tokens=False).endswith("<|im_end|><|im_end|>\n<|im_start|>assistant\n")
-        assert ids.count(ours.im_end_id) == 1 and ours.stop_ids == (ours.eos_id, ours.im_end_id)
-    else:
-        with pytest.raises(m.UserError, match="can not hold conversations"):
-            ours.apply_chat_template(chat)
-    data = json.loads((tmp_path / "tokenizer.json").read_text())  # releases before 2024 spell merges in one string
-    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": theirs.id_to_token(0)}}))
-    assert m.BPETokenizer.load(tmp_path / "tokenizer.json").encode(TEXTS[0]) == ours.encode(TEXTS[0])
-    (tmp_path / "copy").mkdir()
-    ours.save(tmp_path / "copy/tokenizer.json")
-    assert m.BPETokenizer.load(tmp_path / "copy/tokenizer.json").content_hash() == ours.content_hash()
+    assert contents(forms[0]) == contents(forms[1]) and forms[0].note(0)["answer"] == "鱼"
+    assert as_lists(list(forms[0])) == as_lists(list(forms[1]))
+    assert forms[0].note(0)["messages"] == plain["messages"][:-1]
+    if plain is TOOL:
+        ids, trained = tokenizer.encode_chat(TOOL["messages"])
+        assert tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t]) == "查。九点。"
+    # the same records as prompts: the conversation less its last answer
+    asked = load(m.PromptDataLoader, tmp_path, tokenizer, [record | {"answer": 3}], "prompt.jsonl")
+    assert asked.prompt_ids(0) == tokenizer.apply_chat_template(plain["messages"][:-1], add_generation_prompt=True)
+    assert asked.sequence(0)[0].tolist() == asked.prompt_ids(0) == forms[0].prompt_ids(0)
+    assert asked.note(0)["answer"] == "3" and not asked.sequence(0)[1].any()
 
 
-@pytest.mark.parametrize("ignore_merges", [False, True])
-def test_merges_out_of_order_and_twice_the_same_token(tmp_path, ignore_merges):
-    """As in Llama 3's file, which lists every way to make a token, in the order of the results' ids."""
-    tokenizers = pytest.importorskip("tokenizers")
-    letters = {chr(i): i - 33 for i in range(33, 127)}
-    bytes_ = {c: i for i, c in enumerate(sorted(set(m._CHAR_TO_BYTE) - set(letters)), len(letters))}
-    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3, "bc", "abc", "bcab"]  # no merges make the last
-    vocab = letters | bytes_ | {token: 256 + i for i, token in enumerate(tokens)}
-    merges = ["b c", "ab a", "a ba", "a b", "b a", "ab ab", "c c", "cc c", "c cc", "a bc"]
-    merges = [tuple(pair.split()) for pair in merges]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=ignore_merges))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(tmp_path / "tokenizer.json"))
-    ours = m.BPETokenizer.load(tmp_path / "tokenizer.json")
-    for length in range(1, 9):
-        for letters in itertools.product("abc", repeat=length):
-            text = "".join(letters)
-            assert ours.encode(text) == made.encode(text).ids, text
-    assert (len(ours.encode("bcab")) == 1) == ignore_merges
-    draw = torch.Generator().manual_seed(0)
-    for length in range(31, 331):  # merged by the queue
-        long = "".join("abc"[i] for i in torch.randint(0, 3, (length,), generator=draw).tolist())
-        assert ours.encode(long) == made.encode(long).ids
+ASK, GOOD, BAD = "小猫吃什么？", "吃鱼。", "吃石头。"
+USER, CHOSEN, REJECTED = turns(ASK)[0], turns("", GOOD)[1], turns("", BAD)[1]
+BEFORE = turns("你好", "你好！", ASK)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("record", "prompt"),
     [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
-        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
-        ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
-        ({"added_tokens": []}, "no token ends a text"),
-        ({"added_tokens": [{"id": 10**12, "content": "<|new|>", "special": True}]}, "id is not in 0"),
-        ({"added_tokens": [{"id": 9, "content": "<|endoftext|>", "special": True}]}, "with id 9 is not supported"),
-        ({"pre_tokenizer": None}, "without ByteLevel"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, [USER]),
+        ({"prompt": ASK, "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD}}, [USER]),
+        ({"prompt": [{"from": "human", "value": ASK}], "chosen": CHOSEN, "rejected": BAD}, [USER]),
+        ({"prompt": ASK, "chosen": ASK + GOOD, "rejected": ASK + BAD}, [USER]),
+        ({"prompt": ASK, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, [USER]),
+        ({"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, [USER]),
+        ({"prompt": "", "chosen": [*BEFORE, CHOSEN], "rejected": [*BEFORE, REJECTED]}, BEFORE),
+        ({"prompt": None, "chosen": [*BEFORE, CHOSEN], "rejected": [*BEFORE, REJECTED]}, BEFORE),
+        ({"prompt": BEFORE, "chosen": [*BEFORE, CHOSEN], "rejected": [*BEFORE, REJECTED]}, BEFORE),
+        ({"prompt": BEFORE[:1], "chosen": [*BEFORE[1:], CHOSEN], "rejected": [*BEFORE[1:], REJECTED]}, BEFORE),
+        ({"chosen": f"\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
+          "rejected": f"\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: {ASK}\n\nAssistant: {BAD}"}, BEFORE),
+        ({"system": "你是助手。", "prompt": ASK, "chosen": GOOD, "rejected": BAD}, turns(ASK, system="你是助手。")),
+    ],
+)  # fmt: skip
+def test_every_form_of_preference(tmp_path, tokenizer, record, prompt):
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, [record])
+    assert loader.note(0)["messages"] == prompt
+    batch = next(iter(loader))
+    for side, answer in enumerate((CHOSEN, REJECTED)):
+        ids = tokenizer.apply_chat_template([*prompt, answer])[:-1]  # ends with the end-of-turn, as a rollout does
+        n = len(ids)
+        assert ids[-1] == tokenizer.im_end_id
+        assert batch["input_ids"][0, side, :n].tolist() == ids
+        assert batch["attention_mask"][0, side].sum() == n and (batch["input_ids"][0, side, n:] == 0).all()
+        labels = batch["labels"][0, side]
+        assert tokenizer.decode(labels[labels >= 0], skip_special_tokens=False) == answer["content"] + "<|im_end|>"
+        begin = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+        assert labels[begin] >= 0 and (labels[:begin] == -100).all()
+
+
+def test_a_prefix_that_both_sides_share_is_no_prompt_unless_it_is_one(tmp_path, tokenizer):
+    """Plain strings that begin alike are answers that begin alike."""
+    records = [{"prompt": ASK, "chosen": "好" + GOOD, "rejected": "好" + BAD}, {"chosen": "ab", "rejected": "ac"}]
+    labels = load(m.DPODataLoader, tmp_path, tokenizer, records).collate([0, 1])["labels"]
+    assert tokenizer.decode(labels[0, 0][labels[0, 0] >= 0]) == "好" + GOOD
+    assert tokenizer.decode(labels[1, 1][labels[1, 1] >= 0]) == "ac"
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "answer"),
+    [
+        ({"prompt": ASK, "answer": "鱼"}, [USER], "鱼"),
+        ({"prompt": [USER], "answer": 3}, [USER], "3"),
+        ({"prompt": BEFORE, "gt": ["鱼", "fish", 2.5]}, BEFORE, "鱼\nfish\n2.5"),
+        ({"prompt": USER}, [USER], ""),
+        ({"prompt": ASK, "system": "你是助手。", "gt": None}, turns(ASK, system="你是助手。"), ""),
+        ({"messages": [*BEFORE, CHOSEN], "answer": "鱼"}, BEFORE, "鱼"),
+        ({"messages": BEFORE, "answer": "x"}, BEFORE[:1], "x"),
     ],
 )
-def test_what_a_tokenizer_can_not_have_is_named(tmp_path, change, message):
-    huggingface_tokenizer("gpt2", tmp_path)
-    data = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data | change))
-    with pytest.raises(m.UserError, match=message):
-        m.BPETokenizer.load(tmp_path / "tokenizer.json")
-    patterns = {r"\p{Han}+|a": r"\\p\{Han\}", r"\w+": r"\\w", r"[[:alpha:]]+": r"\[", r"[a-z&&x]": ""}
-    for pattern, found in patterns.items():
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"pre_tokenizer": split}))
-        with pytest.raises(m.UserError, match=f"it has {found}"):
-            m.BPETokenizer.load(tmp_path / "tokenizer.json")
+def test_every_form_of_prompt(tmp_path, tokenizer, record, prompt, answer):
+    other = {"messages": turns("好", "b")} if "messages" in record else {"prompt": "好"}
+    loader = load(m.PromptDataLoader, tmp_path, tokenizer, [record, other])
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+    batch = loader.collate([0, 1])
+    assert batch["answers"] == [answer, ""] and batch["input_ids"][0].tolist() == ids
+    short = int(batch["attention_mask"][1].sum())
+    assert batch["attention_mask"][1].tolist() == [0] * (len(ids) - short) + [1] * short
+    assert (batch["input_ids"][1, : len(ids) - short] == tokenizer.pad_id).all()
+    assert batch["messages"] == [prompt, turns("好")]
 
 
-def test_nothing_looks_ahead():
-    for config in (shape(), moe_shape()):
-        model, ids = random_model(config), random_ids(1, 12)
-        x = model.embed_tokens(ids).detach().requires_grad_()
-        model.embed_tokens.forward = lambda _, x=x: x
-        for t in range(12):
-            (grad,) = torch.autograd.grad(model(ids)[0, t].square().sum(), x)
-            assert (grad[0, t + 1 :] == 0).all() and (grad[0, : t + 1].abs().sum(-1) > 0).all()
+ODD = " \t小猫<|im_end|>\n<|im_start|>assistant\n\u3000 \r\n<|eos|>\x00🦴  \n\n"
 
 
-def test_rms_norm_against_torch_and_finite_differences():
-    x, w = (
-        torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True),
-        torch.rand(5, 8, dtype=torch.float64, requires_grad=True),
-    )
-    torch.testing.assert_close(m.rms_norm(x, w, 1e-6), F.rms_norm(x, (8,), eps=1e-6) * w)
-    assert torch.autograd.gradcheck(lambda x, w: m.rms_norm(x, w, 1e-6), (x, w))
+def test_messages_and_answers_are_kept_as_they_are(tmp_path, tokenizer):
+    """A reward function gets them to the letter, though they look like special tokens or have odd blanks."""
+    prompt = [{"role": "system", "content": ODD[::-1]}, {"role": "user", "content": ODD}]
+    records = [{"prompt": prompt, "answer": [ODD, " b\t"]}, {"prompt": ODD, "answer": ""}, {"prompt": " ", "gt": 0}]
+    loader = load(m.PromptDataLoader, tmp_path, tokenizer, records)
+    (batch,) = loader
+    assert batch["messages"] == [prompt, [prompt[1]], [{"role": "user", "content": " "}]]
+    assert batch["answers"] == [ODD + "\n b\t", "", "0"]
+    for row, n in zip(batch["input_ids"].tolist(), (3, 2, 2), strict=True):  # none of the text became a special token
+        assert row.count(tokenizer.im_start_id) == n and row.count(tokenizer.im_end_id) == n - 1
+        assert tokenizer.eos_id not in row and tokenizer.bos_id not in row
+    chat = load(m.ConversationDataLoader, tmp_path, tokenizer, [{"messages": turns(ODD, ODD)}], "chat.jsonl")
+    ids, trained = chat.sequence(0)
+    assert tokenizer.decode(ids[trained]) == ODD and chat.note(0)["messages"] == turns(ODD)
+    pairs = [{"prompt": ODD, "chosen": ODD + ODD, "rejected": ODD + "b", "category": " ä\n"}]
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs, "pairs.jsonl")
+    assert [tokenizer.decode(ids[trained]) for ids, trained in (loader.sequence(0, 0), loader.sequence(0, 1))] == [
+        ODD,
+        "b",
+    ]
+    assert loader.note(0) == {"messages": turns(ODD), "answer": "", "category": " ä\n"}
 
 
-def test_grouped_query_attention_with_all_heads_is_plain_attention():
-    grouped, plain = random_model(shape(num_key_value_heads=2)), random_model(shape(num_key_value_heads=4))
-    state = grouped.state_dict()
-    for name, value in state.items():
-        if "qkv_proj" in name:
-            q, k, v = value.split((32, 16, 16))
-            state[name] = torch.cat(
-                [q, *(part.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for part in (k, v))]
-            )
-    plain.load_state_dict(state)
-    ids = random_ids(2, 20)
-    torch.testing.assert_close(grouped(ids), plain(ids))
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+LOADERS = (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader)
 
 
-@pytest.mark.parametrize("config", [shape(), moe_shape(), shape(num_key_value_heads=4, qk_norm=False)])
-def test_cached_equals_uncached_for_every_split(config):
-    model, ids = random_model(config), random_ids(2, 14)
-    with torch.no_grad():
-        whole = model(ids)
-        for split in range(1, 14):
-            cache = m.KVCache(model, 2, 14)
-            parts = [model(ids[:, :split], cache=cache), model(ids[:, split:], cache=cache)]
-            torch.testing.assert_close(torch.cat(parts, dim=1), whole)
-        cache = m.KVCache(model, 2, 14)
-        torch.testing.assert_close(torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(14)], dim=1), whole)
+@pytest.mark.parametrize(
+    ("cls", "record", "message"),
+    [
+        (m.ConversationDataLoader, {"messages": [{"role": "robot", "content": "a"}]}, "role .*system, user"),
+        (m.ConversationDataLoader, {"messages": [{"role": "user"}, CHOSEN]}, "content .* of type string"),
+        (m.ConversationDataLoader, {"messages": [{"role": "user", "content": 3}, CHOSEN]}, "of type string"),
+        (m.ConversationDataLoader, {"messages": [[USER]]}, "must be an object"),
+        (m.ConversationDataLoader, {"messages": None}, "must be an object"),
+        (m.ConversationDataLoader, {"messages": [USER, USER, CHOSEN]}, "two user messages"),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN, CHOSEN]}, "two assistant messages"),
+        (m.ConversationDataLoader, {"messages": [USER, {"role": "system", "content": "s"}, CHOSEN]}, "only come first"),
+        (m.ConversationDataLoader, {"messages": [USER]}, "without an assistant message"),
+        (m.ConversationDataLoader, {"messages": []}, "without an assistant message"),
+        (m.ConversationDataLoader, {"instruction": "a", "output": "b", "history": [["a"]]}, '"history" must be'),
+        (m.ConversationDataLoader, {"instruction": 3, "output": "b"}, '"instruction" and "input" must be'),
+        (m.ConversationDataLoader, PLAIN | {"answer": {"a": 1}}, '"answer" must be'),
+        (m.PromptDataLoader, {"prompt": ASK, "answer": True}, '"answer" must be'),
+        (m.PromptDataLoader, {"prompt": ASK, "gt": [["a"]]}, '"answer" must be'),
+        (m.PromptDataLoader, {"prompt": [USER, CHOSEN]}, "must end with a message to reply to"),
+        (m.PromptDataLoader, {"prompt": []}, "must end with a message to reply to"),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, '"chosen" must end with'),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": [CHOSEN], "rejected": []}, '"rejected" must end with'),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": 3, "rejected": GOOD}, "must be an object"),
+        (m.DPODataLoader, {"prompt": [USER, USER], "chosen": GOOD, "rejected": BAD}, "two user messages"),
+    ],
+)
+def test_bad_records_of_conversations(tmp_path, tokenizer, cls, record, message):
+    good = {m.ConversationDataLoader: PLAIN, m.PromptDataLoader: {"prompt": "b"}}.get(cls, PAIR)
+    with pytest.raises(m.UserError, match=f"records.jsonl:2: .*{message}"):
+        load(cls, tmp_path, tokenizer, [good, record, good])
+    assert not list((tmp_path / "cache").iterdir())
+    with pytest.warns(UserWarning, match="skipped 2 malformed records, the first at .*records.jsonl:2: "):
+        loader = load(cls, tmp_path, tokenizer, [good, record, good, record], on_bad_record="skip")
+    assert len(loader.items) == 2
 
 
-def test_padding_on_either_side_changes_nothing():
-    model, ids = random_model(shape()), random_ids(1, 9)
-    with torch.no_grad():
-        alone = model(ids)
-        for left in (1, 5):
-            row = torch.cat((torch.full((1, left), 0), ids), dim=1)
-            mask = torch.cat((torch.zeros(1, left), torch.ones(1, 9)), dim=1)
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            torch.testing.assert_close(model(row, attention_mask=mask, position_ids=positions)[:, left:], alone)
-        torch.testing.assert_close(model(F.pad(ids, (0, 4)))[:, :9], alone)
+def test_records_that_are_all_bad_are_no_matter_of_the_split(tmp_path, tokenizer):
+    with pytest.raises(m.UserError, match="^(?!.*tenth)"), pytest.warns(UserWarning, match="skipped 1 malformed"):
+        load(m.ConversationDataLoader, tmp_path, tokenizer, [{"messages": [USER]}], on_bad_record="skip")
 
 
-def test_grouped_experts_equal_a_loop():
-    torch.manual_seed(0)
-    moe = m.MixtureOfExperts(moe_shape()).double()
-    with torch.no_grad():
-        for p in moe.parameters():
-            p.normal_()
-    x = torch.randn(2, 7, 32, dtype=torch.float64)
-    probs = F.linear(x, moe.gate.weight).float().softmax(-1)
-    expected = moe.shared(x)
-    for b, t in itertools.product(range(2), range(7)):
-        top = probs[b, t].topk(2)
-        for p, e in zip(top.values / top.values.sum(), top.indices, strict=True):
-            gate, up = (moe.gate_up_proj[e] @ x[b, t]).chunk(2)
-            expected[b, t] += p * (moe.down_proj[e] @ (F.silu(gate) * up))
-    torch.testing.assert_close(moe(x)[0], expected, rtol=1e-5, atol=1e-5)
+def test_a_file_without_records_of_the_kind_is_named(tmp_path, tokenizer):
+    (tmp_path / "d").mkdir()
+    for name, record in (("a", PLAIN), ("b", PAIR), ("c", {"text": "x"})):
+        write_jsonl(tmp_path / "d" / f"{name}.jsonl", [record])
+    options = {"seq_len": 99, "split": "all", "cache_dir": tmp_path / "cache"}
+    for cls in LOADERS:
+        assert len(cls(tmp_path / "d", tokenizer, **options).items) == 1
+        with pytest.raises(m.UserError, match="c.jsonl: nothing for this stage, but text records: it takes"):
+            cls([tmp_path / "d/c.jsonl", tmp_path / "d/a.jsonl"], tokenizer, **options)
+    assert m.kinds_of(tmp_path / "d") == {"chat": 1, "preference": 1, "text": 1}
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_balance_loss(k):
-    moe = m.MixtureOfExperts(moe_shape(num_experts_per_tok=k)).train()
-    with torch.no_grad():
-        moe.gate.weight.zero_()
-    x = torch.randn(1, 8, 32)
-    assert moe(x)[1].item() == pytest.approx(1)  # equal probabilities
-    with torch.no_grad():
-        moe.gate.weight.normal_()
-    weights, experts, loss = moe.route(x[0], None)
-    share = torch.bincount(experts.flatten(), minlength=4) / (8 * k)
-    assert loss.item() == pytest.approx(
-        4 * (share * (x[0] @ moe.gate.weight.T).softmax(-1).mean(0)).sum().item(), rel=1e-5
-    )
-    padded = torch.cat((x, torch.randn(1, 3, 32)), dim=1)
-    real = torch.tensor([[1] * 8 + [0] * 3])
-    assert moe(padded, real)[1].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert moe.eval()(x)[1] == 0
+def in_val(record: dict) -> bool:
+    return m.in_validation(json.dumps(turns(record["prompt"]), ensure_ascii=False))
 
 
-def test_gradient_checkpointing_and_dropout():
-    for config in (shape(dropout=0.0), moe_shape()):
-        model, ids = random_model(config).train(), random_ids(2, 10)
-        plain = torch.autograd.grad(model(ids).square().mean(), list(model.parameters()))
-        model.gradient_checkpointing = True
-        for a, b in zip(plain, torch.autograd.grad(model(ids).square().mean(), list(model.parameters())), strict=True):
-            torch.testing.assert_close(a, b)
-    model = random_model(shape(dropout=0.5))
-    assert torch.equal(model(ids), model(ids)) and not torch.equal(model.train()(ids), model(ids))
+def test_a_split_without_a_tenth_is_named(tmp_path, tokenizer):
+    """Of two records that both are trained on, none is left to validate on."""
+    records = [record for record in (record_for(m.DPODataLoader, i) for i in range(9)) if not in_val(record)][:2]
+    with pytest.raises(m.UserError, match="the val part is empty: there is too little .*--val-data"):
+        load(m.DPODataLoader, tmp_path, tokenizer, records, split="val")
 
 
-def test_the_first_loss_is_that_of_guessing():
-    for name in ("tiny", "moe"):
-        config = m.get_config(name)
-        torch.manual_seed(0)
-        model, ids = m.MiniGPT(config), random_ids(2, 32, config.vocab_size)
-        loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        assert loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.2)
+@pytest.mark.parametrize(
+    ("reply", "answer", "same"),
+    [
+        ("Tom", "tom", True),
+        ("Tom. He is my brother.", "Tom", True),
+        ("是小明。他很好", "小明", False),
+        ("小明。他很好", "小明", True),
+        ("  小明！", "小明", True),
+        ("3.5", "3", False),
+        ("3.5", "3.5", True),
+        ("3.", "3", True),
+        ("three  men\nand", "Three men", True),
+        ("a", "b\nA", True),
+        ("", "a", False),
+        ("a b", "a", False),
+        ("Mr. Jones", "Mr. Smith", False),
+        ("Mr. Smith! How nice.", "Mr. Smith", True),
+        ("Mr. Smithers", "Mr. Smith", False),
+        ("", ".", False),
+    ],
+)
+def test_answer_matches(reply, answer, same):
+    assert m.answer_matches(reply, answer) is same
 
 
-def test_flops_count_the_matrix_products():
-    model = m.MiniGPT(shape(tie_word_embeddings=False, qk_norm=False))
-    products = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight")
-    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # counted along, and negligible
-    assert model.flops_per_token(64) == 6 * (products + vectors) + 6 * 2 * 32 * 64
-
-
-# -- losses ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_chunked_cross_entropy_equals_plain(chunk):
-    torch.manual_seed(0)
-    hidden, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 7, 8), (50, 8)))
-    labels = random_ids(2, 7, 50, low=0)
-    labels[0, 3:] = -100
-    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
-    loss = m.chunked_cross_entropy(hidden, weight, labels, chunk)
-    torch.testing.assert_close(loss, plain)
-    for a, b in zip(
-        torch.autograd.grad(3 * loss, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True
-    ):
-        torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(m.chunked_cross_entropy(hidden, weight, labels, chunk), plain)
-
-
-# -- generation --------------------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# 7 Generation
+# ======================================================================================================================
 
 
 @pytest.fixture(scope="module")
@@ -914,159 +2467,129 @@ def generator(tokenizer) -> m.TextGenerator:
     return m.TextGenerator(random_model(shape()), tokenizer)
 
 
-def settings(**changes) -> m.GenerationConfig:
-    return m.GenerationConfig(**{"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, **changes})
+def ending_at(tokenizer, *stop_ids: int) -> m.BPETokenizer:
+    """The tokenizer with other ends."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.stop_ids = stop_ids
+    return tokenizer
 
 
-@pytest.mark.parametrize("config", [shape(), moe_shape(), shape(tie_word_embeddings=False, num_key_value_heads=1)])
-def test_fast_generation_equals_naive(config, tokenizer):
-    model, ids = random_model(config), random_ids(3, 6)
-    fast = m.TextGenerator(model, tokenizer).greedy_search(ids, settings(min_new_tokens=12))
-    assert torch.equal(fast, without_ends(model).generate(ids, 12))
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, {0: 0.4, 2: 0.3, 3: 0.2, 1: 0.1}),
+        ({"top_k": 2}, {0: 0.5714, 2: 0.4286}),  # 4/7 and 3/7
+        ({"top_p": 0.5}, {0: 0.5714, 2: 0.4286}),  # the token that crosses p stays
+        ({"top_p": 0.39}, {0: 1.0}),
+        ({"min_p": 0.6}, {0: 0.5714, 2: 0.4286}),  # 0.3 reaches 0.6 · 0.4
+        ({"top_k": 3, "top_p": 0.75}, {0: 0.5714, 2: 0.4286}),  # of what top-k left, 4/9 and 3/9 reach 0.75
+        ({"temperature": 0.5}, {0: 0.5333, 2: 0.3, 3: 0.1333, 1: 0.0333}),  # squares: 16, 9, 4 and 1 of 30
+    ],
+)
+def test_sampling_filters_by_hand(changes, kept):
+    """Worked example: probabilities 0.4, 0.1, 0.3, 0.2, and what each filter leaves of them."""
+    probs = m.sampling_probs(torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log(), settings(**changes))
+    assert {i: round(p, 4) for i, p in enumerate(probs[0].tolist()) if p > 0} == kept
 
 
-def without_ends(model: m.MiniGPT) -> m.MiniGPT:
-    """The model with EOS and <|im_end|> made impossible, as min_new_tokens does."""
-    plain = type(model).forward
-    model.forward = lambda ids, **kw: plain(model, ids, **kw).index_fill(-1, torch.tensor([2, 4]), -math.inf)
-    return model
+def test_repetition_penalty_by_hand():
+    """Worked example: of tokens that occurred, a logit above 0 is divided by the penalty, one below is multiplied."""
+    seen, logits = torch.tensor([[True, False, True, False]]), torch.tensor([[2.0, 2.0, -2.0, -2.0]])
+    assert m.penalize_repetition(logits, seen, 2.0).tolist() == [[1, 2, -4, -2]]
 
 
-def test_rows_of_unequal_length_are_as_if_alone(generator, tokenizer):
-    prompts = ["你", "Hello, world! It's", "1 + 12 ="]
-    config = settings(do_sample=False, max_new_tokens=20)
-    together = generator.generate(prompts, config)
-    assert together == [generator.generate(prompt, config) for prompt in prompts]
-    for beams in (2, 3):
-        config = settings(num_beams=beams)
-        assert generator.generate(prompts, config) == [generator.generate(prompt, config) for prompt in prompts]
+@pytest.mark.parametrize(
+    ("number", "token"), [(0.0, 1), (0.49, 1), (0.5, 3), (0.87, 3), (0.875, 4), (0.99, 4), (1 - 2**-24, 4)]
+)
+def test_draw_by_hand(monkeypatch, number, token):
+    """Worked example: probabilities 0, 1/2, 0, 3/8, 1/8, 0 add up to 0, 1/2, 1/2, 7/8, 1, 1: the number falls in one.
+
+    From 0 to the largest float32 below 1, no number draws what has no probability.
+    """
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
+    assert m.draw(torch.tensor([[0.0, 0.5, 0.0, 0.375, 0.125, 0.0]]).expand(3, -1)).tolist() == [token] * 3
 
 
-def test_rows_after_their_end_are_padding_and_touch_nobody(generator, tokenizer):
-    ids = random_ids(8, 5)
-    config = settings(max_new_tokens=30)
-    endless, ending = (m.TextGenerator(generator.model, tokenizer) for _ in range(2))
-    endless.stop_ids = ()
-    free = endless.greedy_search(ids, config).tolist()
-    stop = free[0][12]  # a token that occurs becomes an end
-    ending.stop_ids = (stop,)
-    rows = ending.greedy_search(ids, config).tolist()
-    assert len({row.index(stop, 5) for row in free if stop in row[5:]}) > 0
-    for row, whole in zip(rows, free, strict=True):
-        end = row.index(stop, 5) if stop in row[5:] else len(row) - 1
-        assert row[: end + 1] == whole[: end + 1] and set(row[end + 1 :]) <= {tokenizer.pad_id}
-        assert stop not in whole[5:end]
+@pytest.mark.parametrize(
+    ("text", "stops", "clipped", "held_back"),
+    [
+        ("one STOP two", ["STOP"], ("one ", True), 0),
+        ("one STOP two", ["two", "one"], ("", True), 0),  # whichever comes first
+        ("one ST", ["STOP", "zzz"], ("one ST", False), 2),  # may become STOP: not to be shown yet
+        ("one", [], ("one", False), 0),
+        ("one", None, ("one", False), 0),
+    ],
+)
+def test_stop_texts_by_hand(text, stops, clipped, held_back):
+    """Worked example: a text ends before its first stop text; what may become one is held back."""
+    assert m.clip_at_stop(text, stops) == clipped
+    assert clipped[1] or m.length_of_stop_prefix(text, stops) == held_back
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
-    """Rows that have ended leave the batch; the caches, masks and seen tokens of the others are not mixed up."""
-    alone = m.TextGenerator(generator.model, tokenizer)
-    alone.stop_ids = ()
-    rows = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 9, 3, 7, 6, 4, 8)]
-    batch = m.pad_left(rows, tokenizer.pad_id)
-    config = settings(max_new_tokens=25, repetition_penalty=penalty, do_sample=False)
-    steps = []
-    for k, (tokens, ended) in enumerate(alone._tokens(batch["input_ids"], config, batch["attention_mask"])):
-        steps.append(tokens.clone())
-        if k == 2:
-            ended[[0, 2, 4, 5]] = True
-    written = torch.stack(steps, dim=1)
-    for i in (1, 3, 6):
-        assert written[i].tolist() == alone.greedy_search(torch.tensor([rows[i]]), config)[0, len(rows[i]) :].tolist()
-    assert not written[[0, 2, 4, 5], 3:].any()
+def filtered_by_definition(logits: torch.Tensor, config: m.GenerationConfig) -> torch.Tensor:
+    """One row's probabilities in float64, by sorting the whole vocabulary."""
+    probs = (logits.double() / config.temperature).softmax(-1)
+    falling, order = probs.sort(descending=True)
+    if config.top_k:
+        falling[config.top_k :] = 0
+        falling /= falling.sum()
+    keep = (falling.cumsum(0) - falling < config.top_p) & (falling >= config.min_p * falling[0])
+    kept = falling * keep
+    return torch.zeros_like(probs).scatter_(0, order, kept / kept.sum())
 
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [shape(num_hidden_layers=1), moe_shape(num_hidden_layers=1)])
-def test_compiled_training_learns_the_same(config, tokenizer):
-    losses = []
-    for mode in ("off", "on"):
-        trainer = m.PreTrainer(random_model(config), tokenizer, config=m.TrainConfig(compile=mode, max_steps=5))
-        batches = [random_ids(2, 12, seed=k) for k in range(3)]
-        losses.append([trainer.step([{"input_ids": ids, "labels": ids}])["loss"] for ids in batches])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_a_mixture_of_experts_is_not_compiled_for_decoding(tokenizer):
-    with pytest.raises(m.UserError, match="can not be compiled"):
-        m.TextGenerator(random_model(moe_shape()), tokenizer, compile=True)
-
-
-@needs_compiler
-def test_compiled_decoding_writes_the_same(tokenizer):
-    model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
-    eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
-    batch = m.pad_left([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
-    for config in (
-        settings(do_sample=False, min_new_tokens=12),
-        settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1),  # more slots: another graph
-        settings(do_sample=False),
-    ):
-        rows = [g._complete(batch["input_ids"], config, batch["attention_mask"]) for g in (eager, compiled)]
-        assert torch.equal(*rows)
-    beams = settings(num_beams=2, min_new_tokens=30, max_new_tokens=30)
-    torch._dynamo.utils.counters.clear()
-    assert torch.equal(*(g.beam_search(batch["input_ids"][1:], beams) for g in (eager, compiled)))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1  # one for all steps
-
-
-def test_decoding_without_a_compiler_is_one_message(tokenizer, monkeypatch):
-    generator = m.TextGenerator(random_model(shape()), tokenizer, compile=True)
-
-    def fail(*_):
-        raise torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("no g++"), None)
-
-    monkeypatch.setattr(generator, "compiled", fail)
-    with pytest.raises(m.UserError, match="C\\+\\+ compiler"):
-        generator.generate("hello", settings(max_new_tokens=3))
-
-
-def test_sampling_filters_by_hand():
-    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
-
-    def kept(**changes):
-        probs, ids = m.sampling_probs(logits, settings(**changes))
-        return {i: round(p, 4) for i, p in zip(ids[0].tolist(), probs[0].tolist(), strict=True) if p > 0}
-
-    assert kept() == {0: 0.4, 2: 0.3, 3: 0.2, 1: 0.1}
-    assert kept(top_k=2) == {0: 0.5714, 2: 0.4286}
-    assert kept(top_p=0.5) == {0: 0.5714, 2: 0.4286}  # the token that crosses p stays
-    assert kept(top_p=0.39) == {0: 1.0}
-    assert kept(min_p=0.6) == {0: 0.5714, 2: 0.4286}
-    assert kept(top_k=3, top_p=0.75) == {0: 0.5714, 2: 0.4286}  # of what top-k left, 4/9 and 3/9 reach 0.75
-    assert kept(temperature=0.5) == {0: 0.5333, 2: 0.3, 3: 0.1333, 1: 0.0333}
-    seen = torch.tensor([[True, False, True, False]])
-    torch.testing.assert_close(
-        m.penalise_repetition(torch.tensor([[2.0, 2.0, -2.0, -2.0]]), seen, 2.0), torch.tensor([[1.0, 2.0, -4.0, -2.0]])
-    )
-
-
-@pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"min_p": 0.01}, {"top_p": 0.7, "min_p": 0.2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_p": 0.9},
+        {"min_p": 0.01},
+        {"top_k": 50},
+        {"top_p": 0.7, "min_p": 0.2},
+        {"top_k": 40, "top_p": 0.8},
+        {"top_k": 4000, "top_p": 0.5, "min_p": 0.3},
+        {"top_k": 9000, "top_p": 0.95, "min_p": 0.02, "temperature": 0.7},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])  # from nearly uniform, where thousands are kept, to a few
 def test_sampling_filters_by_definition_on_a_large_vocabulary(changes, sharpness):
-    logits = sharpness * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))
+    logits = sharpness * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     config = settings(**changes)
-    probs, ids = m.sampling_probs(logits, config)
-    got = torch.zeros(3, 3000).scatter_(1, ids, probs)
-    for row, found in zip(logits.softmax(-1), got, strict=True):
-        falling = row.sort(descending=True).values
-        count = int((falling.cumsum(0) - falling < config.top_p).sum())
-        expected = row * (row >= max(falling[count - 1], config.min_p * falling[0]))
-        torch.testing.assert_close(found, expected / expected.sum())
+    found = m.sampling_probs(logits, config)
+    assert found.dtype == torch.float32
+    for row, probs in zip(logits, found, strict=True):
+        expected = filtered_by_definition(row, config)
+        assert torch.equal(probs > 0, expected > 0)
+        torch.testing.assert_close(probs.double(), expected, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"), [({"top_p": 0.9}, 4499, 4501), ({"top_k": 7}, 7, 7), ({"min_p": 1.0}, 5000, 5000)]
+)
+def test_sampling_filters_of_equal_logits(changes, least, most):
+    probs = m.sampling_probs(torch.full((2, 5000), 3.0), settings(**changes))
+    kept = probs[0][probs[0] > 0]
+    assert least <= len(kept) <= most
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / len(kept)))
 
 
 def test_draw_takes_each_index_as_often_as_its_probability_says():
     probs = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0]).expand(20_000, -1)
     drawn = m.draw(probs, torch.Generator().manual_seed(0))
-    assert drawn.shape == (20_000, 1)
-    share = drawn.flatten().bincount(minlength=6) / 20_000
+    assert drawn.shape == (20_000,)
+    share = drawn.bincount(minlength=6) / 20_000
     torch.testing.assert_close(share, probs[0], atol=0.015, rtol=0)
     assert not share[[0, 2, 5]].any()
+
+
+def test_draw_treats_each_row_by_itself():
+    """Rows with distributions of their own, of 200 tokens after filters; within five standard deviations."""
+    logits, n = 2 * torch.randn(3, 200, generator=torch.Generator().manual_seed(1)), 20_000
+    probs = m.sampling_probs(logits, settings(top_k=120, top_p=0.9, min_p=0.002))
+    drawn = m.draw(probs.repeat(n, 1), torch.Generator().manual_seed(2)).view(n, 3)
+    for row, p in enumerate(probs):
+        share = drawn[:, row].bincount(minlength=200) / n
+        assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 def test_sampling_draws_from_the_distribution(generator):
@@ -1081,12 +2604,120 @@ def test_sampling_draws_from_the_distribution(generator):
     assert torch.equal(drawn, generator.sample_generate(ids.expand(4000, -1), config)[:, -1])  # the seed decides
 
 
+@pytest.mark.parametrize(("prompts", "options"), [(256, {}), (12, {"batch_size": 3})])
+def test_a_seed_draws_anew_in_each_batch_of_prompts(generator, prompts, options):
+    """Equal prompts in the first 128 and in the next: the same random numbers would write the same texts twice."""
+    rows, config = [[1, 70, 80]] * prompts, settings(seed=3, temperature=3.0)
+    replies = generator.continue_rows(rows, config, **options)
+    assert replies == generator.continue_rows(rows, config, **options)  # yet the seed decides
+    size = options.get("batch_size", 128)
+    batches = [replies[i : i + size] for i in range(0, prompts, size)]
+    for one, other in itertools.combinations(batches, 2):
+        assert sum(map(str.__eq__, one, other)) <= 0.02 * size
+
+
+def test_a_given_generator_goes_on_from_call_to_call(generator):
+    ids, config = random_ids(4, 5), settings(seed=9)
+    numbers = torch.Generator().manual_seed(9)
+    first, second = (generator.sample_generate(ids, config, random=numbers) for _ in range(2))
+    assert torch.equal(first, generator.sample_generate(ids, config)) and not torch.equal(first, second)
+
+
+def without_ends(model: m.MiniGPT) -> m.MiniGPT:
+    """The model with EOS and <|im_end|> made impossible, as min_new_tokens does."""
+    plain = type(model).forward
+    model.forward = lambda ids, **kw: plain(model, ids, **kw).index_fill(-1, torch.tensor([2, 4]), -math.inf)
+    return model
+
+
+@pytest.mark.parametrize("config", [shape(), moe_shape(), shape(tie_word_embeddings=False, num_key_value_heads=1)])
+def test_fast_generation_equals_naive(config, tokenizer):
+    model, ids = random_model(config), random_ids(3, 6)
+    fast = m.TextGenerator(model, tokenizer).greedy_search(ids, settings(min_new_tokens=12))
+    assert torch.equal(fast, without_ends(model).generate(ids, 12))
+
+
+def test_rows_of_unequal_length_are_as_if_alone(generator):
+    prompts = ["你", "Hello, world! It's", "1 + 12 ="]
+    config = settings(do_sample=False, max_new_tokens=20)
+    together = generator.generate(prompts, config)
+    assert together == [generator.generate(prompt, config) for prompt in prompts]
+    for beams in (2, 3):
+        config = settings(num_beams=beams)
+        assert generator.generate(prompts, config) == [generator.generate(prompt, config) for prompt in prompts]
+
+
+def test_rows_after_their_end_are_padding_and_touch_nobody(generator, tokenizer):
+    ids = random_ids(8, 5)
+    config = settings(max_new_tokens=30)
+    free = m.TextGenerator(generator.model, ending_at(tokenizer)).greedy_search(ids, config).tolist()
+    stop = free[0][12]  # a token that occurs becomes an end
+    rows = m.TextGenerator(generator.model, ending_at(tokenizer, stop)).greedy_search(ids, config).tolist()
+    assert len({row.index(stop, 5) for row in free if stop in row[5:]}) > 0
+    for row, whole in zip(rows, free, strict=True):
+        end = row.index(stop, 5) if stop in row[5:] else len(row) - 1
+        assert row[: end + 1] == whole[: end + 1] and set(row[end + 1 :]) <= {tokenizer.pad_id}
+        assert stop not in whole[5:end]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
+    """Rows that have ended leave the batch; the caches, masks and seen tokens of the others are not mixed up."""
+    alone = m.TextGenerator(generator.model, ending_at(tokenizer))
+    rows = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 9, 3, 7, 6, 4, 8)]
+    batch = m.pad_left(rows, tokenizer.pad_id)
+    config = settings(max_new_tokens=25, repetition_penalty=penalty, do_sample=False)
+    steps = []
+    for k, (tokens, ended) in enumerate(alone._decode(batch["input_ids"], config, batch["attention_mask"], None)):
+        steps.append(tokens.clone())
+        if k == 2:
+            ended[[0, 2, 4, 5]] = True
+    written = torch.stack(steps, dim=1)
+    for i in (1, 3, 6):
+        assert written[i].tolist() == alone.greedy_search(torch.tensor([rows[i]]), config)[0, len(rows[i]) :].tolist()
+    assert not written[[0, 2, 4, 5], 3:].any()
+
+
+def test_a_mixture_of_experts_is_not_compiled_for_decoding(tokenizer):
+    with pytest.raises(m.UserError, match="cannot be compiled"):
+        m.TextGenerator(random_model(moe_shape()), tokenizer, compile=True)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_decoding_writes_the_same(tokenizer):
+    model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
+    eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
+    batch = m.pad_left([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
+    for config in (
+        settings(do_sample=False, min_new_tokens=12),
+        settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1),  # more slots: another graph
+        settings(do_sample=False),
+    ):
+        write = [g.sample_generate if config.do_sample else g.greedy_search for g in (eager, compiled)]
+        assert torch.equal(*(one(batch["input_ids"], config, batch["attention_mask"]) for one in write))
+    beams = settings(num_beams=2, min_new_tokens=30, max_new_tokens=30)
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(*(g.beam_search(batch["input_ids"][1:], beams) for g in (eager, compiled)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1  # one for all steps
+
+
+def test_decoding_without_a_compiler_is_one_message(tokenizer, monkeypatch):
+    def fail(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("no g++"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    generator = m.TextGenerator(random_model(shape()), tokenizer, compile=True)
+    with pytest.raises(m.UserError, match="C\\+\\+ compiler"):
+        generator.generate("hello", settings(max_new_tokens=3))
+
+
 def all_continuations(generator, ids, length) -> list[tuple[list[int], float]]:
     """Every continuation of `length` tokens, or shorter with an end, and its log-probability, by brute force."""
     rows = []
     with torch.no_grad():
         for tokens in itertools.product(range(generator.model.config.vocab_size), repeat=length):
-            ends = [i for i, t in enumerate(tokens) if t in generator.stop_ids]
+            ends = [i for i, t in enumerate(tokens) if t in generator.tokenizer.stop_ids]
             if ends and any(tokens[ends[0] + 1 :]):
                 continue  # one of many spellings of the same ended text: keep the one padded with 0
             n = ends[0] + 1 if ends else length
@@ -1175,222 +2806,117 @@ def test_streaming_never_splits_a_character_and_stops_at_stop_texts(tokenizer):
 def test_limits_of_generation(generator, tokenizer):
     ids = random_ids(2, 6)
     assert generator.greedy_search(ids, m.GenerationConfig(max_length=10, min_new_tokens=9)).shape == (2, 10)
-    assert generator.greedy_search(ids, settings(max_new_tokens=500, min_new_tokens=500)).shape == (
-        2,
-        64,
-    )  # the context
-    with pytest.raises(m.UserError, match="a prompt of 64 tokens leaves no room"):
-        generator.greedy_search(random_ids(1, 64))
-    with pytest.raises(m.UserError, match="prompt ids lie in"):
-        generator.greedy_search(torch.tensor([[300]]))
-    with pytest.raises(m.UserError, match="max_length=6 leaves nothing"):
-        generator.beam_search(ids, m.GenerationConfig(max_length=6, num_beams=2))
-    with pytest.raises(m.UserError, match="padded on the left"):
-        generator.greedy_search(ids, attention_mask=torch.tensor([[1] * 6, [1] * 5 + [0]]))
-    with pytest.raises(m.UserError, match="integers"):
-        generator.greedy_search(ids.float())
-    with pytest.raises(m.UserError, match="can not stream"):
-        next(generator.stream("x", settings(num_beams=2)))
+    whole_context = settings(max_new_tokens=500, min_new_tokens=500)
+    assert generator.greedy_search(ids, whole_context).shape == (2, 64)
     large = m.TextGenerator(random_model(shape(vocab_size=2000)), tokenizer)  # ids that the tokenizer does not have
     out = large.sample_generate(
         random_ids(64, 4, V=2000), settings(min_new_tokens=8, max_new_tokens=8, temperature=5.0)
     )
     assert out[:, 4:].max() < 300
-    penalised = generator.greedy_search(ids, settings(repetition_penalty=1e9, min_new_tokens=12))
-    assert all(len(set(row[6:])) == 12 and not set(row[6:]) & set(row[:6]) for row in penalised.tolist())
+    penalized = generator.greedy_search(ids, settings(repetition_penalty=1e9, min_new_tokens=12))
+    assert all(len(set(row[6:])) == 12 and not set(row[6:]) & set(row[:6]) for row in penalized.tolist())
 
 
-# -- optimisation and memory -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda g: g.greedy_search(random_ids(1, 64)), "a prompt of 64 tokens leaves no room"),
+        (lambda g: g.greedy_search(torch.tensor([[300]])), "prompt ids lie in"),
+        (
+            lambda g: g.beam_search(random_ids(2, 6), m.GenerationConfig(max_length=6, num_beams=2)),
+            "max_length=6 leaves nothing",
+        ),
+        (
+            lambda g: g.greedy_search(random_ids(2, 6), attention_mask=torch.tensor([[1] * 6, [1] * 5 + [0]])),
+            "padded on the left",
+        ),
+        (lambda g: g.greedy_search(random_ids(2, 6).float()), "integers"),
+        (lambda g: next(g.stream("x", settings(num_beams=2))), "cannot stream"),
+    ],
+)
+def test_what_cannot_be_generated_is_one_message(generator, write, message):
+    with pytest.raises(m.UserError, match=message):
+        write(generator)
 
 
-def test_schedules():
-    config = m.TrainConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
-    rate = m.learning_rate_at
-    assert [rate(step, 0.0, config) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rate(9, 0.5, config) == pytest.approx(0.55) and rate(9, 1.0, config) == pytest.approx(0.1)
-    wsd = dataclasses.replace(config, schedule="wsd", decay_fraction=0.2)
-    assert [round(rate(9, p, wsd), 6) for p in (0.0, 0.8, 0.9, 1.0, 1.1)] == [1.0, 1.0, 0.55, 0.1, 0.1]
+# ======================================================================================================================
+# 8 Runs
+# ======================================================================================================================
 
 
-def test_newton_schulz_makes_matrices_orthogonal():
-    torch.manual_seed(0)
-    for rows, cols in ((16, 16), (8, 40), (40, 8)):
-        x = torch.randn(3, rows, cols)
-        singular = torch.linalg.svdvals(m.orthogonalise(x, steps=9))
-        assert singular.min() > 0.6 and singular.max() < 1.25
-        u, _, v = torch.linalg.svd(x, full_matrices=False)
-        assert (m.orthogonalise(x, steps=9) * (u @ v)).sum((-2, -1)).min() > 0.85 * min(rows, cols)  # the nearest one
+def test_a_checkpoint_is_what_was_saved_and_the_one_before_stays(tmp_path):
+    """Worked example: of three saves the last is in checkpoint.pt, the second in checkpoint.prev.pt, and no more."""
+    path = tmp_path / "run/checkpoint.pt"
+    assert not m.holds_run(path.parent)
+    for step in (1, 2, 3):
+        m.save_checkpoint(path, {"step": step, "model": {"w": torch.full((2, 2), step / 2)}})
+    assert same(m.load_checkpoint(path), {"step": 3, "model": {"w": torch.tensor([[1.5, 1.5], [1.5, 1.5]])}})
+    assert m.load_checkpoint(path.with_name("checkpoint.prev.pt"))["step"] == 2
+    assert {p.name for p in path.parent.iterdir()} == {"checkpoint.pt", "checkpoint.prev.pt"}
+    path.unlink()
+    assert m.holds_run(path.parent)  # the one before is enough to go on
 
 
-def test_muon_against_its_definition():
-    model = random_model(moe_shape(tie_word_embeddings=False))
-    optimizers = m.build_optimizers(model, m.TrainConfig(learning_rate=0.1, weight_decay=0.5))
-    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(owned) == len({id(p) for p in owned}) == len(list(model.parameters()))
-    muon = optimizers[1]
-    names = {id(p): n for n, p in model.named_parameters()}
-    muon_names = {names[id(p)] for g in muon.param_groups for p in g["params"]}
-    assert not any(word in name for name in muon_names for word in ("embed", "lm_head", "norm", "mlp.gate.weight"))
-    assert {n for n, p in model.named_parameters() if "_proj" in n} == muon_names
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    momentum = {n: 0.0 for n in before}
-    for step in range(2):
-        grads = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for n, p in before.items()}
-        for n, p in model.named_parameters():
-            p.grad = grads[n].clone()
-        muon.step()
-        for n in muon_names:
-            momentum[n] = 0.95 * momentum[n] + 0.05 * grads[n]
-            update = 0.05 * grads[n] + 0.95 * momentum[n]
-            rows = {"qkv_proj.weight": [32, 16, 16], "gate_up_proj": [24, 24], "gate_up_proj.weight": [24, 24]}
-            rows = next((r for suffix, r in rows.items() if n.endswith(suffix)), [update.shape[-2]])
-            parts = [
-                m.orthogonalise(part.reshape(-1, *part.shape[-2:])).view_as(part) * 0.2 * max(part.shape[-2:]) ** 0.5
-                for part in update.split(rows, dim=-2)
-            ]
-            before[n] = before[n] * (1 - 0.1 * 0.5) - 0.1 * torch.cat(parts, dim=-2)
-            torch.testing.assert_close(dict(model.named_parameters())[n].detach(), before[n], rtol=1e-4, atol=1e-5)
+def test_figures_in_words():
+    """Worked example: known figures in their form and order, others by their name, absent ones left out."""
+    result = {"exact_match": 0.5, "loss": 1.23456, "tokens": 12345, "my_part": 0.000123456}
+    assert m.describe(result) == "loss 1.2346, exact match 50.0%, 12,345 tokens"
+    assert m.describe(result, ("my_part", "loss", "bpb")) == "my part 0.0001235, loss 1.2346"
 
 
-def lm_batch(B: int, T: int, seed: int = 0, ragged: bool = False) -> dict[str, torch.Tensor]:
-    ids = random_ids(B, T, seed=seed)
-    labels = ids.clone()
-    if ragged:
-        for row in range(B):
-            labels[row, 2 + (row * 5) % (T - 2) :] = -100
-    return {"input_ids": ids, "labels": labels}
+def test_metrics_are_a_row_a_line(tmp_path):
+    """Worked example: two whole rows are read; a third that a kill cut short, without its line end, is not."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
+    assert m.read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
+    with pytest.raises(m.UserError, match="has no metrics.jsonl"):
+        m.read_metrics(tmp_path / "nowhere")
 
 
-def trainer_for(tokenizer, config=None, dtype=torch.float32, shape_=None, **options) -> m.PreTrainer:
-    model = random_model(shape_ or shape(), dtype=dtype)
-    return m.PreTrainer(model, tokenizer, config=config or m.TrainConfig(warmup_steps=0), **options)
+def test_the_newest_run_is_the_one_saved_last(tmp_path):
+    """Worked example: b/sft was saved after a/pretrain; the reward model, saved last of all, cannot write."""
+    for age, run in enumerate(("a/pretrain", "b/sft", "b/reward")):
+        m.save_checkpoint(tmp_path / run / "checkpoint.pt", {"step": 1})
+        os.utime(tmp_path / run / "checkpoint.pt", (1e9 + age, 1e9 + age))
+    assert m.newest_run(tmp_path) == tmp_path / "b/sft"
+    with pytest.raises(m.UserError, match="no run in"):
+        m.newest_run(tmp_path / "a")
 
 
-def gradients(trainer, batches) -> dict[str, torch.Tensor]:
-    trainer._accumulate(batches)
-    return {n: p.grad for n, p in trainer.model.named_parameters()}
+def test_the_first_signal_is_noted_and_the_second_interrupts():
+    """Worked example: SIGTERM, then SIGINT; afterwards the handlers are those from before."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with m.catch_signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_accumulation_is_weighted_by_tokens(tokenizer):
-    rows = lm_batch(8, 20, ragged=True)
-    one = gradients(trainer_for(tokenizer, dtype=torch.float64), [rows])
-    eight = gradients(
-        trainer_for(tokenizer, dtype=torch.float64), [{k: v[i : i + 1] for k, v in rows.items()} for i in range(8)]
-    )
-    for name, grad in one.items():
-        torch.testing.assert_close(eight[name], grad, rtol=0, atol=1e-10)
-    trainer = trainer_for(tokenizer, dtype=torch.float64)
-    logits = trainer.model(rows["input_ids"])[:, :-1]
-    plain = F.cross_entropy(logits.flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=-100)
-    for (name, p), grad in zip(
-        trainer.model.named_parameters(), torch.autograd.grad(plain, list(trainer.model.parameters())), strict=True
-    ):
-        torch.testing.assert_close(one[name], grad, rtol=0, atol=1e-10, msg=name)
-        assert p.grad is None
+def test_a_fingerprint_is_of_the_weights():
+    """Worked example: equal weights, equal fingerprints; one weight moves by one unit in the last place, another."""
+    model, twin = random_model(shape()), random_model(shape())
+    assert m.fingerprint(model) == m.fingerprint(twin)
+    with torch.no_grad():
+        twin.norm.weight[0] = torch.nextafter(twin.norm.weight[0], torch.tensor(math.inf))
+    assert m.fingerprint(model) != m.fingerprint(twin)
 
 
-def test_labels_are_shifted_by_one_and_ends_are_trained(tokenizer):
-    trainer = trainer_for(tokenizer, m.TrainConfig(warmup_steps=0, learning_rate=0.02))
-    ids = torch.tensor([[1, 10, 20, 30, 40, tokenizer.eos_id]])
-    for _ in range(60):
-        trainer.step([{"input_ids": ids, "labels": ids}])
-    out = m.TextGenerator(trainer.model, tokenizer).greedy_search(ids[:, :1], settings(max_new_tokens=20))
-    assert torch.equal(out, ids)  # the text by heart, and its end
-
-
-def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, monkeypatch, capsys):
-    batch = lm_batch(6, 20, ragged=True)
-    calm, pressed = (trainer_for(tokenizer, dtype=torch.float64) for _ in range(2))
-    plain_loss = m.PreTrainer.loss
-
-    def cramped(self, batch):
-        if len(batch["input_ids"]) > 2:
-            plain_loss(self, batch).backward()  # a gradient that must not survive
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain_loss(self, batch)
-
-    calm.step([batch])
-    monkeypatch.setattr(m.PreTrainer, "loss", cramped)
-    pressed.step([batch])
-    assert pressed.micro_splits == 4 and "out of memory" in capsys.readouterr().out
-    for a, b in zip(calm.model.parameters(), pressed.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-    monkeypatch.setattr(m.PreTrainer, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-    with pytest.raises(m.UserError, match="one row at a time"):
-        pressed.step([batch])
-    pressed.config.auto_micro_batch = False
-    with pytest.raises(torch.OutOfMemoryError):
-        pressed.step([batch])
-
-
-def test_float16_with_the_scaler_skips_overflow_and_learns(tokenizer):
-    trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
-    trainer.step([lm_batch(4, 20)])
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    hook = trainer.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: grad * math.inf)
-    trainer.step([lm_batch(4, 20)])  # one bad matrix, which only Muon sees, must stop AdamW as well
-    assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
-    hook.remove()
-    trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28)  # overflows at first
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    trainer.step([lm_batch(4, 20)])
-    assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
-    losses = [trainer.step([lm_batch(4, 20)])["loss"] for _ in range(60)]
-    assert trainer.skipped < 20 and losses[-1] < 0.8 * losses[0]
-
-
-def test_a_step_that_is_not_finite_touches_nothing(tokenizer):
-    trainer = trainer_for(tokenizer)
-    trainer.step([lm_batch(2, 10)])
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    moments = m.digest([o.state_dict() for o in trainer.optimizers])
-    hook = trainer.model.norm.weight.register_hook(lambda grad: grad * math.nan)
-    trainer.step([lm_batch(2, 10)])
-    assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
-    assert moments == m.digest([o.state_dict() for o in trainer.optimizers])
-    with pytest.raises(m.UserError, match="not finite in 20 steps on end"):
-        for _ in range(20):
-            trainer.step([lm_batch(2, 10)])
-    hook.remove()
-
-
-def test_a_run_that_stays_not_finite_says_where(tmp_path, corpus, tokenizer):
-    data = m.PretrainDataLoader(corpus, tokenizer, batch_size=2, seq_len=16, split="all", cache_dir=tmp_path / "cache")
-    config = m.TrainConfig(max_steps=50, log_every=1, save_every=4, eval_every=0, sample_tokens=0)
-    trainer = trainer_for(tokenizer, config, train_data=data, run_dir=tmp_path / "run")
-    plain = trainer.loss
-    trainer.loss = lambda batch: plain(batch) * (math.nan if trainer.step_count in (2, *range(5, 50)) else 1)
-    with pytest.raises(m.UserError, match=r"20 steps on end, up to step 24, before item \d+ of epoch \d+ of the data"):
-        trainer.fit()
-    rows = m.read_metrics(tmp_path / "run")
-    assert [row["skipped"] for row in rows][:6] == [0, 0, 1, 1, 1, 2] and rows[2]["loss"] is None
-    assert m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 24
-
-
-def test_the_monitor_agrees_with_the_operating_system():
-    code = (
-        "import torch, resource, minillm as m; x = torch.ones(60_000_000); del x; monitor = m.MemoryMonitor(); "
-        "print(monitor.peak_bytes(), monitor.current_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    # a shell between: after exec, ru_maxrss still counts the memory of the process that it was forked from
-    out = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}'; true"], cwd=HERE, capture_output=True, text=True)
-    peak, current, os_peak = map(int, out.stdout.split())
-    assert peak == pytest.approx(os_peak * (1 if sys.platform == "darwin" else 1024), rel=0.05)
-    assert peak - current > 200e6 or sys.platform == "darwin"
-
-
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_whole_checkpoint_of_something_else_is_one_message(base, tmp_path):
-    m.shutil.copytree(base / "pretrain", tmp_path / "run")
-    state = m.load_checkpoint(tmp_path / "run/checkpoint.pt")
-    shrunk = state["model"] | {"norm.weight": torch.ones(3)}
-    for changed in ({"step": 1}, state | {"config": {}}, state | {"model": {}}, state | {"model": shrunk}):
-        m.save_checkpoint(tmp_path / "run/checkpoint.pt", changed)
-        with pytest.raises(m.UserError, match="checkpoint.pt does not hold such a run"):
-            m.load_run(tmp_path / "run")
+def test_the_progress_line(capsys, monkeypatch):
+    """Worked example: into a pipe a line every ten seconds, on a terminal one line again and again."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    line = m.ProgressLine()
+    for second in (0, 4, 9, 10, 19):
+        now[0] = second
+        line.show(f"at {second} s")
+    assert capsys.readouterr().out == "at 0 s\nat 10 s\n"
+    line.live = True
+    line.show("long text")
+    line.show("short")
+    line.say("stays")
+    assert capsys.readouterr().out == "\rlong text\rshort    \r     \rstays\n"
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
@@ -1414,37 +2940,113 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
         m.load_checkpoint(path)
 
 
-def test_fit_from_python_guards_the_run_and_its_data(tmp_path, tokenizer):
-    config = m.TrainConfig(max_steps=4, warmup_steps=0, sample_tokens=0)
-    with pytest.raises(m.UserError, match="no more batches"):  # a generator can be gone through once
-        trainer_for(tokenizer, config, train_data=(lm_batch(2, 8) for _ in range(3)), run_dir=tmp_path / "a").fit()
-    trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "b").fit()
-    with pytest.raises(m.UserError, match="holds a run already"):
-        trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "b").fit()
-    with pytest.raises(m.UserError, match="do not belong together"):
-        m.PreTrainer(m.MiniGPT(shape(vocab_size=200)), tokenizer)
+def test_a_repaired_checkpoint_survives_the_next_save(tmp_path):
+    """The next save makes checkpoint.pt the one before: a damaged one must not push the good one out."""
+    path = tmp_path / "checkpoint.pt"
+    for step in (1, 2):
+        m.save_checkpoint(path, {"step": step})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert m.load_checkpoint(path, repair=True)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"] and m.load_checkpoint(path)["step"] == 1
+    m.save_checkpoint(path, {"step": 3})
+    path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert m.load_checkpoint(path)["step"] == 1
 
 
-def test_an_interrupt_ends_after_the_step_with_a_checkpoint(tmp_path, tokenizer):
-    trainer = trainer_for(
-        tokenizer, m.TrainConfig(max_steps=50, sample_tokens=0), train_data=[lm_batch(2, 8)], run_dir=tmp_path
-    )
-    plain_step = trainer.step
+def test_three_hundred_damaged_checkpoints(tmp_path):
+    """Truncated or with a flipped bit: what loads is what was saved last, or with a warning what was saved before."""
+    path, draw = tmp_path / "checkpoint.pt", torch.Generator().manual_seed(0)
+    states = [{"step": k, "model": {"w": torch.arange(500.0) * k}, "text": f"step {k}"} for k in (1, 2)]
+    for state in states:
+        m.save_checkpoint(path, dict(state))
+    whole, noticed = path.read_bytes(), 0
+    for k in range(300):
+        at = int(torch.randint(0, len(whole), (), generator=draw))
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << k % 8
+        path.write_bytes(whole[:at] if k % 3 == 0 else damaged)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = m.load_checkpoint(path)
+        wanted = states[0] if caught else states[1]  # zip files have bytes that nobody reads
+        assert same(loaded, wanted), at
+        noticed += bool(caught)
+    assert noticed > 200
 
-    def step(batches):
-        if trainer.step_count == 3:
-            signal.raise_signal(signal.SIGINT)
-        return plain_step(batches)
 
-    trainer.step, before = step, signal.getsignal(signal.SIGINT)
-    assert trainer.fit()["signal"] == signal.SIGINT and m.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
-    assert signal.getsignal(signal.SIGINT) is before
+def test_every_flipped_bit_of_the_content_is_noticed(tmp_path):
+    """Each byte of each part of the zip (pickle, tensors, version): its checksum speaks for all of them."""
+    path = tmp_path / "checkpoint.pt"
+    m.save_checkpoint(path, {"step": 1})
+    m.save_checkpoint(path, {"step": 2, "w": torch.arange(5.0)})
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts = [whole.index(archive.read(name), info.header_offset) for name, info in archive.NameToInfo.items()]
+        sizes = [info.file_size for info in archive.infolist()]
+    places = [at + k for at, size in zip(parts, sizes, strict=True) for k in range(size)]
+    assert len(places) > 100
+    for k, at in enumerate(places):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << k % 8
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert m.load_checkpoint(path)["step"] == 1, at
 
 
 def test_checkpoints_run_no_code(tmp_path):
     torch.save({"x": Path("evil")}, tmp_path / "checkpoint.pt")
     with pytest.raises(m.UserError, match="no checkpoint can be read"):
         m.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_whole_checkpoint_of_something_else_is_one_message(trained_runs, tmp_path):
+    shutil.copytree(trained_runs / "pretrain", tmp_path / "run")
+    state = m.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    shrunk = state["model"] | {"norm.weight": torch.ones(3)}
+    for changed in ({"step": 1}, state | {"config": {}}, state | {"model": {}}, state | {"model": shrunk}):
+        m.save_checkpoint(tmp_path / "run/checkpoint.pt", changed)
+        with pytest.raises(m.UserError, match="checkpoint.pt does not hold such a run"):
+            m.load_run(tmp_path / "run")
+    torch.save([1, 2], tmp_path / "run/checkpoint.pt")
+    (tmp_path / "run/checkpoint.prev.pt").unlink()
+    with pytest.raises(m.UserError, match="it holds no dict"):
+        m.load_run(tmp_path / "run")
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, p=plain: (calls.append(n), p(*args))[1])
+    m.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
+    assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the directory
+
+
+def test_metrics_that_a_kill_cut_short_are_read(trained_runs, tmp_path):
+    rows = m.read_metrics(trained_runs / "pretrain")
+    text = (trained_runs / "pretrain/metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
+    assert m.read_metrics(tmp_path) == rows
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n" + text)
+    with pytest.raises(m.UserError, match=r"metrics.jsonl:1"):
+        m.read_metrics(tmp_path)
+
+
+def test_metrics_that_are_none_stop_a_resumed_run_before_it_changes_anything(trained_runs, tmp_path):
+    run = tmp_path / "tiny/pretrain"
+    shutil.copytree(trained_runs / "pretrain", run)
+    metrics, tokenizer = run / "metrics.jsonl", m.BPETokenizer.load(run / "tokenizer.json")
+    whole = metrics.read_bytes()
+    for line in (b"garbage", b"[1]", b'{"loss": 1}', b'{"step": "x"}', b"\xff\xfe"):
+        metrics.write_bytes(whole + line + b"\n")
+        before = everything(tmp_path)
+        trainer = trainer_for(tokenizer, m.TrainConfig(max_steps=3), train_data=[lm_batch(2, 16)], run_dir=run)
+        trainer.step_count = 1
+        with pytest.raises(m.UserError, match="metrics.jsonl:[0-9]+: not a row"):
+            trainer.fit()
+        assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -1482,10 +3084,8 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, corpus, tokenizer, op
             return plain_step(batches)
 
         trainer.step = step
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             trainer.fit()
-        except KeyboardInterrupt:
-            pass
         return trainer
 
     straight = run("straight", 20)
@@ -1494,19 +3094,665 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, corpus, tokenizer, op
     assert straight.step_count == resumed.step_count == 20
     for part in (
         lambda t: t.model.state_dict(),
-        lambda t: [o.state_dict() for o in t.optimizers],
+        lambda t: {name: optimizer.state_dict() for name, optimizer in t.optimizers.items()},
         lambda t: t.train_data.state_dict(),
+        lambda t: {name: getattr(t, name) for name in t.counters},
     ):
-        assert m.digest(part(straight)) == m.digest(part(resumed))
-    states = [m.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("straight", "broken")]
-    assert m.digest(states[0]["rng"]) == m.digest(states[1]["rng"])
-    assert torch.equal(batches(straight.train_data, 1)[0], batches(resumed.train_data, 1)[0])
-    steps = [
-        [json.loads(line)["step"] for line in open(tmp_path / name / "metrics.jsonl")]
-        for name in ("straight", "broken")
+        assert same(part(straight), part(resumed))
+
+
+# -- checkpoints of the version before this one, which have no "format" ------------------------------------------------
+
+
+def of_the_old_version(state: dict) -> dict:
+    """The checkpoint that the old version would have written in the place of `state`, key by key."""
+    config, counters = state["config"], state["counters"]
+    options = {("answer_tokens" if name == "reply_tokens" else name): v for name, v in config["train"].items()}
+    rl = dataclasses.asdict(m.RLHFConfig()) | {"kl_target": 0.0, "kl_horizon": 2000}  # every stage had them
+    return {
+        "model": state["model"],
+        "critic": [state["critic"]] if "critic" in state else [],
+        "optimizers": list(state["optimizers"].values()),
+        "scaler": state["scaler"],
+        "rng": state["rng"],
+        "config": config | {"train": options, "rl": rl},
+        "data": state["data"],
+        "tokenizer_hash": state["tokenizer_hash"],
+        "step": state["step"],
+        "tokens": counters["tokens_seen"],
+        "skipped": counters["skipped"],
+        "skipped_in_row": counters["skipped_in_row"],
+        "micro_splits": counters["micro_splits"],
+        "extra": state["extra"] | ({"kl_coef": 0.05} if "critic" in state else {}),
+        "best": counters["best"],
+        "finished": state["finished"],
+        "elapsed_s": state["elapsed_s"],
+        "digest": "0" * 64,
+    }
+
+
+@pytest.fixture(scope="session")
+def old_runs(trained_runs, tmp_path_factory) -> Path:
+    """An --out with the runs pretrain, reward and ppo (with a critic) as the old version left them."""
+    out = tmp_path_factory.mktemp("old")
+    shutil.copytree(trained_runs / "data", out / "data")
+    for stage in ("pretrain", "reward"):
+        shutil.copytree(trained_runs / stage, out / "tiny" / stage)
+    stage_trainer(trained_runs, "ppo", out / "tiny/ppo", config=stage_config(max_steps=1)).fit()
+    for run in (out / "tiny").iterdir():
+        state = of_the_old_version(m.load_checkpoint(run / "checkpoint.pt"))
+        assert "format" not in state
+        (run / "checkpoint.prev.pt").unlink(missing_ok=True)
+        m.save_checkpoint(run / "checkpoint.pt", state)
+        (run / "config.json").write_text(json.dumps(state["config"]))
+    return out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
+def test_a_run_of_the_old_version_is_loaded(trained_runs, old_runs, stage):
+    model, tokenizer, state = m.load_run(old_runs / "tiny" / stage)
+    assert same(dict(model.state_dict()), dict(state["model"])) and state["step"] > 0
+    assert isinstance(model, m.RewardModel) == (stage == "reward") and not model.training
+    if stage != "ppo":
+        assert same(model.state_dict(), m.load_run(trained_runs / stage)[0].state_dict())
+    if stage == "reward":
+        assert isinstance(m.load_reward(str(old_runs / "tiny/reward"), tokenizer), m.RewardModel)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
+def test_a_run_of_the_old_version_is_evaluated_continued_and_trained_further(old_runs, tmp_path, stage, capsys):
+    run, data = str(old_runs / "tiny" / stage), data_flags(old_runs)
+    before = everything(old_runs)
+    common = ["--init", run, "--out", str(tmp_path), *data, *QUICK]
+    assert train.main(["--stage", "eval", *common]) == 0
+    if stage == "reward":
+        assert train.main(["--stage", "reward", *common, "--max-steps", "1"]) == 0
+    else:
+        assert sample.main(["--run", run, "--prompt", "cat", "--max-new-tokens", "3"]) == 0
+        assert train.main(["--stage", "sft", *common, "--max-steps", "1"]) == 0
+    saved = m.load_checkpoint(tmp_path / "tiny" / ("reward" if stage == "reward" else "sft") / "checkpoint.pt")
+    assert saved["format"] == m.FORMAT and everything(old_runs) == before
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
+def test_a_run_of_the_old_version_is_not_resumed(old_runs, stage, capsys):
+    before = everything(old_runs)
+    argv = ["--stage", stage, "--out", str(old_runs), *data_flags(old_runs), *QUICK, "--max-steps", "9"]
+    if stage != "pretrain":
+        argv += ["--init", str(old_runs / "tiny/pretrain")]
+    assert train.main([*argv, "--resume"]) == 2
+    error = one_error(capsys)
+    assert f"{stage}/checkpoint.pt is of an older version" in error and "--init" in error
+    assert everything(old_runs) == before
+
+
+def test_a_pipeline_goes_on_after_finished_stages_of_the_old_version(old_runs, tmp_path, capsys):
+    shutil.copytree(old_runs / "tiny", tmp_path / "tiny")
+    stages = {stage: m.RLHFPipeline.is_finished(tmp_path / "tiny" / stage) for stage in ("sft", "reward", "ppo")}
+    assert stages == {"sft": False, "reward": True, "ppo": True}
+    argv = ["--stage", "rlhf", "--out", str(tmp_path), *data_flags(old_runs), *QUICK, "--max-steps", "1"]
+    assert train.main(argv) == 0
+    assert "ppo: finished already" in capsys.readouterr().out
+
+
+# ======================================================================================================================
+# 9 Trainers
+# ======================================================================================================================
+
+
+class Number(torch.nn.Module):
+    """A model of one weight, which starts at 0."""
+
+    config = shape()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return 6
+
+
+class NumberTrainer(m.Trainer):
+    """Fits the number to the ids: the loss is the mean of (weight - id)²; beside it the mean id."""
+
+    def loss(self, batch):
+        x = batch["input_ids"].float()
+        return (self.model.weight - x).square().sum(), {"mean_id": x.sum()}
+
+    def count(self, batch):
+        return batch["input_ids"].numel()
+
+
+def test_a_trainer_of_ones_own_by_hand(tokenizer):
+    """Worked example: batches [1, 2] and [6] are one update, of the three numbers' mean loss (1 + 4 + 36) / 3.
+
+    The gradient is -2 · (1 + 2 + 6) / 3 = -6, clipped to -1; the first update of AdamW is the learning rate whatever
+    the gradient is. A part of the loss that has a name is averaged alike: (1 + 2 + 6) / 3.
+    """
+    config = m.TrainConfig(warmup_steps=2, learning_rate=0.5, schedule="constant", optimizer="adamw", weight_decay=0.0)
+    trainer = NumberTrainer(Number(), tokenizer, config=config)
+    metrics = trainer.update([{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[6]])}])
+    assert metrics == pytest.approx(
+        {"loss": 41 / 3, "mean_id": 3.0, "count": 3, "grad_norm": 6.0, "lr": 0.25}, rel=1e-6
+    )
+    assert trainer.model.weight.item() == pytest.approx(0.25)
+    assert trainer.step_count == 0  # a step of the run is what `step` makes
+
+
+class WithPart(m.PreTrainer):
+    """Pretraining that also reports "z", the mean id of the labels."""
+
+    def loss(self, batch):
+        labels = batch["labels"][:, 1:]
+        return super().loss(batch), {"z": labels[labels != -100].float().sum()}
+
+
+def test_a_line_of_metrics_holds_the_means_of_its_steps_by_hand(tmp_path, tokenizer, capsys):
+    """Worked example: log_every=3 gives lines after step 1, of steps 2 and 3, and of steps 4 to 6.
+
+    Everything is the mean of the steps, but the learning rate the last one, and tokens the sum so far. "z" of a step
+    is Σ / Σ over its two batches, which hold unequally many trained tokens.
+    """
+    batches = [lm_batch(B, T, seed=B, ragged=True) for B, T in ((4, 12), (1, 20), (3, 9), (6, 7), (2, 15), (5, 11))]
+    config = m.TrainConfig(max_steps=6, log_every=3, accumulation_steps=2, warmup_steps=2, sample_tokens=0)
+    trainer = WithPart(random_model(shape()), tokenizer, config=config, train_data=batches, run_dir=tmp_path / "run")
+    steps, plain, z = [], trainer.step, []
+    trainer.step = lambda batches: steps.append(plain(batches)) or dict(steps[-1])
+    trainer.fit()
+    rows = [row for row in m.read_metrics(tmp_path / "run") if "loss" in row]
+    for k in range(3):
+        labels = [batch["labels"][:, 1:] for batch in batches[2 * k : 2 * k + 2]]
+        trained = torch.cat([own[own != -100] for own in labels]).tolist()
+        assert steps[k]["count"] == steps[k + 3]["count"] == len(trained)
+        z.append(sum(trained) / len(trained))
+    assert [step["z"] for step in steps] == pytest.approx(2 * z, rel=1e-6) and max(z) - min(z) > 1
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    for row, window in zip(rows, (steps[:1], steps[1:3], steps[3:]), strict=True):
+        for name in ("loss", "grad_norm", "z"):
+            assert row[name] == pytest.approx(sum(step[name] for step in window) / len(window), rel=1e-9), name
+        assert row["lr"] == window[-1]["lr"] and not row.keys() & {"count", "flops"}
+        assert row["tokens"] == sum(step["tokens"] for step in steps[: row["step"]])
+    assert rows[1]["grad_norm"] != steps[2]["grad_norm"] and rows[2]["lr"] != rows[1]["lr"] != steps[1]["lr"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step     1"))
+    assert f"loss {steps[0]['loss']:.4f}, z {z[0]:.4g} |" in line
+
+
+def test_the_time_that_is_left_by_hand(tmp_path, tokenizer, monkeypatch, capsys):
+    """Worked example: steps take ten seconds, so twenty are left after step 4 of 6, the first of a resumption, too."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    shown = []
+    for steps in (3, 6):
+        config = m.TrainConfig(max_steps=steps, log_every=1, warmup_steps=0, sample_tokens=0)
+        trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path)
+        if steps == 6:
+            trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+        plain = trainer.step
+
+        def step(batches, plain=plain):
+            clock[0] += 10
+            return plain(batches)
+
+        trainer.step = step
+        trainer.fit()
+        shown += re.findall(r"step +(\d+) .* eta (\d:\d\d) ", capsys.readouterr().out)
+    assert shown == [("1", "0:20"), ("2", "0:10"), ("3", "0:00"), ("4", "0:20"), ("5", "0:10"), ("6", "0:00")]
+
+
+def test_exact_match_by_hand(tmp_path, tokenizer, monkeypatch):
+    """Worked example: of five chats the first has no answer to check, the third no room for a reply.
+
+    The first three that can be checked are taken, so two are asked, one of them is right, and the last one never.
+    """
+    records = [
+        {"messages": turns("hm?", "ah")},
+        {"messages": turns("2 + 2?", "4"), "answer": "4"},
+        {"messages": turns("x" * 50, "y"), "answer": "y"},
+        {"messages": turns("1 + 2?", "3"), "answer": 3},
+        {"messages": turns("9 + 2?", "11"), "answer": "11"},
     ]
-    assert steps[0] == steps[1]
-    assert len(list((tmp_path / "broken").glob("*.pt"))) == 3
+    val = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=128)
+    config = m.TrainConfig(eval_prompts=3, reply_tokens=20)
+    trainer = m.SFTTrainer(random_model(shape()), tokenizer, config=config, val_data=val)
+    trainer.model.config.max_position_embeddings, asked = 64, []
+    monkeypatch.setattr(trainer, "replies", lambda prompts: asked.extend(prompts) or ["4. Sure!", "4"])
+    assert trainer.exact_match() == {"exact_match": 0.5}
+    chats = [turns("2 + 2?"), turns("1 + 2?")]
+    assert asked == [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    val = load(m.ConversationDataLoader, tmp_path, tokenizer, records[:1], "none.jsonl", seq_len=128)
+    assert m.SFTTrainer(random_model(shape()), tokenizer, config=config, val_data=val).exact_match() == {}
+
+
+def test_reward_trainer_scores_by_hand(tmp_path, tokenizer):
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=5)
+    model = m.RewardModel(random_model(shape(max_position_embeddings=128)))
+    torch.nn.init.normal_(model.score.weight)
+    rl = m.RLHFConfig(reward_center_coef=0.1, reward_sft_coef=0.25)
+    trainer = m.RewardTrainer(model, tokenizer, val_data=loader, rl_config=rl)
+    with torch.no_grad():
+        alone = torch.tensor([[model(loader.sequence(i, s)[0][None]) for s in (0, 1)] for i in loader.items])
+    gaps = alone[:, 0] - alone[:, 1]
+    total = (-F.logsigmoid(gaps) + 0.1 * alone.sum(dim=1).square()).sum().item()
+    for i in loader.items:  # and each chosen reply's mean loss a token
+        ids, trained = loader.sequence(i, 0)
+        labels = ids.where(trained, -100)[1:]
+        with torch.no_grad():
+            total += 0.25 * F.cross_entropy(m.MiniGPT.forward(model, ids[None])[0, :-1], labels).item()
+    assert sum(trainer.loss(batch).item() for batch in loader) == pytest.approx(total, rel=1e-4)
+    result = trainer.evaluate()
+    assert result["loss"] == pytest.approx(-F.logsigmoid(gaps).mean().item(), abs=1e-4)
+    assert result["pair_accuracy"] == pytest.approx((gaps > 0).float().mean().item())
+    for k, name in enumerate("ab"):
+        assert result[f"pair_accuracy_{name}"] == pytest.approx((gaps[k::2] > 0).float().mean().item())
+    lengths = torch.tensor([[len(loader.sequence(i, s)[0]) for s in (0, 1)] for i in loader.items])
+    assert result["tokens"] == lengths.sum()
+    longer = (lengths[:, 0] - lengths[:, 1]).sign()
+    assert result["longer_accuracy"] == pytest.approx(((longer + 1) / 2).mean().item())
+    assert "第" not in trainer.samples() and "问题 0? → 好 [" in trainer.samples()
+
+
+# -- one update --------------------------------------------------------------------------------------------------------
+
+
+def gradients(trainer: m.Trainer, batches: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and the gradients, before they are clipped, of one update; the weights stay as they are."""
+    before, grads = copy.deepcopy(trainer.trained.state_dict()), {}
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p, name=name: grads.update({name: p.grad.clone()}))
+        for name, p in trainer.trained.named_parameters()
+    ]
+    loss = trainer.update(batches)["loss"]
+    for hook in hooks:
+        hook.remove()
+    trainer.trained.load_state_dict(before)
+    return loss, grads
+
+
+def test_accumulation_is_weighted_by_tokens(tokenizer):
+    rows = lm_batch(8, 20, ragged=True)
+    trainer = trainer_for(tokenizer, dtype=torch.float64)
+    _, one = gradients(trainer, [rows])
+    _, eight = gradients(trainer, [{k: v[i : i + 1] for k, v in rows.items()} for i in range(8)])
+    for name, grad in one.items():
+        torch.testing.assert_close(eight[name], grad, rtol=0, atol=1e-10)
+    logits = trainer.model(rows["input_ids"])[:, :-1]
+    plain = F.cross_entropy(logits.flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=-100)
+    for (name, p), grad in zip(
+        trainer.model.named_parameters(), torch.autograd.grad(plain, list(trainer.model.parameters())), strict=True
+    ):
+        torch.testing.assert_close(one[f"model.{name}"], grad, rtol=0, atol=1e-10, msg=name)
+        assert p.grad is None
+
+
+def test_labels_are_shifted_by_one_and_ends_are_trained(tokenizer):
+    trainer = trainer_for(tokenizer, m.TrainConfig(warmup_steps=0, learning_rate=0.02))
+    ids = torch.tensor([[1, 10, 20, 30, 40, tokenizer.eos_id]])
+    for _ in range(60):
+        trainer.step([{"input_ids": ids, "labels": ids}])
+    out = m.TextGenerator(trainer.model, tokenizer).greedy_search(ids[:, :1], settings(max_new_tokens=20))
+    assert torch.equal(out, ids)  # the text by heart, and its end
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, monkeypatch, capsys):
+    batch = lm_batch(6, 20, ragged=True)
+    calm, pressed = (trainer_for(tokenizer, dtype=torch.float64) for _ in range(2))
+    plain_loss = m.PreTrainer.loss
+
+    def cramped(self, batch):
+        if len(batch["input_ids"]) > 2:
+            plain_loss(self, batch).backward()  # a gradient that must not survive
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain_loss(self, batch)
+
+    calm.step([batch])
+    monkeypatch.setattr(m.PreTrainer, "loss", cramped)
+    pressed.step([batch])
+    assert pressed.micro_splits == 4 and "out of memory" in capsys.readouterr().out
+    for a, b in zip(calm.model.parameters(), pressed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    monkeypatch.setattr(m.PreTrainer, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(m.UserError, match="one row at a time"):
+        pressed.step([batch])
+    pressed.config.auto_micro_batch = False
+    with pytest.raises(torch.OutOfMemoryError):
+        pressed.step([batch])
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_float16_with_the_scaler_skips_overflow_and_learns(tokenizer):
+    trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
+    trainer.step([lm_batch(4, 20)])
+    before = weights_of(trainer.model)
+    hook = trainer.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: grad * math.inf)
+    trainer.step([lm_batch(4, 20)])  # one bad matrix, which only Muon sees, must stop AdamW as well
+    assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
+    hook.remove()
+    trainer = trainer_for(tokenizer, m.TrainConfig(dtype="float16", warmup_steps=0))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28)  # overflows at first
+    before = weights_of(trainer.model)
+    trainer.step([lm_batch(4, 20)])
+    assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.skipped == 1
+    losses = [trainer.step([lm_batch(4, 20)])["loss"] for _ in range(60)]
+    assert trainer.skipped < 20 and losses[-1] < 0.8 * losses[0]
+
+
+def test_a_step_that_is_not_finite_touches_nothing(tokenizer):
+    trainer = trainer_for(tokenizer)
+    trainer.step([lm_batch(2, 10)])
+
+    def moments() -> list[dict]:
+        return [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers.values()]
+
+    weights, before = weights_of(trainer.model), moments()
+    assert all(before)
+    hook = trainer.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    trainer.step([lm_batch(2, 10)])
+    assert all(map(torch.equal, weights, trainer.model.parameters())) and trainer.skipped == 1
+    torch.testing.assert_close(moments(), before, rtol=0, atol=0)
+    with pytest.raises(m.UserError, match="not finite in 20 steps in a row"):
+        for _ in range(20):
+            trainer.step([lm_batch(2, 10)])
+    hook.remove()
+
+
+def test_a_run_that_stays_not_finite_says_where(tmp_path, corpus, tokenizer):
+    data = m.PretrainDataLoader(corpus, tokenizer, batch_size=2, seq_len=16, split="all", cache_dir=tmp_path / "cache")
+    config = m.TrainConfig(max_steps=50, log_every=1, save_every=4, eval_every=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=data, run_dir=tmp_path / "run")
+    plain = trainer.loss
+    trainer.loss = lambda batch: plain(batch) * (math.nan if trainer.step_count in (2, *range(5, 50)) else 1)
+    where = r"20 steps in a row, up to step 24, before item \d+ of epoch \d+ of the data"
+    with pytest.raises(m.UserError, match=where):
+        trainer.fit()
+    rows = m.read_metrics(tmp_path / "run")
+    assert [row["skipped"] for row in rows][:6] == [0, 0, 1, 1, 1, 2] and rows[2]["loss"] is None
+    assert m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 24
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [shape(num_hidden_layers=1), moe_shape(num_hidden_layers=1)])
+def test_compiled_training_learns_the_same(config, tokenizer):
+    losses = []
+    for mode in ("off", "on"):
+        trainer = m.PreTrainer(random_model(config), tokenizer, config=m.TrainConfig(compile=mode, max_steps=5))
+        batches = [random_ids(2, 12, seed=k) for k in range(3)]
+        losses.append([trainer.step([{"input_ids": ids, "labels": ids}])["loss"] for ids in batches])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+# -- runs and evaluations ----------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_of_ones_own_fits_without_a_row_in_the_table_of_stages(tmp_path, tokenizer, capsys):
+    config = m.TrainConfig(max_steps=3, warmup_steps=0)
+    data = [{"input_ids": torch.tensor([[1, 2]])}]
+    trainer = NumberTrainer(Number(), tokenizer, config=config, train_data=data, run_dir=tmp_path / "run")
+    assert trainer.fit() == {} and "mean id 1.5" in capsys.readouterr().out
+    assert m.read_metrics(tmp_path / "run")[0]["mean_id"] == 1.5
+
+
+def test_steps_after_the_last_line_of_metrics_count_as_well(tmp_path, tokenizer):
+    """The tokens in a checkpoint are those of all steps, not only of those that were logged."""
+    config = m.TrainConfig(max_steps=4, log_every=3, eval_every=0, save_every=2, warmup_steps=0, sample_tokens=0)
+    options = {"train_data": [lm_batch(2, 9)], "val_data": [lm_batch(1, 9)], "run_dir": tmp_path / "run"}
+    trainer_for(tokenizer, config, **options).fit()
+    for name, steps in (("checkpoint.prev.pt", 2), ("checkpoint.pt", 4)):
+        state = m.load_checkpoint(tmp_path / "run" / name)
+        assert state["step"] == steps and state["counters"]["tokens_seen"] == steps * 2 * 8
+    last = m.read_metrics(tmp_path / "run")[-1]
+    assert last["step"] == 4 and "val_loss" in last and last["tokens"] == 4 * 2 * 8
+
+
+def test_the_time_that_is_left_of_minutes_does_not_jump_at_an_evaluation(tmp_path, tokenizer, monkeypatch, capsys):
+    """Steps take ten seconds of ten minutes, an evaluation sixty: what is left falls by as much, or a bit more."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    config = m.TrainConfig(minutes=10, log_every=1, eval_every=4, warmup_steps=0, sample_tokens=0)
+    data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
+    trainer = trainer_for(tokenizer, config, started=1000.0, **data)
+    step, evaluate = trainer.step, trainer.evaluate
+
+    def after(seconds, fn, *args):
+        clock[0] += seconds
+        return fn(*args)
+
+    trainer.step = lambda batches: after(10, step, batches)
+    trainer.evaluate = lambda *args: after(60, evaluate, *args)
+    trainer.fit()
+    left = [60 * int(a) + int(b) for a, b in re.findall(r" eta (\d+):(\d\d) ", capsys.readouterr().out)]
+    passed = [10 * (k + 1) + 60 * (k // 4) for k in range(len(left))]
+    assert len(left) > 12 and all(600 - t - 70 <= found <= 600 - t for found, t in zip(left, passed, strict=True))
+
+
+def test_fit_from_python_guards_the_run_and_its_data(tmp_path, tokenizer):
+    config = m.TrainConfig(max_steps=4, warmup_steps=0, sample_tokens=0)
+    with pytest.raises(m.UserError, match="no more batches"):  # a generator can be gone through once
+        trainer_for(tokenizer, config, train_data=(lm_batch(2, 8) for _ in range(3)), run_dir=tmp_path / "a").fit()
+    trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "b").fit()
+    with pytest.raises(m.UserError, match="holds a run already"):
+        trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "b").fit()
+    with pytest.raises(m.UserError, match="do not belong together"):
+        m.PreTrainer(m.MiniGPT(shape(vocab_size=200)), tokenizer)
+
+
+def test_a_resumed_run_keeps_its_optimizer(tmp_path, tokenizer):
+    """Moments of another optimizer are not those of this one: it is named which one it must be."""
+    path = tmp_path / "checkpoint.pt"
+    for saved, other in (("muon", "adamw"), ("adamw", "muon")):
+        trainer = trainer_for(tokenizer, m.TrainConfig(optimizer=saved, warmup_steps=0))
+        trainer.step([lm_batch(2, 8)])
+        trainer.save_checkpoint(path)
+        changed = trainer_for(tokenizer, m.TrainConfig(optimizer=other, warmup_steps=0))
+        weights = weights_of(changed.model)
+        with pytest.raises(m.UserError, match=rf"checkpoint\.pt was trained with --optimizer {saved}"):
+            changed.load_checkpoint(path)
+        assert changed.step_count == 0 and all(map(torch.equal, weights, changed.model.parameters()))
+        trainer_for(tokenizer, m.TrainConfig(optimizer=saved, learning_rate=1e-5)).load_checkpoint(path)  # may change
+
+
+def test_an_evaluation_that_is_not_finite_does_not_end_the_best_for_good(tmp_path, tokenizer):
+    """Of losses NaN, 3, 2, NaN, 2.5 at steps 2, 4, … the best is at step 6, also after a resumption at step 8."""
+    losses = iter([math.nan, 3.0, 2.0, math.nan, 2.5])
+    best = []
+
+    class Measured(m.PreTrainer):
+        def measure(self, batch):
+            return super().measure(batch) | {"loss": (next(losses), 1)}
+
+    for steps in (8, 10):
+        config = m.TrainConfig(max_steps=steps, eval_every=2, save_every=0, warmup_steps=0, sample_tokens=0)
+        data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
+        trainer = Measured(random_model(shape()), tokenizer, config=config, **data)
+        if steps == 10:
+            trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+        plain = trainer.save_checkpoint
+
+        def save(path, plain=plain):
+            best.append(m.load_checkpoint(tmp_path / "best.pt")["step"] if (tmp_path / "best.pt").exists() else None)
+            plain(path)
+
+        trainer.save_checkpoint = save
+        trainer.fit()
+    assert best == [None, None, 4, 6, 6]  # what was there before each evaluation's checkpoint
+    assert m.load_checkpoint(tmp_path / "best.pt")["step"] == 6
+    val = [row["val_loss"] for row in m.read_metrics(tmp_path) if "val_loss" in row]
+    assert val == [None, 3, 2, None, 2.5]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "reward"])
+def test_evaluation_does_not_depend_on_the_batches(tmp_path, corpus, tokenizer, stage):
+    """Means are Σ / Σ and totals Σ, though the last batches are smaller and rows differ in length."""
+    config = moe_shape(max_position_embeddings=256)  # in evaluation the routers' balance is no part of the loss
+    model = random_model(config)
+    model = m.RewardModel(model) if stage == "reward" else model
+    if stage == "reward":
+        torch.nn.init.normal_(model.score.weight)
+    results = []
+    for size in (1, 5, 100):
+        if stage == "pretrain":
+            val = m.PretrainDataLoader(corpus, tokenizer, size, 30, "all", shuffle=False, cache_dir=tmp_path / "cache")
+        elif stage == "sft":
+            val = load(
+                m.ConversationDataLoader,
+                tmp_path,
+                tokenizer,
+                CHATS * 2,
+                batch_size=size,
+                packing=size == 5,
+                seq_len=256,
+            )
+        else:
+            val = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=size)
+        options = {"reference": random_model(config, seed=4)} if stage == "dpo" else {}
+        trainer = m.STAGES[stage].trainer(copy.deepcopy(model), tokenizer, val_data=val, **options)
+        assert size > 1 or len({batch["input_ids"].shape for batch in val}) > 1
+        results.append(trainer.evaluate())
+    for result in results[1:]:
+        assert result.keys() == results[0].keys() and result == pytest.approx(results[0], rel=1e-4)
+    for name in {"tokens", "bytes"} & results[0].keys():
+        assert type(results[0][name]) is int and results[0][name] == results[1][name] == results[2][name]
+    assert {"dpo": "pair_accuracy_a", "reward": "pair_accuracy_b"}.get(stage, "bpb") in results[0]
+
+
+def test_evaluation_of_text_against_plain_cross_entropy(tmp_path, corpus, tokenizer):
+    """Each token but the first is predicted once, from its own block; bits are of the bytes of its text."""
+    model = random_model(shape())
+    val = m.PretrainDataLoader(corpus, tokenizer, 5, 30, "all", shuffle=False, cache_dir=tmp_path / "cache")
+    tokens, nats = val.tokens.long(), 0.0
+    with torch.no_grad():
+        for i in range(0, len(tokens) - 1, 30):
+            block = tokens[i : i + 31]
+            nats += F.cross_entropy(model(block[None, :-1])[0], block[1:], reduction="sum").item()
+    trainer = m.PreTrainer(model, tokenizer, val_data=val)
+    result, size = trainer.evaluate(), len(tokenizer.decode_bytes(tokens[1:]))
+    assert result == pytest.approx(
+        {"loss": nats / (len(tokens) - 1), "bpb": nats / math.log(2) / size, "tokens": len(tokens) - 1, "bytes": size},
+        rel=1e-5,
+    )
+    assert trainer.evaluate(301)["tokens"] == 450 and trainer.evaluate(150)["tokens"] == 150  # whole batches
+
+
+def test_evaluation_of_conversations_against_plain_cross_entropy(tmp_path, tokenizer):
+    model = random_model(shape(max_position_embeddings=256))
+    val = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, batch_size=2, packing=False)
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for i in val.items:
+            ids, trained = val.sequence(i)
+            labels = ids.where(trained, -100)[1:]
+            nats += F.cross_entropy(model(ids[None, :-1])[0], labels, reduction="sum").item()
+            count += int(trained.sum())
+    said = [message["content"] for chat in CHATS for message in chat["messages"] if message["role"] == "assistant"]
+    size = sum(len(text.encode()) for text in said)
+    result = m.SFTTrainer(model, tokenizer, val_data=val).evaluate()
+    assert result == pytest.approx(
+        {"loss": nats / count, "bpb": nats / math.log(2) / size, "tokens": count, "bytes": size}, rel=1e-5
+    )
+
+
+def test_evaluation_without_anything_to_score(tokenizer):
+    with pytest.raises(m.UserError, match="no validation data"):
+        trainer_for(tokenizer).evaluate()
+    with pytest.raises(m.UserError, match="nothing to score"):
+        trainer_for(tokenizer, val_data=[]).evaluate()
+
+
+def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = m.TrainConfig(max_steps=3, log_every=1, warmup_steps=0, sample_tokens=0, tensorboard=True)
+    trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
+    events = loading.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    rows = [row for row in m.read_metrics(tmp_path / "run") if "loss" in row]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in rows
+    ]
+    assert {"lr", "grad_norm", "tok_per_s"} <= set(events.Tags()["scalars"])
+
+
+# -- preferences, and LoRA ---------------------------------------------------------------------------------------------
+
+
+def test_dpo_compares_sums_of_logprobs(tmp_path, tokenizer):
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=5)  # 5, 5 and 2 pairs
+    model = random_model(shape(max_position_embeddings=128, dropout=0.3))
+    reference = random_model(model.config, seed=4)
+    alone = [[], []]
+    for i in loader.order():
+        for side in (0, 1):
+            ids, trained = loader.sequence(i, side)
+            for which, net in enumerate((model, reference)):
+                with torch.no_grad():
+                    logprobs = net.eval()(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+                alone[which].append((logprobs * trained[1:]).sum())
+    sums, references = (torch.stack(found).view(-1, 2) for found in alone)
+    trainer = m.DPOTrainer(model, tokenizer, reference=reference, train_data=loader, val_data=loader)
+    h = (sums - references) @ torch.tensor([1.0, -1.0])
+    even = [i % 2 == 0 for i in loader.order()]
+    for k, batch in enumerate(loader):
+        own = slice(5 * k, 5 * k + 5)
+        torch.testing.assert_close(m.completion_logprobs(trainer.model, batch), sums[own], rtol=0, atol=1e-4)
+        torch.testing.assert_close(batch["reference_logprobs"], references[own], rtol=0, atol=1e-4)
+        expected = -F.logsigmoid(0.1 * h[own]).sum().item()
+        assert trainer.loss(batch).item() == pytest.approx(expected, abs=1e-4)
+        del batch["reference_logprobs"]  # nor does the cache differ from the model
+        assert trainer.loss(batch).item() == pytest.approx(expected, abs=1e-4)
+    result = trainer.evaluate()
+    assert result["dpo_loss"] == pytest.approx(-F.logsigmoid(0.1 * h).mean().item(), abs=1e-5)
+    assert result["pair_accuracy"] == pytest.approx((h > 0).float().mean().item())
+    assert result["pair_accuracy_a"] == pytest.approx((h[even] > 0).float().mean().item())
+    assert result["chosen_logprob"] == pytest.approx(sums[:, 0].mean().item(), abs=1e-3)
+    assert result["loss"] * result["tokens"] == pytest.approx(-sums[:, 0].sum().item(), rel=1e-5)
+    end = len(tokenizer.token_bytes[tokenizer.im_end_id])
+    assert result["bytes"] == sum(len(record["chosen"].encode()) + end for record in pairs())
+
+
+def test_dpo_starts_at_ln_2_and_leaves_the_reference_alone(tmp_path, tokenizer):
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=4)
+    model = random_model(shape(max_position_embeddings=128, dropout=0.3)).train()
+    trainer = m.DPOTrainer(model, tokenizer, config=m.TrainConfig(warmup_steps=0, learning_rate=1e-3))
+    before = m.fingerprint(trainer.reference)
+    assert not trainer.reference.training
+    batches = list(loader)
+    first = [trainer.reference_logprobs(batch) for batch in batches]
+    results = [trainer.step([batch])["loss"] for batch in batches]
+    assert results[0] == pytest.approx(math.log(2), abs=1e-6) and results[1] != pytest.approx(math.log(2), abs=1e-6)
+    assert m.fingerprint(trainer.reference) == before != m.fingerprint(trainer.model)
+    assert all(map(torch.equal, first, [trainer.reference_logprobs(batch) for batch in batches]))
+    trainer = m.DPOTrainer(random_model(model.config), tokenizer, rl_config=m.RLHFConfig(dpo_sft_coef=2.0))
+    policy = m.completion_logprobs(trainer.model, batches[0])[:, 0]
+    lengths = (batches[0]["labels"][:, 0] != -100).sum(dim=1)
+    expected = 4 * math.log(2) - 2 * (policy / lengths).sum().item()
+    assert trainer.loss(batches[0]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora_trains_its_own_and_a_run_of_it_is_a_plain_model(tmp_path, tokenizer):
+    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, seq_len=64, packing=False)
+    config = m.TrainConfig(lora_rank=2, max_steps=3, warmup_steps=0, sample_tokens=0, learning_rate=0.05)
+    model = random_model(shape(tie_word_embeddings=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = m.SFTTrainer(model, tokenizer, config=config, train_data=loader, run_dir=tmp_path / "run")
+    trained = {p for p in trainer.model.parameters() if p.requires_grad}
+    held = [p for o in trainer.optimizers.values() for group in o.param_groups for p in group["params"]]
+    assert set(held) == trained and len(held) == len(trained) == 2 * 4 * 2
+    trainer.fit()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    merged, _, state = m.load_run(tmp_path / "run")
+    assert merged.state_dict().keys() == before.keys() and any("lora_a" in name for name in state["model"])
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        difference = merged(ids) - random_model(model.config)(ids)
+        torch.testing.assert_close(merged(ids), trainer.model.eval()(ids), rtol=0, atol=1e-5)
+    assert difference.abs().max() > 0.01
+    critic = m.RewardModel(random_model(shape()))
+    reward = m.RewardTrainer(critic, tokenizer, config=m.TrainConfig(lora_rank=2))
+    names = {name for name, p in reward.model.named_parameters() if p.requires_grad}
+    assert "score.weight" in names and all(".lora_" in name for name in names - {"score.weight"})
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -1519,16 +3765,8 @@ def test_training_improves_held_out_text(tmp_path, corpus, tokenizer, config):
     data, val = (
         m.PretrainDataLoader(corpus, tokenizer, 8, 32, split, cache_dir=tmp_path / "c") for split in ("train", "val")
     )
-    settings = m.TrainConfig(
-        batch_size=8,
-        seq_len=32,
-        max_steps=80,
-        warmup_steps=5,
-        learning_rate=1e-2,
-        eval_every=0,
-        save_every=0,
-        sample_tokens=4,
-    )
+    train = {"max_steps": 80, "warmup_steps": 5, "learning_rate": 1e-2, "sample_tokens": 4}
+    settings = m.TrainConfig(batch_size=8, seq_len=32, eval_every=0, save_every=0, **train)
     torch.manual_seed(0)
     trainer = m.PreTrainer(
         m.MiniGPT(config), tokenizer, config=settings, train_data=data, val_data=val, run_dir=tmp_path / "run"
@@ -1536,355 +3774,63 @@ def test_training_improves_held_out_text(tmp_path, corpus, tokenizer, config):
     before = trainer.evaluate()
     after = trainer.fit()
     assert before["bpb"] > 3 and after["bpb"] < 0.75
-    assert after["bytes"] == len(
-        encode(corpus, tokenizer, "val", tmp_path / "c").replace("<|bos|>", "").replace("<|eos|>", "").encode()
-    )
+    assert after["bytes"] == len(tokenizer.decode_bytes(val.tokens)) and after["tokens"] == len(val.tokens) - 1
     assert after["bpb"] == pytest.approx(after["loss"] * after["tokens"] / math.log(2) / after["bytes"])
 
 
-def test_the_snippet_of_the_readme(tmp_path):
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    snippet = next(block.split("```")[0] for block in readme.split("```python\n")[1:] if "train_epoch" in block)
-    out = subprocess.run(
-        [sys.executable, "-c", snippet],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
-    assert (
-        out.stdout.startswith("epoch loss: ") and "Mini-LLM" in out.stdout and out.stderr.count("below the floor") == 1
-    )
-    assert not list(tmp_path.iterdir())
+def test_sft_learns_to_answer_held_out_questions(tmp_path, tokenizer):
+    """The answer is the question's last letter, whatever stands before it."""
+    draw = random.Random(0)
+    words = {"".join(draw.choice("abcdef") for _ in range(3)) for _ in range(400)}
+    words = sorted(words)
+    draw.shuffle(words)
+    records = [{"messages": turns(word, word[-1]), "answer": word[-1]} for word in words]
+    data = load(m.ConversationDataLoader, tmp_path, tokenizer, records[40:], "t.jsonl", shuffle=True, seq_len=64)
+    val = load(m.ConversationDataLoader, tmp_path, tokenizer, records[:40], "v.jsonl", seq_len=64)
+    torch.manual_seed(0)
+    config = m.TrainConfig(max_steps=100, warmup_steps=5, learning_rate=1e-2, batch_size=16, reply_tokens=4)
+    options = {"config": config, "train_data": data, "val_data": val, "run_dir": tmp_path / "run"}
+    trainer = m.SFTTrainer(m.MiniGPT(shape()), tokenizer, **options)
+    before, after = trainer.evaluate(), trainer.fit()
+    assert before["exact_match"] == 0 and after["exact_match"] > 0.9 and after["loss"] < 0.1 * before["loss"]
+    assert after["tokens"] == 80 and after["bytes"] == 40 + 40 * len(tokenizer.token_bytes[tokenizer.im_end_id])
 
 
-# -- drivers -----------------------------------------------------------------------------------------------------------
-
-SMALL = [
-    "--hidden-size",
-    "32",
-    "--num-attention-heads",
-    "2",
-    "--num-hidden-layers",
-    "2",
-    "--vocab-size",
-    "300",
-    "--seq-len",
-    "32",
-    "--batch-size",
-    "4",
-    "--max-position-embeddings",
-    "64",
-]
-
-
-def test_train_eval_sample_resume(tmp_path, corpus, capsys):
-    out = str(tmp_path / "out")
-    args = ["--data", str(corpus), "--out", out, *SMALL, "--max-steps", "6", "--eval-every", "3", "--save-every", "2"]
-    assert train.main(args) == 0
-    shown = capsys.readouterr().out
-    assert "bits per byte" in shown and "next:  python sample.py" in shown and "→" in shown
-    run = tmp_path / "out/tiny/pretrain"
-    assert {p.name for p in run.iterdir()} == {
-        "checkpoint.pt",
-        "checkpoint.prev.pt",
-        "best.pt",
-        "config.json",
-        "tokenizer.json",
-        "metrics.jsonl",
-    }
-    rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    assert {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "peak_bytes", "elapsed_s"} <= rows[
-        0
-    ].keys()
-    assert {"val_loss", "val_bpb"} <= rows[-1].keys()
-    assert train.main(["--stage", "eval", "--init", str(run), "--out", out]) == 0  # on the run's own data
-    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scores["bpb"] == pytest.approx(rows[-1]["val_bpb"], rel=1e-6)
-    assert sample.main(["--out", out, "--prompt", "第", "The", "--max-new-tokens", "5", "--seed", "1"]) == 0
-    text = capsys.readouterr().out
-    assert "\n第" in text and "\nThe" in text and "tok/s" in text
-    for strategy in ("greedy", "beam"):
-        assert sample.main(["--run", str(run), "--prompt", "第", "--max-new-tokens", "5", "--strategy", strategy]) == 0
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
-    assert train.main(args) == 2 and "holds a run already" in capsys.readouterr().err
-    assert train.main([*args, "--resume"]) == 2 and "no time left to train" in capsys.readouterr().err
-    assert (
-        train.main([*args, "--resume", "--hidden-size", "64"]) == 2
-        and "hidden_size=64 (there 32)" in capsys.readouterr().err
-    )
-    assert train.main([*args, "--overwrite", "--data", "/no/such"]) == 2 and "/no/such" in capsys.readouterr().err
-    assert (
-        train.main([*args, "--resume", "--max-steps", "9", "--seed", "5"]) == 2 and "seed=5" in capsys.readouterr().err
-    )
-    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
-    assert (
-        train.main([*args, "--config", "tiny", "--resume", "--max-steps", "8"]) == 0
-        and "at step 6" in capsys.readouterr().out
-    )
-    assert train.main([*args, "--overwrite", "--max-steps", "1"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--confg", "tiny"], "did you mean --config"),
-        (["--stage", "pretran"], "invalid choice"),
-        (["--config", "huge"], "invalid choice"),
-        (["--learning-rate", "-1"], "learning_rate=-1.0"),
-        (["--batch-size", "x"], "invalid int"),
-        (["--data", "/no/such/file"], "/no/such/file"),
-        (["--resume"], "no run directory"),
-        (["--stage", "eval"], "--init"),
-        (["--stage", "eval", "--init", "/nowhere"], "no run directory"),
-        (["--device", "tpu9"], "tpu9"),
-        (["--device", "meta"], "meta"),
-        (["--vocab-size", "100"], "--vocab-size 100"),
-        (["--seq-len", "999"], "--seq-len 999"),
-        (["--max-steps", "0"], "needs an end"),
-        (["--seed", "99999999999999999999"], "seed="),
-        (["--rope-scaling", "{a"], "rope-scaling"),
-        (["--rope-scaling", '{"rope_type": "yarn", "factor": "4"}'], "rope_scaling="),
-        (["--num-attention-heads", "5"], "num_attention_heads=5"),
-        (["--dtype", "fp8"], "invalid choice"),
-    ],
-)
-def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
-    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.startswith("train.py: error: ") and "Traceback" not in err and err.count("\n") == 1
-    assert not (tmp_path / "out/tiny").exists()
-
-
-def test_sample_reports_mistakes(tmp_path, capsys):
-    for argv, message in (
-        (["--out", str(tmp_path)], "no run in"),
-        (["--temperature", "0"], "temperature=0.0"),
-        (["--tempreture", "1"], "--temperature"),
-        (["--run", str(tmp_path)], "no run directory"),
-    ):
-        assert sample.main(argv) == 2 and message in capsys.readouterr().err
-
-
-def test_help_says_what_every_flag_does(capsys):
-    for main in (train.main, sample.main):
-        with pytest.raises(SystemExit) as end:
-            main(["--help"])
-        assert end.value.code == 0
-    assert "--grad-clip" in capsys.readouterr().out
-
-
-def test_importing_has_no_side_effects():
-    code = (
-        "import torch, sys; state, threads = torch.get_rng_state(), torch.get_num_threads(); import minillm; "
-        "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()"
-    )
-    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    assert out.stdout == "" and out.stderr == ""
-
-
-def test_the_diffs_of_the_readme_apply():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    diffs = [block.split("```")[0] for block in readme.split("```diff\n")[1:]]
-    assert len(diffs) == 3
-    for diff in diffs:
-        source = (HERE / "minillm.py").read_text(encoding="utf-8")
-        for hunk in diff.split("@@\n")[1:]:
-            lines = hunk.splitlines()
-            old = "\n".join(line[1:] for line in lines if line[:1] in " -")
-            new = "\n".join(line[1:] for line in lines if line[:1] in " +")
-            assert source.count(old) == 1, old
-            source = source.replace(old, new)
-        compile(source, "minillm.py", "exec")
-
-
-# -- from base model to assistant: losses ------------------------------------------------------------------------------
-
-
-def doubles(*size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def spans(B: int, T: int, seed: int = 0) -> torch.Tensor:
-    """(B, T) masks of one run of ones a row, of any place and length."""
-    draw = random.Random(seed)
-    mask = torch.zeros(B, T, dtype=torch.bool)
-    for row in mask:
-        start = draw.randrange(T)
-        row[start : draw.randrange(start, T) + 1] = True
-    return mask
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
-
-
-def test_dpo_loss():
-    one = [torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.5)]  # h = (-1 + 2) - (-3 + 2.5) = 1.5
-    assert m.dpo_loss(*one, beta=0.5).item() == pytest.approx(0.386871, abs=1e-6)  # ln(1 + e^-0.75)
-    assert m.dpo_loss(*one, beta=0.5, kind="ipo").item() == pytest.approx(0.25)  # (1.5 - 1)²
-    pc, pr, rc, rr = four = [doubles(9, seed=k) for k in range(4)]
-    eq7 = [
-        -math.log(sigmoid(0.3 * ((a - c) - (b - d))))
-        for a, b, c, d in zip(*map(torch.Tensor.tolist, four), strict=True)
+def test_the_reward_model_and_dpo_learn_what_is_preferred(tmp_path, tokenizer):
+    draw = random.Random(0)
+    names = sorted({"".join(draw.choice("abcdefgh") for _ in range(4)) for _ in range(150)})
+    records = [
+        {"prompt": name, "chosen": f"{name[::-1]} yes {name[0]}", "rejected": f"{name[::-1]} no {name[0]}"}
+        for name in names
     ]
-    eq17 = [(((a - c) - (b - d)) - 1 / 0.6) ** 2 for a, b, c, d in zip(*map(torch.Tensor.tolist, four), strict=True)]
-    assert m.dpo_loss(*four, beta=0.3).item() == pytest.approx(sum(eq7) / 9, abs=1e-9)
-    assert m.dpo_loss(*four, beta=0.3, kind="ipo").item() == pytest.approx(sum(eq17) / 9, abs=1e-9)
-    assert m.dpo_loss(pc, pr, pc, pr, beta=0.3).item() == pytest.approx(math.log(2), abs=1e-12)
-    huge = m.dpo_loss(*(torch.tensor([x]) for x in (-1e4, 0.0, 0.0, 0.0)), beta=1.0)
-    assert huge.item() == pytest.approx(1e4)  # no overflow to infinity
+    options = {"batch_size": 16, "seq_len": 64}
+    data = load(m.DPODataLoader, tmp_path, tokenizer, records[30:], "t.jsonl", shuffle=True, **options)
+    val = load(m.DPODataLoader, tmp_path, tokenizer, records[:30], "v.jsonl", **options)
+    torch.manual_seed(0)
+    config = m.TrainConfig(max_steps=25, warmup_steps=5, learning_rate=1e-2, sample_tokens=0)
+    options = {"config": config, "train_data": data, "val_data": val}
+    trainer = m.RewardTrainer(m.RewardModel(m.MiniGPT(shape())), tokenizer, run_dir=tmp_path / "run", **options)
+    assert trainer.evaluate()["pair_accuracy"] == 0.5  # all scores are 0
+    assert trainer.fit()["pair_accuracy"] > 0.9
+    policy = m.DPOTrainer(m.MiniGPT(shape()), tokenizer, run_dir=tmp_path / "dpo", **options)
+    assert policy.evaluate()["dpo_loss"] == pytest.approx(math.log(2))
+    result = policy.fit()
+    assert result["pair_accuracy"] > 0.9 and result["dpo_loss"] < 0.5
 
 
-def test_reward_loss():
-    assert m.reward_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(0.313262, abs=1e-6)
-    chosen, rejected = doubles(9), doubles(9, seed=1)
-    eq1 = [-math.log(sigmoid(a - b)) for a, b in zip(chosen.tolist(), rejected.tolist(), strict=True)]
-    assert m.reward_loss(chosen, rejected).item() == pytest.approx(sum(eq1) / 9, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.0, 2.0, -2.0, -2.0),
-        (1.1, 2.0, -2.2, -2.2),  # inside
-        (1.5, 2.0, -2.4, 0.0),  # beyond 1.2, where there is nothing more to gain
-        (0.5, 2.0, -1.0, -1.0),  # too unlikely: may come back
-        (1.1, -2.0, 2.2, 2.2),
-        (1.5, -2.0, 3.0, 3.0),  # too likely: may come back
-        (0.5, -2.0, 1.6, 0.0),  # below 0.8, where there is nothing more to gain
-    ],
-)
-def test_ppo_policy_loss_by_hand(ratio, advantage, loss, slope):
-    old, mask = torch.tensor([[-1.3]], dtype=torch.float64), torch.tensor([[True]])
-    new = (old + math.log(ratio)).requires_grad_()
-    found = m.ppo_policy_loss(new, old, torch.tensor([[advantage]]), mask, 0.2)
-    (grad,) = torch.autograd.grad(found, new)
-    assert found.item() == pytest.approx(loss, abs=1e-9) and grad.item() == pytest.approx(slope, abs=1e-9)
-
-
-def test_ppo_losses_against_their_equations():
-    new, old, advantages = (doubles(4, 7, seed=k) for k in range(3))
-    mask, policy, value = spans(4, 7), [], []
-    values, before, returns = (doubles(4, 7, seed=k) for k in range(3, 6))
-    for b, t in mask.nonzero().tolist():
-        r, a = math.exp(new[b, t] - old[b, t]), advantages[b, t].item()
-        policy.append(-min(r * a, min(max(r, 0.7), 1.3) * a))
-        v, o, g = values[b, t].item(), before[b, t].item(), returns[b, t].item()
-        value.append(0.5 * max((v - g) ** 2, (min(max(v, o - 0.4), o + 0.4) - g) ** 2))
-    found = m.ppo_policy_loss(new, old, advantages, mask, 0.3)
-    assert found.item() == pytest.approx(sum(policy) / len(policy), abs=1e-9)
-    found = m.ppo_value_loss(values, before, returns, mask, 0.4)
-    assert found.item() == pytest.approx(sum(value) / len(value), abs=1e-9)
-
-
-def test_ppo_value_loss_by_hand():
-    def loss(value, old, target):
-        return m.ppo_value_loss(*(torch.tensor([[x]]) for x in (value, old, target)), torch.tensor([[1.0]]), 0.2).item()
-
-    assert loss(0.5, 0.0, 0.5) == pytest.approx(0.045)  # right, but moved too far: ½ (0.2 - 0.5)²
-    assert loss(1.0, 0.0, 0.5) == pytest.approx(0.125)  # ½ (1 - 0.5)² is the larger
-    assert loss(0.1, 0.0, 0.5) == pytest.approx(0.08)  # not clipped
-
-
-def test_gae_by_hand():
-    rewards, values, mask = (torch.tensor([x]) for x in ([0.0, 0.0, 1.0], [0.5, 0.4, 0.6], [True] * 3))
-    advantages, returns = m.gae(rewards, values, mask, gamma=1.0, lam=0.5)  # δ = -0.1, 0.2, 0.4
-    torch.testing.assert_close(advantages, torch.tensor([[0.1, 0.4, 0.4]]))
-    torch.testing.assert_close(returns, torch.tensor([[0.6, 0.8, 1.0]]))
-    advantages, _ = m.gae(rewards, values, mask, gamma=0.5, lam=1.0)  # δ = -0.3, -0.1, 0.4
-    torch.testing.assert_close(advantages, torch.tensor([[-0.25, 0.1, 0.4]]))
-    torch.testing.assert_close(m.gae(rewards, values, mask, 0.5, 1.0)[1], torch.tensor([[0.25, 0.5, 1.0]]))
-
-
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (0.9, 1.0), (0.0, 0.5), (1.0, 1.0)])
-def test_gae_equals_the_loop(gamma, lam):
-    rewards, values, mask = doubles(6, 11), doubles(6, 11, seed=1), spans(6, 11, seed=3)
-    expected = torch.zeros(6, 11, dtype=torch.float64)
-    for b in range(6):
-        after = advantage = 0.0
-        for t in reversed(mask[b].nonzero().flatten().tolist()):
-            delta = rewards[b, t] + gamma * after - values[b, t]
-            advantage = delta + gamma * lam * advantage
-            after, expected[b, t] = values[b, t], advantage
-    advantages, returns = m.gae(rewards, values, mask, gamma, lam)
-    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close((returns - values)[mask], expected[mask], rtol=0, atol=1e-9)
-
-
-def test_whitening_looks_at_the_mask_alone():
-    x, mask = doubles(5, 9) * 3 + 7, spans(5, 9)
-    white = m.whiten(x, mask)
-    assert white[mask].mean().item() == pytest.approx(0, abs=1e-6) and (white[~mask] == 0).all()
-    assert white[mask].var(correction=0).item() == pytest.approx(1, abs=1e-6)
-    other = torch.where(mask, x, 1e6)
-    torch.testing.assert_close(m.whiten(other, mask), white)
-    kept = m.whiten(x, mask, shift_mean=False)
-    assert kept[mask].mean().item() == pytest.approx(x[mask].mean().item())
-    torch.testing.assert_close((kept - white)[mask], x[mask].mean().expand(int(mask.sum())))
-    assert m.whiten(torch.ones(2, 3), torch.ones(2, 3)).abs().max() == 0  # nothing to scale
-
-
-def test_kl_estimates():
-    """By hand, and: over a whole vocabulary the expectations of k1 and k3 are the divergence itself."""
-    policy, reference = torch.tensor(0.5).log(), torch.tensor(0.25).log()  # r = 1/2
-    by_hand = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": 0.5 - 1 + math.log(2)}
-    for kind, value in by_hand.items():
-        assert m.kl_estimate(policy, reference, kind).item() == pytest.approx(value, abs=1e-6)
-    p, q = doubles(50, 6).log_softmax(-1), doubles(50, 6, seed=1).log_softmax(-1)
-    true = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-    assert (true > 0).all() and (m.kl_estimate(p, q, "k3") >= 0).all()
-    for kind in ("k1", "k3"):
-        torch.testing.assert_close((p.exp() * m.kl_estimate(p, q, kind)).sum(-1), true, rtol=0, atol=1e-12)
-    torch.testing.assert_close(m.kl_estimate(p, q), m.kl_estimate(p, q, "k1"))
-
-
-def test_grpo_advantages():
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0])
-    assert m.grpo_advantages(rewards, 4).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
-    scaled = m.grpo_advantages(rewards, 4, "grpo")
-    torch.testing.assert_close(scaled[0].item(), 0.5 / (3**-0.5 + 1e-4))  # deviation √(1 / 3)
-    assert (scaled[4:] == 0).all()
-    rewards = doubles(12)
-    for kind in ("dr_grpo", "grpo"):
-        expected = []
-        for group in (rewards[:3], rewards[3:6], rewards[6:9], rewards[9:]):
-            mean = sum(group.tolist()) / 3
-            deviation = (sum((r - mean) ** 2 for r in group.tolist()) / 2) ** 0.5 + 1e-4
-            expected += [(r - mean) / (deviation if kind == "grpo" else 1) for r in group.tolist()]
-        assert m.grpo_advantages(rewards, 3, kind).tolist() == pytest.approx(expected, abs=1e-6)
-        assert (m.grpo_advantages(torch.full((7,), 0.1), 7, kind) == 0).all()  # whose mean is not exactly 0.1
-
-
-@pytest.mark.parametrize(("temperature", "chunk"), [(1.0, 100), (0.7, 3), (2.0, 1)])
-def test_token_logprobs(temperature, chunk):
-    hidden, weight = doubles(2, 7, 8).requires_grad_(), doubles(50, 8, seed=1).requires_grad_()
-    labels = random_ids(2, 7, 50, low=0)
-    labels[0, 3:5] = labels[1, 0] = -100
-    found = m.token_logprobs(hidden, weight, labels, temperature, chunk)
-    every = (hidden @ weight.T / temperature).log_softmax(-1)
-    plain = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-9)
-    assert (found[labels == -100] == 0).all()
-    ours, theirs = (torch.autograd.grad((x * doubles(2, 7, seed=2)).sum(), (hidden, weight)) for x in (found, plain))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    assert m.token_logprobs(hidden, weight, torch.full((2, 7), -100)).abs().sum() == 0
-
-
-# -- from base model to assistant: reinforcement -----------------------------------------------------------------------
+# ======================================================================================================================
+# 10 Reinforcement learning
+# ======================================================================================================================
 
 
 def prompt_batch(tokenizer, questions: list[str], answers: list[str] | None = None) -> dict:
-    chats = [[{"role": "user", "content": question}] for question in questions]
+    chats = [turns(question) for question in questions]
     rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    return m.pad_left(rows, tokenizer.pad_id) | {"answers": answers or [""] * len(rows)}
+    return m.pad_left(rows, tokenizer.pad_id) | {"messages": chats, "answers": answers or [""] * len(rows)}
 
 
 def rl_trainer(cls, tokenizer, reward=lambda messages, reply, answer: float(answer), model=None, train=None, **rl):
-    train = {"warmup_steps": 0, "answer_tokens": 6, "optimizer": "adamw", "learning_rate": 1e-3, **(train or {})}
+    train = {"warmup_steps": 0, "reply_tokens": 6, "optimizer": "adamw", "learning_rate": 1e-3, **(train or {})}
     model = random_model(shape(vocab_size=310)) if model is None else model
     reference = random_model(model.config, seed=5)
     return cls(
@@ -1900,16 +3846,29 @@ def rl_trainer(cls, tokenizer, reward=lambda messages, reply, answer: float(answ
 WRITTEN = torch.tensor([[10, 0, 11, 4, 0, 0], [20, 21, 22, 23, 24, 25], [2, 0, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0]])
 
 
-def let_write(monkeypatch, answers: torch.Tensor = WRITTEN) -> None:
-    """Whatever the policy is asked, it writes `answers`."""
-    monkeypatch.setattr(m.TextGenerator, "sample_generate", lambda self, ids, *_: torch.cat((ids, answers), dim=1))
+def let_write(monkeypatch, replies: torch.Tensor = WRITTEN) -> None:
+    """Whatever the policy is asked, it writes `replies`."""
+    monkeypatch.setattr(m.TextGenerator, "sample_generate", lambda self, ids, *_: torch.cat((ids, replies), dim=1))
 
 
 def four_prompts(tokenizer) -> dict:
     return prompt_batch(tokenizer, ["a", "你好吗", "hi there", "xy"], ["1", "2", "3", "4"])
 
 
-def test_an_answer_ends_with_its_first_end_of_turn(tokenizer, monkeypatch):
+def test_groups_of_like_lengths_by_hand():
+    """Worked example: seven rows in groups of three, the shortest together; few enough stay as they are."""
+    lengths = torch.tensor([5, 1, 9, 1, 7, 3, 8])
+    assert [rows.tolist() for rows in m.length_groups(lengths, size=3)] == [[1, 3, 5], [0, 4, 6], [2]]
+    assert [rows.tolist() for rows in m.length_groups(lengths, torch.tensor([6, 0, 2]), size=2)] == [[0, 6], [2]]
+    assert [rows.tolist() for rows in m.length_groups(lengths, torch.tensor([6, 0, 2]))] == [[6, 0, 2]]
+    batch = {"last": lengths, "wide": torch.arange(84).view(7, 12), "narrow": torch.arange(77).view(7, 11)}
+    part = m.select_rows(batch, torch.tensor([3, 5]))  # the longest has 9, of these 3: six columns fall away
+    assert part["last"].tolist() == [1, 3] and part["wide"].shape == (2, 6) and part["narrow"].shape == (2, 5)
+    assert part["narrow"][0].tolist() == list(range(33, 38))
+
+
+def test_a_reply_ends_with_its_first_end_of_turn(tokenizer, monkeypatch):
+    """Worked example: replies of 4, 6, 1 and 2 tokens; the second never ends and loses 0.75 of its reward of 1."""
     let_write(monkeypatch)
     seen = []
     trainer = rl_trainer(
@@ -1929,10 +3888,39 @@ def test_an_answer_ends_with_its_first_end_of_turn(tokenizer, monkeypatch):
         assert torch.equal(batch["input_ids"][row, :n], prompts["input_ids"][row, width - n :])
         assert batch["token_mask"][row].sum() == n + length == batch["last"][row] + 2
     assert batch["scores"].tolist() == [1, 0.25, 1, 1] and stats["ended"] == 0.75 and stats["reward"] == 1
-    assert stats["answer_length"] == 13 / 4 and stats["accuracy"] == 0
+    assert stats["reply_length"] == 13 / 4 and stats["accuracy"] == 0
     said = [tokenizer.decode(WRITTEN[row, :n].tolist()) for row, n in enumerate((4, 6, 1, 2))]
     asked = [[{"role": "user", "content": text}] for text in ("a", "你好吗", "hi there", "xy")]
     assert seen == list(zip(asked, said, ["1", "2", "3", "4"], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "grpo"])
+def test_grpo_loss_against_its_equation(tokenizer, monkeypatch, kind):
+    """Worked example: two groups of two replies with scores 1, -1 and 0, 3, and the loss token by token."""
+    let_write(monkeypatch)
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, advantage_kind=kind, group_size=2, grpo_kl_coef=0.2)
+    prompts = {k: v[:2] for k, v in four_prompts(tokenizer).items()}
+    scores = iter([1.0, 0.0, 0.0, 3.0])
+    trainer.reward = lambda *_: next(scores)
+    batch, _ = trainer.experience(prompts)
+    torch.testing.assert_close(batch["scores"], torch.tensor([1.0, -1.0, 0.0, 3.0]))  # the second lacks its end
+    deviations = [1.0, 1.0] if kind == "dr_grpo" else [2**0.5 + 1e-4, 4.5**0.5 + 1e-4]
+    expected_advantages = [1 / deviations[0], -1 / deviations[0], -1.5 / deviations[1], 1.5 / deviations[1]]
+    assert batch["advantages"].tolist() == pytest.approx(expected_advantages, abs=1e-5)
+    batch["logprobs"] = batch["logprobs"] + 0.5 * doubles(*batch["mask"].shape).float()  # an old policy that differs
+    with torch.no_grad():
+        new, total, moved = trainer.logprobs(trainer.model, batch), 0.0, []
+        for i, length in enumerate([4, 6, 1, 2]):
+            for t in batch["mask"][i].nonzero().flatten().tolist():
+                a, log_ratio = batch["advantages"][i], new[i, t] - batch["logprobs"][i, t]
+                ratio, log_r = log_ratio.exp(), batch["reference_logprobs"][i, t] - new[i, t]
+                term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) - 0.2 * (log_r.exp() - 1 - log_r)
+                total -= term.item() / (length if kind == "grpo" else 6)
+                moved.append((ratio - 1 - log_ratio).item())
+        loss, parts = trainer.loss(batch)
+        assert loss.item() == pytest.approx(total, rel=1e-4)
+    assert trainer.count(batch) == 4
+    assert parts["moved"].item() / 4 == pytest.approx(sum(moved) / 13, rel=1e-4)  # nats a token, as stop_kl is
 
 
 def test_value_reward_and_logprob_belong_to_the_same_token(tokenizer, monkeypatch):
@@ -1960,7 +3948,7 @@ def test_value_reward_and_logprob_belong_to_the_same_token(tokenizer, monkeypatc
                 k1[j] = (policy - reference).item()
                 earned[j] = -0.3 * k1[j]
             assert places[-1] == batch["last"][row]
-            earned[places[-1]] += row + 1 - 0.5 * (row == 1)  # the answer's score; one answer lacks its end
+            earned[places[-1]] += row + 1 - 0.5 * (row == 1)  # the reply's score; one reply lacks its end
             kls.append(sum(k1.values()))
             to_go = 0.0
             for j in reversed(places):  # λ = 1: returns are what is still to be earned
@@ -2001,25 +3989,14 @@ def mixed_prompts(tokenizer) -> dict:
     return prompt_batch(tokenizer, ["a" * n for n in (9, 1, 30, 4, 17, 2, 25)], list("1234567"))
 
 
-def in_small_pieces(monkeypatch) -> None:
-    plain = m.pieces
-    monkeypatch.setattr(m, "pieces", lambda lengths, rows=None, size=64: plain(lengths, rows, 2))
+def in_small_groups(monkeypatch) -> None:
+    plain = m.length_groups
+    monkeypatch.setattr(m, "length_groups", lambda lengths, rows=None, size=64: plain(lengths, rows, 2))
 
 
-def test_pieces_hold_every_row_once_and_like_lengths():
-    lengths = torch.tensor([5, 1, 9, 1, 7, 3, 8])
-    assert [part.tolist() for part in m.pieces(lengths, size=3)] == [[1, 3, 5], [0, 4, 6], [2]]
-    assert [part.tolist() for part in m.pieces(lengths, torch.tensor([6, 0, 2]), size=2)] == [[0, 6], [2]]
-    assert [part.tolist() for part in m.pieces(lengths, torch.tensor([6, 0, 2]))] == [[6, 0, 2]]
-    rows = torch.tensor([3, 5])
-    part = m.take({"last": lengths, "wide": torch.arange(84).view(7, 12), "narrow": torch.arange(77).view(7, 11)}, rows)
-    assert part["last"].tolist() == [1, 3] and part["wide"].shape == (2, 6) and part["narrow"].shape == (2, 5)
-    assert part["narrow"][0].tolist() == list(range(33, 38))
-
-
-def test_a_rollout_in_pieces_is_the_rollout(tokenizer, monkeypatch):
+def test_a_rollout_in_groups_is_the_rollout(tokenizer, monkeypatch):
     """Rows keep their order and their figures, however they were grouped."""
-    in_small_pieces(monkeypatch)
+    in_small_groups(monkeypatch)
     reward = m.RewardModel(random_model(shape(vocab_size=310), seed=3))
     torch.nn.init.normal_(reward.score.weight)
     trainer = rl_trainer(m.PPOTrainer, tokenizer, reward, missing_end_penalty=0.0)
@@ -2038,19 +4015,17 @@ def test_a_rollout_in_pieces_is_the_rollout(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
-def test_an_update_in_pieces_is_the_update(tokenizer, monkeypatch, cls):
-    in_small_pieces(monkeypatch)
+def test_an_update_in_groups_is_the_update(tokenizer, monkeypatch, cls):
+    in_small_groups(monkeypatch)
     torch.manual_seed(0)
     trainer = rl_trainer(cls, tokenizer, lambda *_: random.random(), group_size=2)
     batch, _ = trainer.experience(mixed_prompts(tokenizer))
-    found = []
-    for parts in ([batch], [m.take(batch, rows) for rows in m.pieces(batch["last"])]):
-        trainer.modules.zero_grad()
-        loss = trainer._accumulate(parts)
-        found.append([torch.tensor(loss), *(p.grad for p in trainer.modules.parameters() if p.grad is not None)])
-    assert len(parts) > 3 and len(found[0]) > 10
-    for whole, pieced in zip(*found, strict=True):
-        torch.testing.assert_close(pieced, whole, rtol=1e-4, atol=1e-6)
+    parts = [m.select_rows(batch, rows) for rows in m.length_groups(batch["last"])]
+    (whole_loss, whole), (loss, grads) = (gradients(trainer, batches) for batches in ([batch], parts))
+    assert len(parts) > 3 and len(whole) > 10 and whole.keys() == grads.keys()
+    assert loss == pytest.approx(whole_loss, rel=1e-4, abs=1e-6)
+    for name, grad in whole.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
@@ -2062,19 +4037,19 @@ def test_the_reference_stays_as_it_is(tokenizer, cls):
         tokenizer,
         reward=lambda *_: random.random(),
         reference=reference,
-        config=m.TrainConfig(answer_tokens=6),
+        config=m.TrainConfig(reply_tokens=6),
         rl_config=m.RLHFConfig(critic_warmup=0),
     )
     assert not trainer.reference.training and not any(p.requires_grad for p in trainer.reference.parameters())
-    before = m.digest(trainer.reference.state_dict())
+    before = m.fingerprint(trainer.reference)
     batch, _ = trainer.rollout(four_prompts(tokenizer))
     with torch.no_grad():
         assert torch.equal(trainer.logprobs(trainer.reference, batch), batch["reference_logprobs"])
-    policy = m.digest(trainer.model.state_dict())
+    policy = m.fingerprint(trainer.model)
     trainer.step([four_prompts(tokenizer)])
-    assert not trainer.reference.training and m.digest(trainer.reference.state_dict()) == before
-    assert m.digest(trainer.model.state_dict()) != policy and before == m.digest(reference.state_dict())
-    trainer.modules.train()
+    assert not trainer.reference.training and m.fingerprint(trainer.reference) == before
+    assert m.fingerprint(trainer.model) != policy and before == m.fingerprint(reference)
+    trainer.trained.train()
     with torch.no_grad():
         assert torch.equal(trainer.logprobs(trainer.reference, batch), batch["reference_logprobs"])
 
@@ -2083,553 +4058,47 @@ def test_the_reference_stays_as_it_is(tokenizer, cls):
 def test_equal_rewards_give_no_gradient(tokenizer, kind):
     rl = {"missing_end_penalty": 0.0, "advantage_kind": kind, "group_size": 5}
     trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda messages, reply, answer: 0.1 * float(answer), **rl)
-    trainer.rl.grpo_kl_coef = 1.0  # all answers are kept
+    trainer.rl.grpo_kl_coef = 1.0  # all replies are kept
     batch, stats = trainer.experience(four_prompts(tokenizer))
     assert len(batch["scores"]) == 20 and stats["equal_groups"] == 1 and (batch["advantages"] == 0).all()
     trainer.rl.grpo_kl_coef = 0.0
-    trainer.loss(batch).backward()
+    trainer.loss(batch)[0].backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in trainer.model.parameters())
-    before = m.digest(trainer.model.state_dict())
+    before = m.fingerprint(trainer.model)
     result = trainer.step([four_prompts(tokenizer)])  # and without it they are left out
-    assert result["updates"] == 0 and trainer.step_count == 1 and m.digest(trainer.model.state_dict()) == before
+    assert result["updates"] == 0 and trainer.step_count == 1 and m.fingerprint(trainer.model) == before
     scores = itertools.cycle([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     trainer.reward = lambda *_: next(scores)
     batch, stats = trainer.experience(four_prompts(tokenizer))
     assert stats["equal_groups"] == 0.5 and all(len(value) == 10 for value in batch.values())
     assert (batch["scores"].view(2, 5) == torch.tensor([2.0, 1, 1, 1, 1])).all()
-
-
-@pytest.mark.parametrize("kind", ["dr_grpo", "grpo"])
-def test_grpo_loss_against_its_equation(tokenizer, monkeypatch, kind):
-    let_write(monkeypatch)
-    trainer = rl_trainer(m.GRPOTrainer, tokenizer, advantage_kind=kind, group_size=2, grpo_kl_coef=0.2)
-    prompts = {k: v[:2] for k, v in four_prompts(tokenizer).items()}
-    scores = iter([1.0, 0.0, 0.0, 3.0])
-    trainer.reward = lambda *_: next(scores)
-    batch, _ = trainer.experience(prompts)
-    torch.testing.assert_close(batch["scores"], torch.tensor([1.0, -1.0, 0.0, 3.0]))  # the second lacks its end
-    deviations = [1.0, 1.0] if kind == "dr_grpo" else [2**0.5 + 1e-4, 4.5**0.5 + 1e-4]
-    expected_advantages = [1 / deviations[0], -1 / deviations[0], -1.5 / deviations[1], 1.5 / deviations[1]]
-    assert batch["advantages"].tolist() == pytest.approx(expected_advantages, abs=1e-5)
-    batch["logprobs"] = batch["logprobs"] + 0.5 * doubles(*batch["mask"].shape).float()  # an old policy that differs
-    with torch.no_grad():
-        new, total = trainer.logprobs(trainer.model, batch), 0.0
-        for i, length in enumerate([4, 6, 1, 2]):
-            for t in batch["mask"][i].nonzero().flatten().tolist():
-                a, ratio = batch["advantages"][i], (new[i, t] - batch["logprobs"][i, t]).exp()
-                log_r = batch["reference_logprobs"][i, t] - new[i, t]
-                term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) - 0.2 * (log_r.exp() - 1 - log_r)
-                total -= term.item() / (length if kind == "grpo" else 6)
-        assert trainer.loss(batch).item() == pytest.approx(total, rel=1e-4)
-    assert trainer.weight(batch) == 4
-
-
-def test_the_reward_is_read_at_the_last_real_token(tokenizer):
-    model = m.RewardModel(random_model(shape()))
-    torch.nn.init.normal_(model.score.weight)
-    rows = [random_ids(1, n, seed=n)[0] for n in (5, 9, 2)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    alone = torch.cat([model(row[None]) for row in rows])
-    for padded in (ids, ids.where(mask == 1, 77)):
-        torch.testing.assert_close(model(padded, mask), alone)
-    torch.testing.assert_close(alone[0], model.score(model.hidden_states(rows[0][None])[0])[0, -1, 0])
-    again = m.RewardModel(model)
-    torch.testing.assert_close(again(ids, mask), alone)
-    assert m.RewardModel(m.MiniGPT(shape()))(ids, mask).tolist() == [0, 0, 0]
+    assert trainer.count(batch) == 20  # the mean is over all replies, those that are left out too
 
 
 @pytest.mark.parametrize("kind", ["reward_model", "python"])
 def test_the_rewards_scores_reach_the_experience(tokenizer, monkeypatch, kind):
     let_write(monkeypatch)
+    if kind == "python":
+        for bad in (math.nan, math.inf, "1", None):
+            trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda *_, bad=bad: bad)
+            with pytest.raises(m.UserError, match="the reward function gave"):
+                trainer.rollout(four_prompts(tokenizer))
+        trainer = rl_trainer(m.PPOTrainer, tokenizer, missing_end_penalty=0.0)
+        assert trainer.rollout(four_prompts(tokenizer))[0]["scores"].tolist() == [1, 2, 3, 4]
+        return
     reward = m.RewardModel(random_model(shape(vocab_size=310, dropout=0.4), seed=3)).train()
     torch.nn.init.normal_(reward.score.weight)
     trainer = rl_trainer(m.PPOTrainer, tokenizer, reward, missing_end_penalty=0.0)
-    assert m.digest(trainer.critic.state_dict()) == m.digest(reward.state_dict())  # where the critic starts
+    assert m.fingerprint(trainer.critic) == m.fingerprint(reward)  # where the critic starts
     batch, _ = trainer.rollout(four_prompts(tokenizer))
     for row, n in enumerate((batch["last"] + 2).tolist()):
         with torch.no_grad():
             score = trainer.reward(batch["input_ids"][row : row + 1, :n]).item()
         assert batch["scores"][row].item() == pytest.approx(score, abs=1e-5)
-    for bad in (math.nan, math.inf, "1", None):
-        trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda *_, bad=bad: bad)
-        with pytest.raises(m.UserError, match="the reward function gave"):
-            trainer.rollout(four_prompts(tokenizer))
-
-
-@pytest.mark.parametrize(("steps", "says"), [(3, True), (4, False), (0, False)])
-def test_ppo_says_when_the_policy_will_not_move(steps, says, tokenizer, capsys):
-    rl_trainer(m.PPOTrainer, tokenizer, train={"max_steps": steps}, critic_warmup=3)
-    assert ("the policy stays as it is" in capsys.readouterr().out) == says
-
-
-def test_a_seeded_rollout_draws_anew_in_each_piece(tokenizer, monkeypatch):
-    in_small_pieces(monkeypatch)
-    trainer = rl_trainer(m.PPOTrainer, tokenizer)
-    rows = [trainer.write(prompt_batch(tokenizer, ["ab"] * 6), 5)[0] for _ in range(2)]
-    assert all(map(torch.equal, *rows)) and len({tuple(row.tolist()) for row in rows[0]}) > 2
-
-
-def test_evaluation_takes_no_more_than_eval_prompts(tokenizer, monkeypatch):
-    trainer = rl_trainer(m.GRPOTrainer, tokenizer, train={"eval_prompts": 6})
-    trainer.val_data, seen, plain = [four_prompts(tokenizer)] * 3, [], trainer.rollout
-    monkeypatch.setattr(trainer, "rollout", lambda prompts, seed: seen.append(prompts["answers"]) or plain(prompts))
-    trainer.evaluate()
-    assert [len(answers) for answers in seen] == [4, 2]
-
-
-@pytest.mark.parametrize("kind", ["partial", "object"])
-def test_any_callable_is_a_reward(tokenizer, tmp_path, kind):
-    class Score:
-        def __call__(self, messages, reply, answer):
-            return 1.0
-
-    reward = Score() if kind == "object" else functools.partial(lambda x, *_: x, 1.0)
-    rl_trainer(m.GRPOTrainer, tokenizer, reward).save_checkpoint(tmp_path / "checkpoint.pt")
-
-
-def test_a_reward_file_with_a_mistake_is_one_message(tokenizer, tmp_path):
-    (tmp_path / "r.py").write_text("def f(:\n")
-    with pytest.raises(m.UserError, match=r"r\.py:1: "):
-        m.load_reward(f"{tmp_path}/r.py:f", tokenizer)
-
-
-def test_adaptive_kl_and_early_end_of_updates(tokenizer, monkeypatch):
-    let_write(monkeypatch)
-    trainer = rl_trainer(m.PPOTrainer, tokenizer, kl_coef=0.1, kl_target=1e-3, kl_horizon=1)
-    trainer.experience(four_prompts(tokenizer))
-    assert trainer.kl_coef == pytest.approx(0.08)  # however short the horizon: never negative
-    trainer = rl_trainer(m.PPOTrainer, tokenizer, kl_coef=0.1, kl_target=1e-3, kl_horizon=40)
-    trainer.experience(four_prompts(tokenizer))
-    assert trainer.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 4 / 40))  # what is written here is likelier there: KL < 0
-    trainer.reference, trainer.model = trainer.model, trainer.reference
-    trainer.experience(four_prompts(tokenizer))
-    assert trainer.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 4 / 40) * (1 + 0.2 * 4 / 40))
-    trainer = rl_trainer(m.PPOTrainer, tokenizer, train={"learning_rate": 0.1}, update_epochs=5, minibatch_size=2)
-    trainer.config.warmup_steps = 0
-    result = trainer.step([four_prompts(tokenizer)])
-    assert result["updates"] < 10 and result["moved"] > 0.1
-
-
-@pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
-def test_reinforcement_takes_any_iterable_of_prompts(tokenizer, cls):
-    # PPO fails: train_epoch asks weight() of prompts, which have no mask yet
-    loss = rl_trainer(cls, tokenizer).train_epoch([four_prompts(tokenizer), four_prompts(tokenizer)])
-    assert math.isfinite(loss)
-
-
-# -- from base model to assistant: conversations, pairs, prompts -------------------------------------------------------
-
-
-def write_jsonl(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def turns(*texts: str, system: str = "") -> list[dict]:
-    roles = itertools.cycle(("user", "assistant"))
-    said = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    return [{"role": "system", "content": system}] * bool(system) + said
-
-
-def load(cls, tmp_path: Path, tokenizer, records: list[dict], name: str = "records.jsonl", **options):
-    options = {"seq_len": 500, "split": "all", "shuffle": False, "cache_dir": tmp_path / "cache", **options}
-    return cls(write_jsonl(tmp_path / name, records), tokenizer, **options)
-
-
-def contents(loader) -> list[list[list[int]]]:
-    return [[loader.sequence(i, part).tolist() for part in range(3)] for i in loader.items]
-
-
-CHATS = [
-    {"messages": turns("你好", "你好！")},
-    {"messages": turns("小猫吃什么？", "吃鱼。", "小狗呢？", "吃骨头 🦴。", system="你是助手。")},
-    {"messages": turns("2 + 2?", "4")},
-    {"messages": turns("a" * 30, "b" * 40, "c", "d")},
-    {"messages": turns("ok?", "")},
-]
-
-
-def test_only_the_assistants_own_tokens_are_trained(tmp_path, tokenizer):
-    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, packing=False, batch_size=1)
-    for batch, chat in zip(loader, [CHATS[i] for i in loader.order()], strict=True):
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
-        assert [*ids.tolist(), *tokenizer.encode("\n")] == tokenizer.apply_chat_template(chat["messages"])
-        trained = (labels != -100).nonzero().flatten()
-        assert torch.equal(labels[trained], ids[trained])
-        said = [message["content"] for message in chat["messages"] if message["role"] == "assistant"]
-        shown = tokenizer.decode(ids[trained], skip_special_tokens=False)
-        assert shown == "".join(text + "<|im_end|>" for text in said)
-        # what comes just before a trained run is the assistant's header: not a token late, not a token early
-        starts = [t for t in trained.tolist() if labels[t - 1] == -100]
-        header = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
-        assert len(starts) == len(said) and all(ids[t - len(header) : t].tolist() == header for t in starts)
-
-
-def test_the_trained_positions_are_those_that_the_model_must_write(tmp_path, tokenizer):
-    """SFT's loss is -log p(answer and its end | generation prompt), by the definition of each."""
-    model = random_model(shape(max_position_embeddings=128))
-    trainer = m.SFTTrainer(model, tokenizer)
-    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS[:1])
-    batch = next(iter(loader))
-    question = tokenizer.apply_chat_template(CHATS[0]["messages"][:1], add_generation_prompt=True)
-    answer, total = [*tokenizer.encode("你好！"), tokenizer.im_end_id], 0.0
-    with torch.no_grad():
-        for token in answer:
-            total -= model(torch.tensor([question]))[0, -1].log_softmax(-1)[token].item()
-            question.append(token)
-        assert trainer.loss(batch).item() == pytest.approx(total, abs=1e-4)
-    assert trainer.weight(batch) == len(answer)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [shape(max_position_embeddings=150), moe_shape(max_position_embeddings=150, router_aux_loss_coef=0.0)],
-    ids=["dense", "moe"],
-)
-def test_packed_rows_equal_one_conversation_a_row(tmp_path, tokenizer, config):
-    """In rows of 200 tokens, more than the positions that there are: each conversation begins at position 0."""
-    found, loss = [], []
-    for packing in (True, False):
-        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, seq_len=200, packing=packing)
-        batches = list(loader)
-        assert batches[0]["segments"].max() == (4 if packing else 1)
-        trainer = m.SFTTrainer(random_model(config, dtype=torch.float64), tokenizer)
-        found.append(gradients(trainer, batches))
-        loss.append(sum(trainer.loss(batch).item() for batch in batches))
-        for batch in batches:
-            if not packing:
-                assert torch.equal((batch["segments"] > 0).sum(1), batch["position_ids"].max(1).values + 1)
-            for row, segments in zip(batch["position_ids"], batch["segments"], strict=True):
-                for k in range(1, int(segments.max()) + 1):
-                    place = (segments == k).nonzero().flatten()
-                    assert row[place].tolist() == list(range(len(place))) and place[-1] - place[0] == len(place) - 1
-    assert loss[0] == pytest.approx(loss[1], rel=1e-6)
-    for name, grad in found[0].items():
-        torch.testing.assert_close(grad, found[1][name], rtol=0, atol=1e-5, msg=name)
-
-
-def test_conversations_of_a_row_do_not_see_each_other(tmp_path, tokenizer):
-    trainer = m.SFTTrainer(random_model(shape(max_position_embeddings=256)), tokenizer)
-    found = []
-    for other in ("第一。", "totally different words"):
-        records = [{"messages": turns("x", other)}, CHATS[0], {"messages": turns(other, "z")}]
-        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=250)
-        batch = next(iter(loader))
-        assert batch["segments"].max() == 3
-        batch["labels"] = batch["labels"].where(batch["segments"] == loader.order().index(1) + 1, -100)
-        trainer._zero_grad()
-        loss = trainer.loss(batch)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters())])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
-    chat = turns("a" * 10, "b" * 10, "c" * 10, "d" * 10, "e", "f" * 20)
-    whole = tokenizer.apply_chat_template(chat)[:-1]  # all but the newline after the last turn
-    two, one = len(tokenizer.apply_chat_template(chat[:4])), len(tokenizer.apply_chat_template(chat[:2]))
-    head = len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True))
-    records = [{"messages": chat}, {"messages": turns("q", "r")}]
-    for seq_len, kept, cut in ((len(whole), len(whole), False), (len(whole) - 3, two - 1, False), (two, two - 1, False),
-                               (two - 2, one - 1, False), (one - 1, one - 1, False), (one - 2, one - 2, True),
-                               (head + 1, head + 1, True)):  # fmt: skip
-        options = {"seq_len": seq_len, "packing": False, "batch_size": 1}
-        if seq_len == len(whole):
-            loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, **options)
-        else:
-            message = f"of 2 conversations 1 exceed {seq_len} tokens: {1 - cut} lose turns at their end, {1 * cut} are"
-            with pytest.warns(UserWarning, match=message):
-                loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, **options)
-        batch = list(loader)[loader.order().index(0)]
-        assert batch["input_ids"][0].tolist() == whole[:kept]
-        assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut)
-        assert batch["labels"][0].max() >= 0
-    with pytest.warns(UserWarning, match="1 are cut .* 1 of which hold nothing to train on"):
-        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=head - 1)
-    assert loader.items == [1] and len(loader.cut) == 1
-    with pytest.raises(m.UserError, match="none of .* chat records fits 5 tokens"), pytest.warns(UserWarning):
-        load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=5)
-    for cls, record in (
-        (m.DPODataLoader, {"prompt": "a", "chosen": "b" * 90, "rejected": "c"}),
-        (m.PromptDataLoader, {"prompt": "a" * 90}),
-    ):
-        small = record | {"prompt": "b", **({"chosen": "b"} if "chosen" in record else {})}
-        with pytest.warns(UserWarning, match="1 of 2 .* records exceed 60 tokens and are left out"):
-            assert load(cls, tmp_path, tokenizer, [record, small], seq_len=60).items == [1]
-
-
-def test_report_shows_what_is_trained(tmp_path, tokenizer):
-    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS)
-    text = loader.report(2, colour=False)
-    assert "assistant\n«你好！<|im_end|>»" in text and "-- 2: " in text and "lengths of 5 conversations" in text
-    assert "\033[32m你好！<|im_end|>\033[0m" in loader.report(1, colour=True)
-    with pytest.warns(UserWarning):
-        text = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, seq_len=60).report(9, colour=False)
-    assert "over-long: " in text and "missing end-of-turn" in text
-
-
-def record_for(cls, i: int) -> dict:
-    if cls is m.DPODataLoader:
-        return {"prompt": f"问题 {i}?", "chosen": "好" * (i % 5 + 1), "rejected": f"no {i}", "category": "ab"[i % 2]}
-    if cls is m.PromptDataLoader:
-        return {"prompt": f"question {i}" + "?" * (i % 7), "answer": i}
-    return {"messages": turns(f"第{i}题", "答" * (i % 9) + str(i))}
-
-
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (m.ConversationDataLoader, {"packing": True}),
-        (m.ConversationDataLoader, {"packing": False}),
-        (m.DPODataLoader, {}),
-        (m.PromptDataLoader, {}),
-    ],
-)
-def test_record_loaders_have_exact_cursors(tmp_path, tokenizer, cls, options):
-    records = [record_for(cls, i) for i in range(40)]
-
-    def loader(**changes):
-        changes = {"shuffle": True, "seed": 3, "batch_size": 3, "seq_len": 120, **options, **changes}
-        return load(cls, tmp_path, tokenizer, records, **changes)
-
-    def take(loader, n):
-        return list(itertools.islice((batch for _ in itertools.count() for batch in loader), n))
-
-    epoch = len(list(loader()))
-    whole = take(loader(), 2 * epoch + 3)
-    assert m.digest(whole[0]) != m.digest(take(loader(seed=4), 1)[0])
-    count = len(list(loader(shuffle=False)))
-    name = {m.PromptDataLoader: "answers"}.get(cls, "input_ids")
-    assert m.digest(whole[0][name]) != m.digest(whole[epoch][name]) and abs(count - epoch) <= 2
-    for stop in (1, epoch - 1, epoch, epoch + 2):
-        first, second = loader(), loader()
-        take(first, stop)
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert m.digest(take(second, 4)) == m.digest(take(first, 4))
-        fresh = loader()
-        take(fresh, stop)
-        assert m.digest(take(fresh, 2 * epoch + 3 - stop)) == m.digest(whole[stop:])
-    with pytest.raises(m.UserError, match="seed=4"):
-        loader(seed=4).load_state_dict(first.state_dict())
-    with pytest.raises(m.UserError, match="the data, its split or the tokenizer"):
-        load(cls, tmp_path, tokenizer, records[:9], name="other.jsonl", **options).load_state_dict(first.state_dict())
-    seen = Counter(itertools.chain.from_iterable(
-        b["answers"] if cls is m.PromptDataLoader else [tuple(r.flatten().tolist()) for r in b["input_ids"]]
-        for b in loader(batch_size=1)))  # fmt: skip
-    assert max(seen.values()) == 1 and (options.get("packing") or len(seen) == 40)
-    parts = [load(cls, tmp_path, tokenizer, records, split=split, **options) for split in ("train", "val")]
-    texts = [{loader.tokenizer.decode(loader.question(i)) for i in loader.items} for loader in parts]
-    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
-
-
-PLAIN = {"messages": turns("小猫吃什么？", "吃鱼。")}
-WITH_SYSTEM = {"messages": turns("小猫吃什么？", "吃鱼。", system="你是助手。")}
-LONG = {"messages": turns("你好", "你好！", "小猫吃什么？", "吃鱼。", system="你是助手。")}
-TOOL = {
-    "messages": [
-        *turns("几点？", "查。"),
-        {"role": "tool", "content": "9点"},
-        {"role": "assistant", "content": "九点。"},
-    ]
-}
-
-
-@pytest.mark.parametrize(
-    ("record", "plain"),
-    [
-        ({"conversations": PLAIN["messages"]}, PLAIN),
-        ({"conversations": LONG["messages"]}, LONG),
-        ({"conversations": [{"from": "human", "value": "小猫吃什么？"}, {"from": "gpt", "value": "吃鱼。"}]}, PLAIN),
-        ({"conversations": [{"from": "human", "value": "小猫吃什么？"}, {"from": "gpt", "value": "吃鱼。"}],
-          "system": "你是助手。"}, WITH_SYSTEM),
-        ({"conversations": [{"from": "system", "value": "你是助手。"}, {"from": "human", "value": "小猫吃什么？"},
-                            {"from": "gpt", "value": "吃鱼。"}]}, WITH_SYSTEM),
-        ({"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "查。"},
-                            {"from": "observation", "value": "9点"}, {"from": "gpt", "value": "九点。"}]}, TOOL),
-        ({"messages": PLAIN["messages"], "system": "你是助手。"}, WITH_SYSTEM),
-        ({"instruction": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
-        ({"instruction": "小猫吃什么？", "input": "", "output": "吃鱼。", "system": "", "history": []}, PLAIN),
-        ({"instruction": "小猫吃什么？", "input": None, "output": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
-        ({"instruction": "小猫吃什么？", "output": "吃鱼。", "system": "你是助手。", "history": [["你好", "你好！"]]},
-         LONG),
-        ({"instruction": "回答", "input": "小猫？", "output": "鱼"}, {"messages": turns("回答\n小猫？", "鱼")}),
-        ({"prompt": "小猫吃什么？", "completion": "吃鱼。"}, PLAIN),
-        ({"prompt": WITH_SYSTEM["messages"][:2], "completion": PLAIN["messages"][1:]}, WITH_SYSTEM),
-        ({"prompt": "小猫吃什么？", "completion": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
-        ({"input": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
-    ],
-)  # fmt: skip
-def test_every_form_of_conversation(tmp_path, tokenizer, record, plain):
-    forms = [
-        load(m.ConversationDataLoader, tmp_path, tokenizer, [form | {"gt": "鱼"}], f"{k}.jsonl")
-        for k, form in enumerate((record, plain))
-    ]
-    assert contents(forms[0]) == contents(forms[1]) and forms[0].text(0, 1) == "鱼"
-    assert m.digest(list(forms[0])) == m.digest(list(forms[1]))
-    if plain is TOOL:
-        ids, own = tokenizer.encode_chat(TOOL["messages"])
-        assert tokenizer.decode([i for i, o in zip(ids, own, strict=True) if o]) == "查。九点。"
-    # the same records as prompts: the conversation less its last answer
-    asked = load(m.PromptDataLoader, tmp_path, tokenizer, [record | {"answer": 3}], "prompt.jsonl")
-    assert asked.question(0) == tokenizer.apply_chat_template(plain["messages"][:-1], add_generation_prompt=True)
-    assert asked.text(0, 1) == "3" and forms[0].question(0) == asked.question(0)
-
-
-ASK, GOOD, BAD = "小猫吃什么？", "吃鱼。", "吃石头。"
-USER, CHOSEN, REJECTED = turns(ASK)[0], turns("", GOOD)[1], turns("", BAD)[1]
-BEFORE = turns("你好", "你好！", ASK)
-
-
-@pytest.mark.parametrize(
-    ("record", "prompt"),
-    [
-        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, [USER]),
-        ({"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, [USER]),
-        ({"prompt": ASK, "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD}}, [USER]),
-        ({"prompt": [{"from": "human", "value": ASK}], "chosen": CHOSEN, "rejected": BAD}, [USER]),
-        ({"prompt": ASK, "chosen": ASK + GOOD, "rejected": ASK + BAD}, [USER]),
-        ({"prompt": ASK, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, [USER]),
-        ({"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, [USER]),
-        ({"prompt": "", "chosen": [*BEFORE, CHOSEN], "rejected": [*BEFORE, REJECTED]}, BEFORE),
-        ({"prompt": None, "chosen": [*BEFORE, CHOSEN], "rejected": [*BEFORE, REJECTED]}, BEFORE),
-        ({"prompt": BEFORE, "chosen": [*BEFORE, CHOSEN], "rejected": [*BEFORE, REJECTED]}, BEFORE),
-        ({"prompt": BEFORE[:1], "chosen": [*BEFORE[1:], CHOSEN], "rejected": [*BEFORE[1:], REJECTED]}, BEFORE),
-        ({"chosen": f"\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
-          "rejected": f"\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: {ASK}\n\nAssistant: {BAD}"}, BEFORE),
-        ({"system": "你是助手。", "prompt": ASK, "chosen": GOOD, "rejected": BAD}, turns(ASK, system="你是助手。")),
-    ],
-)  # fmt: skip
-def test_every_form_of_preference(tmp_path, tokenizer, record, prompt):
-    batch = next(iter(load(m.DPODataLoader, tmp_path, tokenizer, [record])))
-    for side, answer in enumerate((CHOSEN, REJECTED)):
-        ids = tokenizer.apply_chat_template([*prompt, answer])[:-1]  # ends with the end-of-turn, as a rollout does
-        n = len(ids)
-        assert ids[-1] == tokenizer.im_end_id
-        assert batch["input_ids"][0, side, :n].tolist() == ids
-        assert batch["attention_mask"][0, side].sum() == n and (batch["input_ids"][0, side, n:] == 0).all()
-        labels = batch["labels"][0, side]
-        assert tokenizer.decode(labels[labels >= 0], skip_special_tokens=False) == answer["content"] + "<|im_end|>"
-        begin = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
-        assert labels[begin] >= 0 and (labels[:begin] == -100).all()
-
-
-def test_a_prefix_that_both_sides_share_is_no_prompt_unless_it_is_one(tmp_path, tokenizer):
-    """Plain strings that begin alike are answers that begin alike."""
-    records = [{"prompt": ASK, "chosen": "好" + GOOD, "rejected": "好" + BAD}, {"chosen": "ab", "rejected": "ac"}]
-    labels = load(m.DPODataLoader, tmp_path, tokenizer, records).collate([0, 1])["labels"]
-    assert tokenizer.decode(labels[0, 0][labels[0, 0] >= 0]) == "好" + GOOD
-    assert tokenizer.decode(labels[1, 1][labels[1, 1] >= 0]) == "ac"
-
-
-@pytest.mark.parametrize(
-    ("record", "prompt", "answer"),
-    [
-        ({"prompt": ASK, "answer": "鱼"}, [USER], "鱼"),
-        ({"prompt": [USER], "answer": 3}, [USER], "3"),
-        ({"prompt": BEFORE, "gt": ["鱼", "fish", 2.5]}, BEFORE, "鱼\nfish\n2.5"),
-        ({"prompt": USER}, [USER], ""),
-        ({"prompt": ASK, "system": "你是助手。", "gt": None}, turns(ASK, system="你是助手。"), ""),
-        ({"messages": [*BEFORE, CHOSEN], "answer": "鱼"}, BEFORE, "鱼"),
-        ({"messages": BEFORE, "answer": "x"}, BEFORE[:1], "x"),
-    ],
-)
-def test_every_form_of_prompt(tmp_path, tokenizer, record, prompt, answer):
-    other = {"messages": turns("好", "b")} if "messages" in record else {"prompt": "好"}
-    loader = load(m.PromptDataLoader, tmp_path, tokenizer, [record, other])
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-    batch = loader.collate([0, 1])
-    assert batch["answers"] == [answer, ""] and batch["input_ids"][0].tolist() == ids
-    short = int(batch["attention_mask"][1].sum())
-    assert batch["attention_mask"][1].tolist() == [0] * (len(ids) - short) + [1] * short
-    assert (batch["input_ids"][1, : len(ids) - short] == tokenizer.pad_id).all()
-    assert tokenizer.decode_chat(ids) == prompt
-
-
-@pytest.mark.parametrize(
-    ("cls", "record", "message"),
-    [
-        (m.ConversationDataLoader, {"messages": [{"role": "robot", "content": "a"}]}, "role .*system, user"),
-        (m.ConversationDataLoader, {"messages": [{"role": "user"}, CHOSEN]}, "content .* of type string"),
-        (m.ConversationDataLoader, {"messages": [{"role": "user", "content": 3}, CHOSEN]}, "of type string"),
-        (m.ConversationDataLoader, {"messages": [[USER]]}, "must be an object"),
-        (m.ConversationDataLoader, {"messages": None}, "must be an object"),
-        (m.ConversationDataLoader, {"messages": [USER, USER, CHOSEN]}, "two user messages"),
-        (m.ConversationDataLoader, {"messages": [USER, CHOSEN, CHOSEN]}, "two assistant messages"),
-        (m.ConversationDataLoader, {"messages": [USER, {"role": "system", "content": "s"}, CHOSEN]}, "only come first"),
-        (m.ConversationDataLoader, {"messages": [USER]}, "without an assistant message"),
-        (m.ConversationDataLoader, {"messages": []}, "without an assistant message"),
-        (m.ConversationDataLoader, {"instruction": "a", "output": "b", "history": [["a"]]}, ""),
-        (m.ConversationDataLoader, {"instruction": 3, "output": "b"}, ""),
-        (m.ConversationDataLoader, PLAIN | {"answer": {"a": 1}}, '"answer" must be'),
-        (m.PromptDataLoader, {"prompt": ASK, "answer": True}, '"answer" must be'),
-        (m.PromptDataLoader, {"prompt": ASK, "gt": [["a"]]}, '"answer" must be'),
-        (m.PromptDataLoader, {"prompt": [USER, CHOSEN]}, "must end with a message to answer"),
-        (m.PromptDataLoader, {"prompt": []}, "must end with a message to answer"),
-        (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, '"chosen" must end with'),
-        (m.DPODataLoader, {"prompt": ASK, "chosen": [CHOSEN], "rejected": []}, '"rejected" must end with'),
-        (m.DPODataLoader, {"prompt": ASK, "chosen": 3, "rejected": GOOD}, "must be an object"),
-        (m.DPODataLoader, {"prompt": [USER, USER], "chosen": GOOD, "rejected": BAD}, "two user messages"),
-    ],
-)
-def test_bad_records_of_conversations(tmp_path, tokenizer, cls, record, message):
-    good = {m.ConversationDataLoader: PLAIN, m.PromptDataLoader: {"prompt": "b"}}.get(
-        cls, {"prompt": "a", "chosen": "b", "rejected": "c"}
-    )
-    with pytest.raises(m.UserError, match=f"records.jsonl:2: .*{message}"):
-        load(cls, tmp_path, tokenizer, [good, record, good])
-    with pytest.warns(UserWarning, match="skipped 2 malformed records, the first at .*records.jsonl:2: "):
-        loader = load(cls, tmp_path, tokenizer, [good, record, good, record], on_bad_record="skip")
-    assert len(loader.items) == 2
-
-
-def test_a_file_without_records_of_the_kind_is_named(tmp_path, tokenizer):
-    (tmp_path / "d").mkdir()
-    for name, record in (("a", PLAIN), ("b", {"prompt": "a", "chosen": "b", "rejected": "c"}), ("c", {"text": "x"})):
-        write_jsonl(tmp_path / "d" / f"{name}.jsonl", [record])
-    options = {"seq_len": 99, "split": "all", "cache_dir": tmp_path / "cache"}
-    for cls in (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader):
-        assert len(cls(tmp_path / "d", tokenizer, **options).items) == 1
-        with pytest.raises(m.UserError, match="c.jsonl: nothing for this stage, but text records: it takes"):
-            cls([tmp_path / "d/c.jsonl", tmp_path / "d/a.jsonl"], tokenizer, **options)
-    assert m.kinds_of(tmp_path / "d") == {"chat": 1, "preference": 1, "text": 1}
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer", "same"),
-    [
-        ("Tom", "tom", True),
-        ("Tom. He is my brother.", "Tom", True),
-        ("是小明。他很好", "小明", False),
-        ("小明。他很好", "小明", True),
-        ("  小明！", "小明", True),
-        ("3.5", "3", False),
-        ("3.5", "3.5", True),
-        ("3.", "3", True),
-        ("three  men\nand", "Three men", True),
-        ("a", "b\nA", True),
-        ("", "a", False),
-        ("a b", "a", False),
-        ("Mr. Jones", "Mr. Smith", False),
-        ("Mr. Smith! How nice.", "Mr. Smith", True),
-        ("Mr. Smithers", "Mr. Smith", False),
-        ("", ".", False),
-    ],
-)
-def test_answer_matches(reply, answer, same):
-    assert m.answer_matches(reply, answer) is same
-
-
-# -- from base model to assistant: trainers ----------------------------------------------------------------------------
-
-
-def pairs() -> list[dict]:
-    return [record_for(m.DPODataLoader, i) for i in range(12)]
 
 
 def test_a_rollout_is_scored_as_the_pairs_were(tmp_path, tokenizer, monkeypatch):
-    """The reward model reads a sampled answer to the very token at which it was trained to judge."""
+    """The reward model reads a sampled reply to the very token at which it was trained to judge."""
     records = [{"prompt": "你好吗", "chosen": "好。", "rejected": "bad"}]
     loader = load(m.DPODataLoader, tmp_path, tokenizer, records)
     model = m.RewardModel(random_model(shape(vocab_size=310)))
@@ -2644,192 +4113,129 @@ def test_a_rollout_is_scored_as_the_pairs_were(tmp_path, tokenizer, monkeypatch)
     torch.testing.assert_close(batch["scores"], trained, rtol=0, atol=1e-5)
 
 
-def test_dpo_compares_sums_of_logprobs(tmp_path, tokenizer):
-    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=4)
-    model = random_model(shape(max_position_embeddings=128, dropout=0.3))
-    reference = random_model(model.config, seed=4)
-    alone = [[], []]
-    for i in loader.order():
-        for side in (0, 1):
-            row = loader.sequence(i, side)
-            ids, own = row >> 1, row & 1
-            for which, net in enumerate((model, reference)):
-                with torch.no_grad():
-                    logprobs = net.eval()(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-                alone[which].append((logprobs * own[1:]).sum())
-    sums, references = (torch.stack(found).view(-1, 2) for found in alone)
-    trainer = m.DPOTrainer(model, tokenizer, reference=reference, train_data=loader, val_data=loader)
-    h = (sums - references) @ torch.tensor([1.0, -1.0])
-    even = [i % 2 == 0 for i in loader.order()]
-    for k, batch in enumerate(loader):
-        torch.testing.assert_close(m.answer_logprobs(trainer.model, batch), sums[4 * k : 4 * k + 4], rtol=0, atol=1e-4)
-        torch.testing.assert_close(batch["reference_logprobs"], references[4 * k : 4 * k + 4], rtol=0, atol=1e-4)
-        expected = -F.logsigmoid(0.1 * h[4 * k : 4 * k + 4]).sum().item()
-        assert trainer.loss(batch).item() == pytest.approx(expected, abs=1e-4)
-        del batch["reference_logprobs"]  # nor does the cache differ from the model
-        assert trainer.loss(batch).item() == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize(("steps", "says"), [(3, True), (4, False), (0, False)])
+def test_ppo_says_when_the_policy_will_not_move(steps, says, tokenizer, capsys):
+    rl_trainer(m.PPOTrainer, tokenizer, train={"max_steps": steps}, critic_warmup=3)
+    assert ("the policy stays as it is" in capsys.readouterr().out) == says
+
+
+def test_a_seeded_rollout_draws_anew_in_each_group(tokenizer, monkeypatch):
+    in_small_groups(monkeypatch)
+    trainer, prompts = rl_trainer(m.PPOTrainer, tokenizer), prompt_batch(tokenizer, ["ab"] * 6)
+    rows = [trainer.sample_replies(prompts, torch.Generator().manual_seed(5))[0] for _ in range(2)]
+    assert all(map(torch.equal, *rows)) and len({tuple(row.tolist()) for row in rows[0]}) > 2
+
+
+def test_evaluation_takes_no_more_than_eval_prompts(tokenizer, monkeypatch):
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, train={"eval_prompts": 6})
+    trainer.val_data, seen, plain = [four_prompts(tokenizer)] * 3, [], trainer.rollout
+    monkeypatch.setattr(trainer, "rollout", lambda prompts, random: seen.append(prompts["answers"]) or plain(prompts))
     result = trainer.evaluate()
-    assert result["dpo_loss"] == pytest.approx(-F.logsigmoid(0.1 * h).mean().item(), abs=1e-5)
-    assert result["pair_accuracy"] == pytest.approx((h > 0).float().mean().item())
-    assert result["pair_accuracy_a"] == pytest.approx((h[even] > 0).float().mean().item())
-    assert result["chosen_logprob"] == pytest.approx(sums[:, 0].mean().item(), abs=1e-3)
-    assert result["loss"] * result["tokens"] == pytest.approx(-sums[:, 0].sum().item(), rel=1e-5)
-    end = len(tokenizer.token_bytes[tokenizer.im_end_id])
-    assert result["bytes"] == sum(len(record["chosen"].encode()) + end for record in pairs())
+    assert [len(answers) for answers in seen] == [4, 2]
+    assert result["reward"] == pytest.approx((1 + 2 + 3 + 4 + 1 + 2) / 6)  # each reply counts, not each batch
 
 
-def test_dpo_starts_at_ln_2_and_leaves_the_reference_alone(tmp_path, tokenizer):
-    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=4)
-    model = random_model(shape(max_position_embeddings=128, dropout=0.3)).train()
-    trainer = m.DPOTrainer(model, tokenizer, config=m.TrainConfig(warmup_steps=0, learning_rate=1e-3))
-    before = m.digest(trainer.reference.state_dict())
-    assert not trainer.reference.training
-    batches = list(loader)
-    first = [trainer.reference_logprobs(batch) for batch in batches]
-    results = [trainer.step([batch])["loss"] for batch in batches]
-    assert results[0] == pytest.approx(math.log(2), abs=1e-6) and results[1] != pytest.approx(math.log(2), abs=1e-6)
-    assert m.digest(trainer.reference.state_dict()) == before != m.digest(trainer.model.state_dict())
-    assert all(map(torch.equal, first, [trainer.reference_logprobs(batch) for batch in batches]))
-    trainer = m.DPOTrainer(random_model(model.config), tokenizer, rl_config=m.RLHFConfig(dpo_sft_coef=2.0))
-    policy = m.answer_logprobs(trainer.model, batches[0])[:, 0]
-    lengths = (batches[0]["labels"][:, 0] != -100).sum(dim=1)
-    expected = 4 * math.log(2) - 2 * (policy / lengths).sum().item()
-    assert trainer.loss(batches[0]).item() == pytest.approx(expected, rel=1e-5)
+def test_evaluation_draws_the_same_replies_each_time(tokenizer):
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda messages, reply, answer: len(reply.encode()))
+    trainer.val_data = [four_prompts(tokenizer)] * 3
+    first = trainer.evaluate()
+    torch.rand(5)
+    assert trainer.evaluate() == first and first["reward"] > 0
 
 
-def test_reward_trainer_scores_by_hand(tmp_path, tokenizer):
-    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=5)
-    model = m.RewardModel(random_model(shape(max_position_embeddings=128)))
-    torch.nn.init.normal_(model.score.weight)
-    rl = m.RLHFConfig(reward_center_coef=0.1, reward_sft_coef=0.25)
-    trainer = m.RewardTrainer(model, tokenizer, val_data=loader, rl_config=rl)
-    with torch.no_grad():
-        alone = torch.tensor([[model((loader.sequence(i, s) >> 1)[None]) for s in (0, 1)] for i in loader.items])
-    gaps = alone[:, 0] - alone[:, 1]
-    total = (-F.logsigmoid(gaps) + 0.1 * alone.sum(dim=1).square()).sum().item()
-    for i in loader.items:  # and each chosen answer's mean loss a token
-        stored = loader.sequence(i, 0)
-        labels = (stored >> 1).where(stored & 1 == 1, -100)[1:]
-        with torch.no_grad():
-            total += 0.25 * F.cross_entropy(m.MiniGPT.forward(model, (stored >> 1)[None])[0, :-1], labels).item()
-    assert sum(trainer.loss(batch).item() for batch in loader) == pytest.approx(total, rel=1e-4)
-    result = trainer.evaluate()
-    assert result["loss"] == pytest.approx(-F.logsigmoid(gaps).mean().item(), abs=1e-4)
-    assert result["pair_accuracy"] == pytest.approx((gaps > 0).float().mean().item())
-    longer = torch.tensor([len(loader.sequence(i, 0)) - len(loader.sequence(i, 1)) for i in loader.items]).sign()
-    assert result["longer_accuracy"] == pytest.approx(((longer + 1) / 2).mean().item())
-    assert "第" not in trainer.samples() and "问题 0? → 好 [" in trainer.samples()
+@pytest.mark.parametrize("kind", ["partial", "object"])
+def test_any_callable_is_a_reward(tokenizer, tmp_path, kind):
+    class Score:
+        def __call__(self, messages, reply, answer):
+            return 1.0
+
+    reward = Score() if kind == "object" else functools.partial(lambda x, *_: x, 1.0)
+    rl_trainer(m.GRPOTrainer, tokenizer, reward).save_checkpoint(tmp_path / "checkpoint.pt")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [shape(), moe_shape(), shape(tie_word_embeddings=False), moe_shape(num_shared_experts=0)],
-    ids=["dense", "moe", "untied", "no_shared"],
-)
-def test_lora_merged_equals_unmerged(config):
-    model, ids = random_model(config), random_ids(2, 20)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        plain = model(ids)
-        m.add_lora(model, 3, 6.0)
-        torch.testing.assert_close(model(ids), plain)
-        for name, p in model.named_parameters():
-            assert p.requires_grad == (".lora_" in name)
-            if name.endswith("lora_b"):
-                p.normal_(std=0.1)
-        unmerged = model(ids)
-        weight = model.layers[0].self_attn.qkv_proj
-        expected = before["layers.0.self_attn.qkv_proj.weight"] + 2.0 * weight.lora_b @ weight.lora_a
-        m.merge_lora(model)
-        torch.testing.assert_close(model(ids), unmerged, rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.layers[0].self_attn.qkv_proj.weight, expected)
-    assert (unmerged - plain).abs().max() > 0.01 and model.state_dict().keys() == before.keys()
-    assert all(p.requires_grad for p in model.parameters())
+def test_updates_end_early_when_the_policy_has_moved_too_far(tokenizer, monkeypatch):
+    let_write(monkeypatch)
+    rl = {"kl_coef": 0.1, "update_epochs": 5, "minibatch_size": 2}
+    results = []
+    for stop_kl in (0.1, 0.0):
+        trainer = rl_trainer(m.PPOTrainer, tokenizer, train={"learning_rate": 0.1}, stop_kl=stop_kl, **rl)
+        results.append(trainer.step([four_prompts(tokenizer)]))
+    assert results[0]["updates"] < 10 and results[0]["moved"] > 0.1
+    assert results[1]["updates"] == 10  # 0 is off
 
 
-def test_lora_trains_its_own_and_a_run_of_it_is_a_plain_model(tmp_path, tokenizer):
-    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS, seq_len=64, packing=False)
-    config = m.TrainConfig(lora_rank=2, max_steps=3, warmup_steps=0, sample_tokens=0, learning_rate=0.05)
-    model = random_model(shape(tie_word_embeddings=False))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = m.SFTTrainer(model, tokenizer, config=config, train_data=loader, run_dir=tmp_path / "run")
-    trained = {p for p in trainer.model.parameters() if p.requires_grad}
-    held = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
-    assert set(held) == trained and len(held) == len(trained) == 2 * 4 * 2
-    trainer.fit()
-    after = trainer.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    merged, _, state = m.load_run(tmp_path / "run")
-    assert merged.state_dict().keys() == before.keys() and any("lora_a" in name for name in state["model"])
-    ids = random_ids(2, 20)
-    with torch.no_grad():
-        difference = merged(ids) - random_model(model.config)(ids)
-        torch.testing.assert_close(merged(ids), trainer.model.eval()(ids), rtol=0, atol=1e-5)
-    assert difference.abs().max() > 0.01
-    critic = m.RewardModel(random_model(shape()))
-    reward = m.RewardTrainer(critic, tokenizer, config=m.TrainConfig(lora_rank=2))
-    names = {name for name, p in reward.model.named_parameters() if p.requires_grad}
-    assert "score.weight" in names and all(".lora_" in name for name in names - {"score.weight"})
+@pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
+def test_reinforcement_takes_any_iterable_of_prompts(tokenizer, cls):
+    loss = rl_trainer(cls, tokenizer).train_epoch([four_prompts(tokenizer), four_prompts(tokenizer)])
+    assert math.isfinite(loss)
 
 
-def stage_records(path: Path) -> dict[str, dict]:
-    """Small data of each stage in files under `path`, as `sources`."""
-    words = ["cat", "dog", "小猫", "小狗", "fox", "cow", "pig", "hen", "ant", "bee"]
-    for part, chosen in (("train", words[:8]), ("val", words[8:])):
-        (path / part).mkdir(parents=True)
-        write_jsonl(path / part / "text.jsonl", [{"text": f"{a} and {b}" * 3} for a in words for b in chosen])
-        write_jsonl(path / part / "sft.jsonl", [{"messages": turns(a, a), "answer": a} for a in chosen])
-        write_jsonl(path / part / "pref.jsonl", [{"prompt": a, "chosen": "good", "rejected": "bad!"} for a in chosen])
-        write_jsonl(path / part / "prompts.jsonl", [{"prompt": a, "answer": a} for a in chosen])
-    return {part: {"paths": [str(path / part)], "split": "all"} for part in ("train", "val")}
+def test_rollouts_cannot_be_accumulated(tokenizer):
+    for trainer in (m.PPOTrainer, m.GRPOTrainer):
+        with pytest.raises(m.UserError, match="accumulation_steps=2 has no meaning"):
+            trainer(m.MiniGPT(shape()), tokenizer, reward=m.answer_reward, config=m.TrainConfig(accumulation_steps=2))
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, tokenizer) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"), tokenizer)
+@pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
+def test_reinforcement_raises_the_reward(tokenizer, cls):
+    """The reward is the share of a reply's characters that are ASCII digits or letters."""
+
+    def reward(messages, reply, answer):
+        return sum(c.isascii() and c.isalnum() for c in reply) / max(1, len(reply))
+
+    torch.manual_seed(0)
+    prompts = prompt_batch(tokenizer, [f"{a}{b}" for a in "abcd" for b in "xyzw"])
+    rl = {"kl_coef": 0.0, "missing_end_penalty": 0.0, "stop_kl": 0.0}
+    trainer = rl_trainer(cls, tokenizer, reward, m.MiniGPT(shape()), {"reply_tokens": 8, "learning_rate": 1e-2}, **rl)
+    if cls is m.PPOTrainer:
+        prompts = {k: v.repeat(4, 1) if isinstance(v, torch.Tensor) else v * 4 for k, v in prompts.items()}
+    rewards = [trainer.step([prompts])["reward"] for _ in range(20)]
+    assert rewards[0] < 0.5 and sum(rewards[-3:]) / 3 > rewards[0] + 0.3
 
 
-def make_base(path: Path, tokenizer: m.BPETokenizer) -> Path:
-    """A directory with data (`sources.json`) and the runs `pretrain` and `reward`, hardly trained."""
-    sources = stage_records(path / "data")
-    (path / "sources.json").write_text(json.dumps(sources))
-    config = m.TrainConfig(max_steps=2, warmup_steps=0, sample_tokens=0)
-    model = random_model(shape(dropout=0.1))
-    data = [lm_batch(2, 16)]
-    m.PreTrainer(model, tokenizer, config=config, train_data=data, val_data=data, run_dir=path / "pretrain").fit()
-    config = stage_config(max_steps=2)
-    m.open_stage("reward", path / "reward", path / "pretrain", sources, config, cache_dir=path / "cache").fit()
-    return path
+# ======================================================================================================================
+# 11 Pipeline
+# ======================================================================================================================
 
 
-def stage_config(**changes) -> m.TrainConfig:
-    settings = {
-        "max_steps": 4,
-        "batch_size": 3,
-        "warmup_steps": 1,
-        "answer_tokens": 6,
-        "eval_prompts": 4,
-        "sample_tokens": 0,
-        "eval_every": 3,
-        "save_every": 2,
-        "log_every": 1,
-    }
-    return m.TrainConfig(**settings | changes)
+def test_the_defaults_of_a_preset_and_a_stage():
+    """Worked example: what the recipe names is the recipe's, the rest TrainConfig's."""
+    config = m.get_train_config("tiny", "ppo")
+    assert (config.batch_size, config.max_steps, config.minutes, config.optimizer) == (256, 30, 6, "adamw")
+    assert config.beta2 == m.TrainConfig().beta2
+    assert m.get_train_config("moe").max_steps == 10_000 and m.get_train_config("large").batch_size == 32
+    assert (m.get_rlhf_config("tiny").update_epochs, m.get_rlhf_config("small").update_epochs) == (1, 2)
+    for preset, stage in itertools.product(m.PRESETS, m.STAGES):
+        config = m.get_train_config(preset, stage)
+        assert config.max_steps or config.minutes, (preset, stage)
+    for names, message in ((("huge",), "huge"), (("tiny", "dream"), "dream")):
+        with pytest.raises(m.UserError, match=message):
+            m.get_train_config(*names)
 
 
-def open_from(base: Path, stage: str, run_dir: Path, parent: Path | None = None, config=None, **options) -> m.Trainer:
-    rl = m.RLHFConfig(group_size=4, minibatch_size=6, kl_target=0.1)
-    sources = json.loads((base / "sources.json").read_text())
-    config = config or stage_config()
-    options = {"cache_dir": base / "cache", "reward": str(base / "reward") if stage == "ppo" else "answer", **options}
-    return m.open_stage(stage, run_dir, parent or base / "pretrain", sources, config, rl, **options)
+def test_the_table_of_stages():
+    """Worked example: every stage's parent is a stage, and pretraining's is none."""
+    parents = {name: stage.parent for name, stage in m.STAGES.items()}
+    assert parents == {"pretrain": None, "sft": "pretrain", "dpo": "sft", "reward": "sft", "ppo": "sft", "grpo": "sft"}
+    assert all(stage.trainer.stage == name for name, stage in m.STAGES.items())
+
+
+def test_a_table_of_100_columns():
+    """Worked example: shares in percent, other figures with four decimals, replies on one line and cut."""
+    row = {"stage": "sft", "seconds": 61.4, "metric": "exact match", "before": None, "after": 0.5, "reply": "a\n b"}
+    rows = [row, row | {"stage": "ppo", "metric": "reward", "before": -0.25, "reply": "long " * 40}]
+    lines = train.table(rows, "小猫？").splitlines()
+    assert lines[0] == "stage     seconds  held-out metric   before   after  reply to: 小猫？"
+    assert lines[1] == "sft            61  exact match                50.0%  a b"
+    assert lines[2].startswith("ppo            61  reward           -0.2500  0.5000  long long")
+    assert len(lines[2]) == 100 and lines[2].endswith("…")
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "ppo", "grpo"])
-def test_every_stage_resumes_bit_for_bit(tmp_path, base, stage):
-    straight = open_from(base, stage, tmp_path / "straight")
+def test_every_stage_resumes_bit_for_bit(tmp_path, trained_runs, stage):
+    straight = stage_trainer(trained_runs, stage, tmp_path / "straight")
     straight.fit()
-    broken = open_from(base, stage, tmp_path / "broken")
+    broken = stage_trainer(trained_runs, stage, tmp_path / "broken")
     plain_step = broken.step
 
     def step(batches):
@@ -2841,130 +4247,65 @@ def test_every_stage_resumes_bit_for_bit(tmp_path, base, stage):
     with pytest.raises(KeyboardInterrupt):
         broken.fit()  # the last checkpoint is that of step 3, after its evaluation
     torch.manual_seed(99)
-    resumed = open_from(base, stage, tmp_path / "broken", resume=True)
+    resumed = stage_trainer(trained_runs, stage, tmp_path / "broken", resume=True)
     assert resumed.step_count == 3
     resumed.fit()
     states = [m.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("straight", "broken")]
-    for part in ("model", "critic", "optimizers", "data", "rng", "extra", "step", "tokens", "best", "finished"):
-        assert m.digest(states[0][part]) == m.digest(states[1][part]), part
-    assert len(states[0]["critic"]) == (stage == "ppo") and states[0]["finished"]
+    assert states[0].keys() == states[1].keys()
+    for part in states[0].keys() - {"elapsed_s"}:
+        assert same(states[0][part], states[1][part]), part
+    assert ("critic" in states[0]) == (stage == "ppo") and states[0]["finished"] and states[0]["step"] == 4
     rows = [m.read_metrics(tmp_path / name) for name in ("straight", "broken")]
-    timed = {"elapsed_s", "tok_per_s", "mfu", "peak_bytes", "rollout_tok_per_s", "rollout_share", "skipped"}
+    timed = {"elapsed_s", "tok_per_s", "mfu", "peak_bytes", "rollout_tok_per_s", "rollout_share"}
     clean = [[{k: v for k, v in row.items() if k not in timed} for row in found] for found in rows]
     assert clean[0] == clean[1] and rows[0][-1]["step"] == 4 and rows[0][0]["step"] == 0
 
 
-def test_a_parent_that_has_changed_is_refused(tmp_path, base):
-    for stage in ("dpo", "ppo", "grpo"):
-        parent = tmp_path / f"parent of {stage}"
-        m.shutil.copytree(base / "pretrain", parent)
-        open_from(base, stage, tmp_path / stage, parent, stage_config(max_steps=1)).fit()
-        state = m.load_checkpoint(parent / "checkpoint.pt")
-        state["model"]["norm.weight"] += 1e-3
-        m.save_checkpoint(parent / "checkpoint.pt", state)
-        with pytest.raises(m.UserError, match="the reference is not the one"):
-            open_from(base, stage, tmp_path / stage, parent, resume=True)
-    with pytest.raises(m.UserError, match="holds a reward model"):
-        open_from(base, "sft", tmp_path / "x", base / "reward")
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_a_parent_that_has_changed_is_refused(tmp_path, trained_runs, stage):
+    parent = tmp_path / "parent"
+    shutil.copytree(trained_runs / "pretrain", parent)
+    stage_trainer(trained_runs, stage, tmp_path / stage, parent, stage_config(max_steps=1)).fit()
+    state = m.load_checkpoint(parent / "checkpoint.pt")
+    state["model"]["norm.weight"] += 1e-3
+    m.save_checkpoint(parent / "checkpoint.pt", state)
+    with pytest.raises(m.UserError, match="the reference is not the one"):
+        stage_trainer(trained_runs, stage, tmp_path / stage, parent, resume=True)
+
+
+def test_a_reward_that_has_changed_is_refused(tmp_path, trained_runs):
+    stage_trainer(trained_runs, "ppo", tmp_path / "ppo", config=stage_config(max_steps=1)).fit()
+    with pytest.raises(m.UserError, match="the reward is not the one"):
+        stage_trainer(trained_runs, "ppo", tmp_path / "ppo", reward=m.answer_reward, resume=True)
+
+
+def test_what_a_stage_cannot_begin_with_is_refused(tmp_path, trained_runs):
+    with pytest.raises(m.UserError, match="a reward model cannot be the beginning of stage sft"):
+        stage_trainer(trained_runs, "sft", tmp_path / "x", trained_runs / "reward")
     with pytest.raises(m.UserError, match="accumulation_steps=2"):
-        open_from(base, "grpo", tmp_path / "x", config=stage_config(accumulation_steps=2))
+        stage_trainer(trained_runs, "grpo", tmp_path / "x", config=stage_config(accumulation_steps=2))
+    with pytest.raises(m.UserError, match="reply_tokens=64 leave no room"):
+        stage_trainer(trained_runs, "sft", tmp_path / "x", config=stage_config(reply_tokens=64))
+    assert not (tmp_path / "x").exists()
 
 
-def test_load_reward(tmp_path, base, tokenizer):
-    assert m.load_reward("answer", tokenizer) is m.answer_reward
-    assert isinstance(m.load_reward(str(base / "reward"), tokenizer), m.RewardModel)
-    (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return len(reply)\n\nx = 3\n")
-    assert m.load_reward(f"{tmp_path}/mine.py:f", tokenizer)([], "four", "") == 4
-    for source, message in (
-        (str(base / "pretrain"), "no reward model"),
-        (str(tmp_path), "is neither answer, nor FILE.py:function, nor the run directory"),
-        (f"{tmp_path}/mine.py:g", "no function g"),
-        (f"{tmp_path}/mine.py:x", "no function x"),
-        (f"{tmp_path}/nine.py:f", "there is no file"),
-    ):
-        with pytest.raises(m.UserError, match=message):
-            m.load_reward(source, tokenizer)
-    other = m.BPETokenizer(vocab_size=270)
-    other.train(["another one another one"])
-    with pytest.raises(m.UserError, match="its tokenizer is not the policy's"):
-        m.load_reward(str(base / "reward"), other)
-    with pytest.raises(m.UserError, match='needs prompts with an "answer"'):
-        m.answer_reward(turns("hm?"), "a", "")
-    assert m.answer_reward(turns("hm?"), "Yes.", "yes") == 1
+def test_a_trainer_with_validation_data_only_evaluates(trained_runs):
+    model, tokenizer, _ = m.load_run(trained_runs / "pretrain")
+    sources = {"val": sources_in(trained_runs / "data")["val"]}
+    trainer = m.make_trainer("sft", model, tokenizer, sources, stage_config(), cache_dir=trained_runs / "cache")
+    assert trainer.evaluate()["tokens"] > 0
+    with pytest.raises(m.UserError, match="needs train_data and run_dir"):
+        trainer.fit()
 
 
-# -- from base model to assistant: learning ----------------------------------------------------------------------------
-
-
-def test_sft_learns_to_answer_held_out_questions(tmp_path, tokenizer):
-    """The answer is the question's last letter, whatever stands before it."""
-    draw = random.Random(0)
-    words = {"".join(draw.choice("abcdef") for _ in range(3)) for _ in range(400)}
-    words = sorted(words)
-    draw.shuffle(words)
-    records = [{"messages": turns(word, word[-1]), "answer": word[-1]} for word in words]
-    data = load(m.ConversationDataLoader, tmp_path, tokenizer, records[40:], "t.jsonl", shuffle=True, seq_len=64)
-    val = load(m.ConversationDataLoader, tmp_path, tokenizer, records[:40], "v.jsonl", seq_len=64)
-    torch.manual_seed(0)
-    config = m.TrainConfig(max_steps=100, warmup_steps=5, learning_rate=1e-2, batch_size=16, answer_tokens=4)
-    trainer = m.SFTTrainer(m.MiniGPT(shape()), tokenizer, config=config, train_data=data, val_data=val,
-                           run_dir=tmp_path / "run")  # fmt: skip
-    before, after = trainer.evaluate(), trainer.fit()
-    assert before["exact_match"] == 0 and after["exact_match"] > 0.9 and after["loss"] < 0.1 * before["loss"]
-    assert after["tokens"] == 80 and after["bytes"] == 40 + 40 * len(tokenizer.token_bytes[tokenizer.im_end_id])
-
-
-def test_the_reward_model_learns_what_is_preferred(tmp_path, tokenizer):
-    draw = random.Random(0)
-    names = sorted({"".join(draw.choice("abcdefgh") for _ in range(4)) for _ in range(150)})
-    records = [
-        {"prompt": name, "chosen": f"{name[::-1]} yes {name[0]}", "rejected": f"{name[::-1]} no {name[0]}"}
-        for name in names
-    ]
-    options = {"batch_size": 16, "seq_len": 64}
-    data = load(m.DPODataLoader, tmp_path, tokenizer, records[30:], "t.jsonl", shuffle=True, **options)
-    val = load(m.DPODataLoader, tmp_path, tokenizer, records[:30], "v.jsonl", **options)
-    torch.manual_seed(0)
-    config = m.TrainConfig(max_steps=25, warmup_steps=5, learning_rate=1e-2, sample_tokens=0)
-    trainer = m.RewardTrainer(m.RewardModel(m.MiniGPT(shape())), tokenizer, config=config, train_data=data,
-                              val_data=val, run_dir=tmp_path / "run")  # fmt: skip
-    assert trainer.evaluate()["pair_accuracy"] == 0.5  # all scores are 0
-    assert trainer.fit()["pair_accuracy"] > 0.9
-    policy = m.DPOTrainer(m.MiniGPT(shape()), tokenizer, config=config, train_data=data, val_data=val,
-                          run_dir=tmp_path / "dpo")  # fmt: skip
-    assert policy.evaluate()["dpo_loss"] == pytest.approx(math.log(2))
-    result = policy.fit()
-    assert result["pair_accuracy"] > 0.9 and result["dpo_loss"] < 0.5
-
-
-@pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
-def test_reinforcement_raises_the_reward(tokenizer, cls):
-    """The reward is the share of an answer's characters that are ASCII digits or letters."""
-
-    def reward(messages, reply, answer):
-        return sum(c.isascii() and c.isalnum() for c in reply) / max(1, len(reply))
-
-    torch.manual_seed(0)
-    prompts = prompt_batch(tokenizer, [f"{a}{b}" for a in "abcd" for b in "xyzw"])
-    rl = {"kl_coef": 0.0, "missing_end_penalty": 0.0, "stop_kl": 0.0}
-    trainer = rl_trainer(cls, tokenizer, reward, m.MiniGPT(shape()), {"answer_tokens": 8, "learning_rate": 1e-2}, **rl)
-    if cls is m.PPOTrainer:
-        prompts = {k: v.repeat(4, 1) if isinstance(v, torch.Tensor) else v * 4 for k, v in prompts.items()}
-    rewards = [trainer.step([prompts])["reward"] for _ in range(20)]
-    assert rewards[0] < 0.5 and sum(rewards[-3:]) / 3 > rewards[0] + 0.3
-
-
-# -- from base model to assistant: pipeline and drivers ----------------------------------------------------------------
-
-
-def test_the_pipeline_resumes_and_ends(tmp_path, base, monkeypatch, capsys):
-    sources = json.loads((base / "sources.json").read_text())
+def test_the_pipeline_resumes_and_ends(tmp_path, trained_runs, monkeypatch, capsys):
+    sources = sources_in(trained_runs / "data")
     trains = {stage: stage_config(max_steps=3) for stage in ("sft", "reward", "ppo")}
 
     def pipeline():
         rl = m.RLHFConfig(minibatch_size=4)
         out = tmp_path / "out"
-        return m.RLHFPipeline(rl, base / "pretrain", out, sources, trains, cache_dir=base / "cache")
+        return m.RLHFPipeline(rl, trained_runs / "pretrain", out, sources, trains, cache_dir=trained_runs / "cache")
 
     plain_step = m.RewardTrainer.step
 
@@ -2987,42 +4328,1279 @@ def test_the_pipeline_resumes_and_ends(tmp_path, base, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.pt")}
     assert again.run() == rows and "==" not in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.pt")}
-    table = again.table(rows).splitlines()
+    table = train.table(rows, again.prompt).splitlines()
     assert [line.split()[0] for line in table] == ["stage", "pretrain", "sft", "reward", "ppo"]
     assert all(len(line) <= 100 for line in table) and "pair accuracy" in table[3]
-    wide = again.table([row | {"answer": "long " * 40} for row in rows]).splitlines()
+    wide = train.table([row | {"reply": "long " * 40} for row in rows], again.prompt).splitlines()
     assert max(map(len, wide)) == 100
 
 
+def test_an_interrupt_in_the_last_evaluation_is_kept(trained_runs, tmp_path, monkeypatch):
+    config = stage_config(max_steps=2, eval_every=0)
+    trainer = stage_trainer(trained_runs, "sft", tmp_path / "sft", config=config)
+    plain = trainer.evaluate
+
+    def evaluate(*args):
+        if trainer.step_count == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    result = trainer.fit()
+    assert result["signal"] == signal.SIGINT and result["loss"] > 0 and m.RLHFPipeline.is_finished(tmp_path / "sft")
+
+
+# ======================================================================================================================
+# 12 Edges: Hugging Face directories
+# ======================================================================================================================
+
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn": YARN,
+    "odd yarn": YARN | {"beta_fast": 2, "beta_slow": 0.25, "attention_factor": 1.2, "truncate": False},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+
+
+def huggingface_model(kind: str, tied: bool = True, rope: str = "default", **changes):
+    """A randomised model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = (moe_shape if kind == "Qwen3Moe" else shape)(head_dim=16, max_position_embeddings=128, **changes)
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("qk_norm", "dropout", "rope_scaling")}
+    options |= {"rope_parameters": {"rope_theta": 20000.0, **ROPES[rope]}, "tie_word_embeddings": tied}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "rope"),
+    [
+        ("Llama", True, "default"),
+        ("Llama", False, "yarn"),
+        ("Llama", False, "llama3"),
+        ("Qwen3", True, "yarn"),
+        ("Qwen3", False, "default"),
+        ("Qwen3", False, "linear"),
+        ("Llama", True, "odd yarn"),
+        ("Qwen3Moe", True, "default"),
+        ("Qwen3Moe", False, "yarn"),
+    ],
+)
+def test_logits_equal_transformers_both_ways(tmp_path, kind, tied, rope):
+    transformers = pytest.importorskip("transformers")
+    theirs, ids = huggingface_model(kind, tied, rope), random_ids(3, 100)
+    theirs.save_pretrained(tmp_path / "there", max_shard_size="20KB")
+    assert len(list((tmp_path / "there").glob("*.safetensors"))) > 1
+    ours = m.MiniGPT.from_pretrained(tmp_path / "there")
+    assert (ours.config.rope_theta, ours.config.qk_norm, ours.config.tie_word_embeddings) == (
+        20000.0,
+        kind != "Llama",
+        tied,
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(again) is type(theirs)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_older_spellings_and_half_precision(tmp_path):
+    huggingface_model("Llama", rope="yarn").bfloat16().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"], config["eos_token_id"] = rope.pop("rope_theta"), [7, 9]
+    config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}  # as releases of 2023 spell it
+    config["original_max_position_embeddings"] = config["rope_scaling"].pop("original_max_position_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, ids = m.MiniGPT.from_pretrained(tmp_path), random_ids(2, 60)
+    assert ours.embed_tokens.weight.dtype == torch.float32 and ours.config.eos_token_id == 7
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
+        ("config.json", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
+        ("config.json", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling"),
+        ("config.json", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}, "rope_scaling=.*mscale"),
+        ("config.json", {"num_hidden_layers": 3}, "lack model.layers.2"),
+        ("config.json", {"num_hidden_layers": 1}, "hold, against config.json, model.layers.1"),
+        ("config.json", {"intermediate_size": 96}, r"gate_proj.weight is torch.float32 \(64, 32\)"),
+        ("config.json", {"tie_word_embeddings": False}, "lack lm_head.weight"),
+        ("config.json", {"hidden_size": "32"}, "hidden_size='32'"),
+        ("config.json", {"vocab_size": None}, "vocab_size=None"),
+        ("config.json", {"num_hidden_layers": 10**30}, "num_hidden_layers=10"),
+        ("config.json", {"rope_parameters": "yarn"}, "rope_parameters='yarn'"),
+        ("config.json", {"rope_parameters": {"rope_type": []}}, "rope_scaling="),
+        ("config.json", {"eos_token_id": [-1]}, "eos_token_id=-1"),
+        ("config.json", None, "hidden_size"),
+        ("config.json", b"{", "config.json"),
+        ("model.safetensors", b"\xff" * 8 + b"{}", "damaged"),
+        ("model.safetensors", b"", "damaged"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(tmp_path, file, change, message):
+    huggingface_model("Qwen3").save_pretrained(tmp_path)
+    if isinstance(change, bytes):
+        (tmp_path / file).write_bytes(change)
+    else:
+        config = json.loads((tmp_path / file).read_text()) | (change or {})
+        if change is None:
+            del config["hidden_size"]
+        (tmp_path / file).write_text(json.dumps(config))
+    with pytest.raises(m.UserError, match=message):
+        m.MiniGPT.from_pretrained(tmp_path)
+
+
+def test_weights_are_read_from_safetensors_in_the_folder_alone(tmp_path):
+    """An index may name files elsewhere, and pickles may lie there: neither is opened."""
+    huggingface_model("Qwen3").save_pretrained(tmp_path / "there")
+    (tmp_path / "there/model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (tmp_path / "there/model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "there/pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(m.UserError, match="holds no weights: they are read from safetensors"):
+        m.MiniGPT.from_pretrained(tmp_path / "there")
+    with pytest.raises(m.UserError, match="is no Hugging Face directory: it has no config.json"):
+        m.MiniGPT.from_pretrained(tmp_path)
+
+
+def test_a_tied_checkpoint_may_hold_the_same_output_matrix_but_no_other(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs, file = huggingface_model("Llama", tied=True), tmp_path / "model.safetensors"
+    theirs.save_pretrained(tmp_path)
+    tensors = safetensors.load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # of older releases
+    safetensors.save_file(tensors | buffers | {"lm_head.weight": embedding.clone()}, file)
+    ours, ids = m.MiniGPT.from_pretrained(tmp_path), random_ids(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    for other in (embedding + 1, embedding[:9].clone()):
+        safetensors.save_file(tensors | {"lm_head.weight": other}, file)
+        with pytest.raises(m.UserError, match="hold, against config.json, lm_head.weight"):
+            m.MiniGPT.from_pretrained(tmp_path)
+    safetensors.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, file)
+    with pytest.raises(m.UserError, match="model.norm.weight is torch.int8"):
+        m.MiniGPT.from_pretrained(tmp_path)
+
+
+def with_own(name: str, part: torch.nn.Module | torch.nn.Parameter) -> m.MiniGPT:
+    """A model with a part of one's own."""
+    model = m.MiniGPT(shape())
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, part)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: m.MiniGPT(moe_shape()), "num_shared_experts=1"),
+        (lambda: m.MiniGPT(moe_shape(num_shared_experts=0, qk_norm=False)), "qk_norm=False"),
+        (lambda: m.RewardModel(shape()), "reward model"),
+        (lambda: WithOwnParts(shape()), "the parameter scale cannot be exported"),
+        (lambda: with_own("positions", torch.nn.Embedding(64, 32)), "the parameter positions.weight"),
+        (lambda: with_own("memory", torch.nn.Parameter(torch.ones(2, 3, 4))), "the parameter memory"),
+        (lambda: with_own("norm.bias", torch.nn.Parameter(torch.ones(32))), "the parameter norm.bias"),
+        (lambda: with_own("layers.1.self_attn.o_proj", torch.nn.Linear(32, 32)), r"layers.1.self_attn.o_proj.bias"),
+        (lambda: with_own("layers.0.self_attn.qkv_proj", torch.nn.Linear(32, 64)), r"layers.0.self_attn.qkv_proj.bias"),
+        (lambda: with_own("layers.1.second", m.SwiGLU(32, 64)), r"layers.1.second.\w+.weight"),
+        (
+            lambda: with_own("layers.1.second", torch.nn.ModuleDict({"gate_up_proj": m.Linear(32, 64)})),
+            "layers.1.second",
+        ),
+        (lambda: with_own("layers.1.mlp.gate", m.Linear(32, 2)), "the parameter layers.1.mlp.gate.weight"),
+        (lambda: with_own("lm_head", m.Linear(32, 300)), "the parameter lm_head.weight"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(tmp_path, model, message):
+    with pytest.raises(m.UserError, match=message):
+        model().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ======================================================================================================================
+# 12 Edges: tokenizers of other families
+# ======================================================================================================================
+
+FAMILIES = {  # the special tokens of each, the one named as EOS, and how it cuts words
+    "gpt2": (["<|endoftext|>"], "<|endoftext|>", None),
+    "llama3": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|eot_id|>",
+        QWEN2_PATTERN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?"),
+    ),
+    "qwen": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", QWEN2_PATTERN),
+    "smollm": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", None),
+    "gemma": (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", QWEN2_PATTERN),
+}
+HF_TEXTS = [*TEXTS, *["<|im_start|>user\nhi<|im_end|>\n\n<think>\n\n</think>\n\nassistant model system"] * 3]
+LACKING = [*range(0xF5, 0x100), *range(0xC0, 0xC2), *range(1, 9)]  # bytes that SmolLM2's vocabulary has not
+families = pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen", "smollm"])
+
+
+def huggingface_tokenizer(family: str, path: Path, template: str | None = None, **config):
+    """Train a tokenizer as the releases of a family are made, save it into a directory, return it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import normalizers, pre_tokenizers, processors
+
+    byte_level, (specials, eos, pattern) = pre_tokenizers.ByteLevel, FAMILIES[family]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=family == "llama3"))
+    before = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")] if pattern else []
+    before += [pre_tokenizers.Digits(individual_digits=True)] if family == "smollm" else []
+    made.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level(add_prefix_space=False, use_regex=not pattern)])
+    if family == "gpt2":
+        made.pre_tokenizer = byte_level(add_prefix_space=False)
+    if family in ("qwen", "llama3"):
+        made.normalizer = normalizers.NFC() if family == "qwen" else normalizers.Sequence([])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = byte_level.alphabet()
+    if family == "smollm":
+        alphabet = [c for c in alphabet if m.CHAR_TO_BYTE[c] not in LACKING]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=alphabet,
+        show_progress=False,
+        special_tokens=specials if family in ("gpt2", "smollm") else [],  # the others come after the merges
+    )
+    made.train_from_iterator(HF_TEXTS, trainer)
+    made.add_special_tokens(specials)
+    if family == "qwen":
+        made.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
+    config = {"eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"} | config
+    if family in ("llama3", "gemma"):
+        config["bos_token"] = begin = specials[0]
+        put = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, made.token_to_id(begin))])
+        made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), put])
+    if template:
+        config["chat_template"] = template
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    change_json(path, "tokenizer_config.json", **config)
+    made.encode_special_tokens = True
+    return made
+
+
+def change_json(path: Path, file: str = "tokenizer.json", **fields) -> None:
+    data = json.loads((path / file).read_text()) if (path / file).exists() else {}
+    (path / file).write_text(json.dumps(data | fields))
+
+
+def load_imported(path: Path) -> m.ImportedTokenizer:
+    return m.BPETokenizer.load(path / "tokenizer.json")
+
+
+def auto_tokenizer(path: Path):
+    return pytest.importorskip("transformers").PreTrainedTokenizerFast.from_pretrained(path)
+
+
+@families
+def test_ids_and_bytes_are_those_of_tokenizers(tmp_path, family):
+    theirs, ours = huggingface_tokenizer(family, tmp_path), load_imported(tmp_path)
+    assert type(ours) is m.ImportedTokenizer
+    whole = family in ("gpt2", "llama3")  # qwen normalises, smollm lacks bytes
+    more = [
+        "It's IT'S 'ſ we'LL 12345 ٣½Ⅷ𝟘 <think> e\u0301 a</think><|endoftext|><|im_end|> <|eot_id|>x<|begin_of_text|>",
+        "hello" * 400 + "你好世界" * 200,
+        " \n\n \t x\x85\u3000\u00a0 y\r\n\r\nz \x1c\x1f",
+        "小猫ー" + "".join(map(chr, range(0x2E80, 0x3100))),
+        "中\U00031661文\U0002ebf1 x",  # of Unicode 15, later than some Pythons
+    ]
+    for text in [*nasty_texts(), *HF_TEXTS, *more]:
+        ids = ours.encode(text, add_special_tokens=True)
+        assert ids == theirs.encode(text).ids, text
+        plain = ours.encode(text)
+        assert plain == theirs.encode(text, add_special_tokens=False).ids == ours.encode(text.encode())
+        assert not set(plain) & set(ours.special_tokens)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        if whole:
+            assert ours.decode_bytes(plain) == text.encode()
+    data = bytes(range(256)) + "小猫".encode() + b"\xff\xc3"
+    if whole or family == "qwen":
+        assert ours.decode_bytes(ours.encode(data)) == data
+    else:
+        assert ours.decode_bytes(ours.encode(data)) == bytes(b for b in data if bytes([b]) in ours.token_bytes)
+        assert sum(bytes([b]) not in ours.token_bytes for b in range(256)) == len(LACKING) == 21
+    assert ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS]
+    assert ours.vocab_size == len(ours.token_bytes) == theirs.get_vocab_size()
+    assert ours.bos_id == (theirs.token_to_id("<|begin_of_text|>") if family == "llama3" else None)
+    assert ours.special_tokens == {theirs.token_to_id(text): text for text in FAMILIES[family][0]}
+
+
+@families
+def test_only_tokenizers_with_chatml_hold_conversations_without_a_template(tmp_path, family):
+    theirs = huggingface_tokenizer(family, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    ours = load_imported(tmp_path)
+    assert ours.eos_id == theirs.token_to_id("<|end_of_text|>" if family == "llama3" else "<|endoftext|>")
+    chat = [{"role": "user", "content": "小猫 <|im_end|>"}]
+    if family in ("qwen", "smollm"):
+        ids = ours.apply_chat_template(chat, add_generation_prompt=True)
+        assert ours.decode(ids, skip_special_tokens=False).endswith("<|im_end|><|im_end|>\n<|im_start|>assistant\n")
+        assert ids.count(ours.im_end_id) == 1 and ours.stop_ids == (ours.eos_id, ours.im_end_id)
+    else:
+        for ask in (ours.apply_chat_template, ours.encode_chat):
+            with pytest.raises(m.UserError, match="cannot hold conversations"):
+                ask(chat)
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_merges_out_of_order_and_twice_the_same_token(tmp_path, ignore_merges):
+    """As in Llama 3's file, which lists every way to make a token, in the order of the results' ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(i): i - 33 for i in range(33, 127)}
+    bytes_ = {c: i for i, c in enumerate(sorted(set(m.CHAR_TO_BYTE) - set(letters)), len(letters))}
+    tokens = ["aba", "ab", "ba", "abab", "c" * 2, "c" * 3, "bc", "abc", "bcab"]  # no merges make the last
+    vocab = letters | bytes_ | {token: 256 + i for i, token in enumerate(tokens)}
+    merges = ["b c", "ab a", "a ba", "a b", "b a", "ab ab", "c c", "cc c", "c cc", "a bc"]
+    merges = [tuple(pair.split()) for pair in merges]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = load_imported(tmp_path)
+    for length in range(1, 9):
+        for letters in itertools.product("abc", repeat=length):
+            text = "".join(letters)
+            assert ours.encode(text) == made.encode(text).ids, text
+    assert (len(ours.encode("bcab")) == 1) == ignore_merges
+    draw = torch.Generator().manual_seed(0)
+    for length in range(31, 331):  # merged by the queue
+        long = "".join("abc"[i] for i in torch.randint(0, 3, (length,), generator=draw).tolist())
+        assert ours.encode(long) == made.encode(long).ids
+
+
+def test_special_tokens_that_the_file_has_as_ordinary(tmp_path):
+    theirs = huggingface_tokenizer("smollm", tmp_path, pad_token="</s>")
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = [token | {"special": False} for token in data["added_tokens"]]
+    change_json(tmp_path, added_tokens=added)
+    ours = load_imported(tmp_path)
+    assert set(ours.special_tokens.values()) == {"<|im_start|>", "<|im_end|>"}  # <|endoftext|> is not named here
+    assert ours.encode("a<|im_end|>") == theirs.encode("a<|im_end|>").ids
+    assert ours.encode("<|endoftext|>") == [theirs.token_to_id("<|endoftext|>")]
+    assert ours.decode([*ours.encode("a"), ours.eos_id]) == "a"
+    assert ours.pad_id == ours.eos_id == theirs.token_to_id("<|im_end|>")
+    change_json(tmp_path, added_tokens=added[1:])  # in the vocabulary alone
+    change_json(tmp_path, "tokenizer_config.json", eos_token={"content": "<|endoftext|>"}, pad_token="<|im_end|>")
+    ours = load_imported(tmp_path)
+    assert (ours.eos_id, ours.pad_id) == tuple(map(theirs.token_to_id, ("<|endoftext|>", "<|im_end|>")))
+    assert ours.encode("<|endoftext|>") == theirs.encode("<|endoftext|>").ids
+
+
+def test_stops_come_from_all_files(tmp_path):
+    find = huggingface_tokenizer("llama3", tmp_path, template=LLAMA).token_to_id
+    change_json(tmp_path, "tokenizer_config.json", eos_token=None)
+    assert load_imported(tmp_path).stop_ids == (find("<|end_of_text|>"), find("<|eot_id|>"))
+    change_json(tmp_path, "generation_config.json", eos_token_id=[find("<|end_header_id|>"), find("<|eot_id|>")])
+    ours = load_imported(tmp_path)
+    assert ours.stop_ids == (find("<|end_of_text|>"), find("<|end_header_id|>"), find("<|eot_id|>"))
+    ours.save_pretrained(tmp_path / "copy")
+    assert load_imported(tmp_path / "copy").stop_ids == ours.stop_ids
+    change_json(tmp_path, "generation_config.json", eos_token_id=10**6)
+    with pytest.raises(m.UserError, match="eos_token_id"):
+        load_imported(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "fields"), [("gemma", {}), ("gpt2", {"added_tokens": []})])
+def test_a_tokenizer_without_an_end_is_refused(tmp_path, family, fields):
+    huggingface_tokenizer(family, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    change_json(tmp_path, **fields)
+    with pytest.raises(m.UserError, match="no token ends a text: name an eos_token in tokenizer_config.json"):
+        load_imported(tmp_path)
+
+
+ADDED = {
+    "content": "<|new|>",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
+BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace.* is not supported"),
+        ({"pre_tokenizer": None}, "null is not supported"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+        ({"post_processor": {"type": "BertProcessing"}}, "is not a tokenizer.json"),
+        ({"added_tokens": [ADDED | {"id": 10**12}]}, "is not a tokenizer.json"),
+        ({"added_tokens": 3}, "is not a tokenizer.json"),
+        ({"model": {"type": "Unigram"}}, "type='Unigram'"),
+        ({"model": BPE | {"byte_fallback": True}}, "byte_fallback=True"),
+        ({"model": BPE | {"dropout": 0.1}}, "dropout=0.1"),
+        ({"model": BPE | {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix='</w>'"),
+        ({"model": BPE | {"merges": [["a", "b"]]}}, "is not a tokenizer.json"),
+        ({"model": {"type": "BPE", "vocab": 3}}, "is not a tokenizer.json"),
+        ({"model": BPE | {"vocab": {"a": 0, "b": 10_000_000}}}, "id"),  # a list of so many tokens would be made
+        ({"model": None}, "is not a tokenizer.json"),
+    ],
+)
+def test_what_is_not_byte_level_bpe_is_named(tmp_path, fields, message):
+    huggingface_tokenizer("gpt2", tmp_path)
+    change_json(tmp_path, **fields)
+    with pytest.raises(m.UserError, match=f"tokenizer.json.*{message}"):
+        load_imported(tmp_path)
+
+
+def split_by(pattern: str) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *map(split_by, (r"\p{Han}+|a", r"\w+", r"[[:alpha:]]+", r"[a-z&&x]")),
+        {"normalizer": {"type": "Lowercase"}},
+        {"post_processor": {"type": "BertProcessing", "sep": ["a", 5], "cls": ["b", 6]}},
+        {"added_tokens": [ADDED | {"content": "<|endoftext|>", "id": 9}]},  # the vocabulary's id counts
+        {"added_tokens": [ADDED | {"id": 4_000_000_000}, ADDED | {"content": "<|endoftext|>", "id": 0}]},
+    ],
+)
+def test_what_tokenizers_can_read_can_be_read(tmp_path, fields):
+    """Any regular expression, normaliser and post-processor, and ids that the file has wrong."""
+    huggingface_tokenizer("gpt2", tmp_path)
+    change_json(tmp_path, **fields)
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    ours = load_imported(tmp_path)
+    for text in [*HF_TEXTS, *nasty_texts()[:500], "xAbX 中文a x<|new|>"]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.vocab_size == theirs.get_vocab_size() and ours.eos_id == theirs.token_to_id("<|endoftext|>") == 0
+
+
+def test_broken_files_and_missing_packages_are_named(tmp_path, monkeypatch):
+    with pytest.raises(m.UserError, match="does not exist"):
+        load_imported(tmp_path)
+    huggingface_tokenizer("qwen", tmp_path, template="{% if %}")
+    with pytest.raises(m.UserError, match="is not Jinja"):
+        load_imported(tmp_path)
+    for package in ("jinja2", "tokenizers"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(m.UserError, match=rf"needs {package}: pip install -e '.\[hf\]'"):
+            load_imported(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(m.UserError, match="tokenizer_config.json: not JSON"):
+        load_imported(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(m.UserError, match="tokenizer.json: not JSON"):
+        load_imported(tmp_path)
+    with pytest.raises(m.UserError, match="is not a tokenizer.json"):
+        m.ImportedTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_word_of_the_vocabulary_cannot_be_special(tmp_path):
+    huggingface_tokenizer("gpt2", tmp_path, pad_token="a")
+    with pytest.raises(m.UserError, match="special token 'a' is not supported"):
+        load_imported(tmp_path)
+
+
+def test_unknown_bytes_are_no_special_token(tmp_path):
+    huggingface_tokenizer("smollm", tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    change_json(tmp_path, model=data["model"] | {"unk_token": "<|endoftext|>"})
+    ours = load_imported(tmp_path)
+    assert ours.encode("a\x01b") == ours.encode("a") + ours.encode("b")
+
+
+@families
+def test_saved_again_by_transformers(tmp_path, family):
+    theirs, ours = huggingface_tokenizer(family, tmp_path), load_imported(tmp_path)
+    auto = auto_tokenizer(tmp_path)
+    auto.add_special_tokens({"pad_token": "<|padding|>"})
+    auto(["a b c", "d"], padding="max_length", truncation=True, max_length=5)
+    auto.save_pretrained(tmp_path / "again")
+    assert '"truncation": {' in (tmp_path / "again/tokenizer.json").read_text()
+    again = load_imported(tmp_path / "again")
+    for text in [*HF_TEXTS, "a"]:
+        assert again.encode(text) == ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert again.pad_id == ours.vocab_size == again.vocab_size - 1 and again.eos_id == ours.eos_id
+    data = json.loads((tmp_path / "tokenizer.json").read_text())  # releases before 2024 spell a merge in one string
+    change_json(tmp_path, model=data["model"] | {"merges": [" ".join(pair) for pair in data["model"]["merges"]]})
+    change_json(tmp_path, "tokenizer_config.json", eos_token={"content": FAMILIES[family][0][0]})
+    spelled = load_imported(tmp_path)
+    assert spelled.encode(TEXTS[0]) == ours.encode(TEXTS[0]) and spelled.eos_id == theirs.token_to_id(
+        FAMILIES[family][0][0]
+    )
+
+
+@families
+def test_an_imported_tokenizer_is_saved_and_loaded(tmp_path, family):
+    huggingface_tokenizer(family, tmp_path, template=LLAMA if family == "llama3" else None)
+    ours = load_imported(tmp_path)
+    (tmp_path / "run").mkdir()
+    ours.save(tmp_path / "run/tokenizer.json")
+    copy = load_imported(tmp_path / "run")
+    assert copy.content_hash() == ours.content_hash() and copy.stop_ids == ours.stop_ids
+    assert copy.to_json() == ours.to_json()
+    if family == "gpt2":
+        with pytest.raises(m.UserError, match="cannot hold conversations: it has no chat template"):
+            copy.apply_chat_template(CHAT)
+        return
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert copy.apply_chat_template(CHAT) == ours.apply_chat_template(CHAT) == transformed(auto, CHAT)
+    (tmp_path / "run/chat_template.jinja").write_text("{{ messages[0]['content'] }}{{ eos_token }}")
+    other = load_imported(tmp_path / "run")
+    assert other.apply_chat_template(CHAT) == [*other.encode(CHAT[0]["content"]), other.eos_id]
+    assert other.content_hash() != ours.content_hash()
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ eos_token }}"}]
+    change_json(tmp_path, "tokenizer_config.json", chat_template=named)
+    assert load_imported(tmp_path).apply_chat_template(CHAT) == [ours.eos_id]
+
+
+def test_threads_encode(tmp_path):
+    huggingface_tokenizer("qwen", tmp_path)
+    ours = load_imported(tmp_path)
+    expected = ours.encode_batch(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(ids == expected for ids in pool.map(lambda _: ours.encode_batch(TEXTS), range(40)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork no children encode")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_encodes(tmp_path):
+    theirs, ours = huggingface_tokenizer("qwen", tmp_path), load_imported(tmp_path)
+    theirs.encode_batch(TEXTS * 50)  # starts the threads of `tokenizers`
+    expected = ours.encode_batch(TEXTS)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if ours.encode_batch(TEXTS) == expected else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+# ======================================================================================================================
+# 12 Edges: chat templates of other families
+# ======================================================================================================================
+
+CHAT = [{"role": "user", "content": "小猫 hi"}, {"role": "assistant", "content": "ok 12。"}]
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "x" %}
+{%- endif %}
+{%- if messages[0].role == "system" %}
+    {%- set system = messages[0].content | trim %}{% set rest = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}{% set rest = messages %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + date_string + "\\n\\n" + system + "<|eot_id|>" }}
+{%- for turn in rest %}
+    {%- if turn.role == "tool" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" + turn.content | tojson + "<|eot_id|>" }}
+    {%- else %}
+        {{- "<|start_header_id|>" + turn.role + "<|end_header_id|>\\n\\n" + turn.content | trim + "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{% endif %}"""
+QWEN2 = """{%- if messages[0]["role"] != "system" %}
+    {{- "<|im_start|>system\\nYou help, 好。<|im_end|>\\n" }}
+{%- endif %}
+{%- for turn in messages %}
+    {%- if turn.role != "tool" %}
+        {{- "<|im_start|>" + turn.role + "\\n" + turn.content + "<|im_end|>" + "\\n" }}
+    {%- else %}
+        {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}{{ "<|im_start|>user" }}{% endif %}
+        {{- "\\n<tool_response>\\n" + turn.content + "\\n</tool_response>" }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{ "<|im_end|>\\n" }}{% endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
+QWEN3 = """{%- set ns = namespace(asked=-1) %}
+{%- for turn in messages %}{% if turn.role == "user" %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}
+{%- for turn in messages %}
+    {%- if turn.role == "assistant" %}
+        {%- set text = turn.content %}{% set thought = "" %}
+        {%- if "</think>" in text %}
+            {%- set thought = text.split("</think>")[0].rstrip("\\n").split("<think>")[-1].lstrip("\\n") %}
+            {%- set text = text.split("</think>")[-1].lstrip("\\n") %}
+        {%- endif %}
+        {{- "<|im_start|>assistant\\n" }}
+        {%- if loop.index0 > ns.asked and (loop.last or thought) %}
+            {{- "<think>\\n" + thought.strip("\\n") + "\\n</think>\\n\\n" + text.lstrip("\\n") }}
+        {%- else %}
+            {{- text }}
+        {%- endif %}
+        {{- "<|im_end|>\\n" }}
+    {%- elif turn.role == "tool" %}
+        {{- "<|im_start|>user\\n<tool_response>\\n" + turn.content + "\\n</tool_response><|im_end|>\\n" }}
+    {%- else %}
+        {{- "<|im_start|>" + turn.role + "\\n" + turn.content + "<|im_end|>\\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}
+{%- endif %}"""
+SMOLLM = """{% for turn in messages %}{% if loop.first and turn['role'] != 'system' %}
+{{ '<|im_start|>system\\nYou are small<|im_end|>\\n' }}{% endif %}{% generation %}
+{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>' + '\\n' }}{% endgeneration %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+{% for turn in messages %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}
+    {%- set name = 'model' if turn.role == 'assistant' else turn.role %}
+    {{- '<start_of_turn>' + name + '\\n' + turn['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+TEMPLATES = {
+    "llama": ("llama3", LLAMA, "st"),  # with a system prompt, tools
+    "qwen2": ("qwen", QWEN2, "st"),
+    "qwen3": ("qwen", QWEN3, "st"),
+    "smollm": ("smollm", SMOLLM, "s"),
+    "gemma": ("gemma", GEMMA, ""),
+}
+
+
+def transformed(auto, chat, prompt=False):
+    ids = auto.apply_chat_template(chat, tokenize=True, add_generation_prompt=prompt)
+    return list(ids if isinstance(ids, list) else ids["input_ids"])
+
+
+def random_text(draw, blanks=True):
+    words = ["小猫看见", "一条鱼。", "Hello,", " world", "don't", " 123", "\n", "\n\n", "  ", "，", "é😀", "\ue000"]
+    words.append("a+b\n")
+    text = "".join(draw.choices(words, k=draw.randrange(1, 12)))
+    return text if blanks else text.strip() or "x"
+
+
+def random_chat(draw, allowed, text):
+    chat = [{"role": "system", "content": text(draw)}] if "s" in allowed and draw.random() < 0.5 else []
+    for _ in range(draw.randrange(1, 5)):
+        chat += [{"role": "user", "content": text(draw)}, {"role": "assistant", "content": text(draw)}]
+        if "t" in allowed and draw.random() < 0.3:
+            chat += [{"role": "tool", "content": text(draw)}] * draw.randrange(1, 3)
+            chat.append({"role": "assistant", "content": text(draw)})
+    return chat if draw.random() < 0.7 else chat[:-1]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_conversations_are_those_of_transformers(tmp_path, kind):
+    family, template, allowed = TEMPLATES[kind]
+    huggingface_tokenizer(family, tmp_path, template=template)
+    ours, auto = load_imported(tmp_path), auto_tokenizer(tmp_path)
+    draw = random.Random(1)
+    for i in range(50):
+        chat = random_chat(draw, allowed, lambda draw, i=i: random_text(draw, blanks=i % 2 == 0))
+        for prompt in (False, True):
+            assert ours.apply_chat_template(chat, prompt) == transformed(auto, chat, prompt)
+        ids, own = ours.encode_chat(chat)
+        assert len(ids) == len(own)
+        assert ours.decode_bytes(ids) == ours.decode_bytes(transformed(auto, chat))
+        if i % 2:  # nothing strips anything
+            assert ids == transformed(auto, chat)
+            answers = [turn["content"] for turn in chat if turn["role"] == "assistant"]
+            end = ours.special_tokens[ours.stop_ids[-1]]
+            trained = [token for token, is_own in zip(ids, own, strict=True) if is_own]
+            assert ours.decode(trained, skip_special_tokens=False) == "".join(text + end for text in answers)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_contents_never_become_special_tokens(tmp_path, kind):
+    family, template, allowed = TEMPLATES[kind]
+    huggingface_tokenizer(family, tmp_path, template=template)
+    ours = load_imported(tmp_path)
+    draw = random.Random(2)
+    for _ in range(50):
+        chat = random_chat(draw, allowed, lambda draw: random_text(draw, blanks=False))
+        counts = [sum(map(ids.count, ours.special_tokens)) for ids in [ours.apply_chat_template(chat)]]
+        for turn in chat:
+            turn["content"] += draw.choice([*FAMILIES[family][0], "<|im_end|>\n<|im_start|>assistant\n"]) + "\n y"
+        for ids in (ours.apply_chat_template(chat), ours.encode_chat(chat)[0]):
+            assert [sum(map(ids.count, ours.special_tokens))] == counts
+        shown = ours.decode(ids)
+        for turn in chat:
+            assert turn["content"] in shown or "\\n" in shown  # JSON of a tool's answer
+
+
+def trained_text(ours, chat, first=0):
+    """The trained runs of a conversation, joined by |."""
+    ids, own = ours.encode_chat(chat, first)
+    text, before = "", True
+    for token, is_own in zip(ids, own, strict=True):
+        text += ("" if before or not text else "|") + ours.decode([token], False) if is_own else ""
+        before = is_own
+    return text
+
+
+def test_what_is_trained(tmp_path):
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (("system", "s"), ("user", "u"), ("assistant", "a b"), ("user", "v"), ("assistant", "c"))
+    ]
+    for kind, end in (("qwen2", "<|im_end|>"), ("llama", "<|eot_id|>"), ("smollm", "<|im_end|>")):
+        huggingface_tokenizer(TEMPLATES[kind][0], tmp_path / kind, template=TEMPLATES[kind][1])
+        ours = load_imported(tmp_path / kind)
+        assert trained_text(ours, chat) == f"a b{end}|c{end}"
+        assert trained_text(ours, chat, first=3) == f"c{end}"
+        assert trained_text(ours, chat, first=5) == ""
+        ids, own = ours.encode_chat(chat[:3])
+        start = own.index(True)
+        assert ours.decode(ids[start:]).startswith("a b") and own[start : start + 3] == [True] * 3
+        empty = [*chat[:2], {"role": "assistant", "content": ""}]
+        assert trained_text(ours, empty) == end
+    blank = [{"role": "user", "content": " u "}, {"role": "assistant", "content": "\n a\n"}]
+    assert trained_text(ours, blank) == "\n a\n<|im_end|>"  # smollm, which strips nothing
+    assert trained_text(load_imported(tmp_path / "llama"), blank) == "a<|eot_id|>"
+    huggingface_tokenizer("gemma", tmp_path / "gemma", template=GEMMA)
+    ours = load_imported(tmp_path / "gemma")
+    assert trained_text(ours, chat[1:]) == "a b<end_of_turn>|c<end_of_turn>"
+    for ask in (ours.encode_chat, ours.apply_chat_template):
+        with pytest.raises(m.UserError, match="no system role"):
+            ask(chat)
+
+
+def test_thoughts_are_trained(tmp_path):
+    huggingface_tokenizer("qwen", tmp_path, template=QWEN3)
+    ours, auto = load_imported(tmp_path), auto_tokenizer(tmp_path)
+    thinks = "<think>\n hm,  \n</think>\n\nyes.\n"
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (("user", "\nu"), ("assistant", thinks), ("user", "v"), ("assistant", thinks))
+    ]
+    assert ours.apply_chat_template(chat) == transformed(auto, chat)
+    assert trained_text(ours, chat) == "yes.\n<|im_end|>|hm,  \n</think>\n\nyes.\n<|im_end|>"
+    assert trained_text(ours, CHAT) == "ok 12。<|im_end|>"
+
+
+def test_a_template_that_changes_contents_is_refused(tmp_path):
+    huggingface_tokenizer("qwen", tmp_path, template="{{ messages[0].content[:3] }}{{ messages | length }}<|im_end|>")
+    with pytest.raises(m.UserError, match="cannot be rendered for this conversation"):
+        load_imported(tmp_path).apply_chat_template([{"role": "user", "content": "hello"}])
+    with pytest.raises(m.UserError, match="needs a message"):
+        load_imported(tmp_path).apply_chat_template([])
+
+
+def test_special_tokens_that_swallow_blanks(tmp_path):
+    made = huggingface_tokenizer("qwen", tmp_path, template=QWEN2)
+    data = json.loads(made.to_str())
+    change_json(
+        tmp_path,
+        added_tokens=[
+            token | {"rstrip": True, "lstrip": token["content"] == "<|im_start|>"} for token in data["added_tokens"]
+        ],
+    )
+    ours, auto = load_imported(tmp_path), auto_tokenizer(tmp_path)
+    assert ours.apply_chat_template(CHAT, True) == transformed(auto, CHAT, True)
+    assert trained_text(ours, CHAT) == "ok 12。<|im_end|>"
+
+
+def test_loaders_take_imported_tokenizers(tmp_path):
+    """Documents have a BOS only if the family has one; replies are trained up to their end; prompts are as asked."""
+    for kind, (family, template, _) in TEMPLATES.items():
+        folder = tmp_path / kind
+        huggingface_tokenizer(family, folder, template=template)
+        ours = load_imported(folder)
+        text = write_jsonl(folder / "text.jsonl", [{"text": "小猫 a"}, {"text": "b"}])
+        tokens, _ = m.encode_corpus(text, ours, "all", folder / "cache")
+        bos = [] if ours.bos_id is None else [ours.bos_id]
+        assert tokens.tolist() == [*bos, *ours.encode("小猫 a"), ours.eos_id, *bos, *ours.encode("b"), ours.eos_id]
+        chats = [{"messages": turns("小猫？", "吃鱼。", "ok?", "yes, ok"), "answer": "x"}]
+        loader = load(m.ConversationDataLoader, folder, ours, chats)
+        ids, trained = loader.sequence(0)
+        end = ours.special_tokens[ours.stop_ids[-1]]
+        assert ours.decode(ids[trained], skip_special_tokens=False) == f"吃鱼。{end}yes, ok{end}" and trained[-1]
+        (batch,) = load(m.PromptDataLoader, folder, ours, chats)
+        asked = ours.apply_chat_template(chats[0]["messages"][:3], add_generation_prompt=True)
+        assert batch["input_ids"].tolist() == [asked] and batch["messages"] == [chats[0]["messages"][:3]]
+
+
+# ======================================================================================================================
+# 12 Edges: the command line and reward files
+# ======================================================================================================================
+
+
+@dataclasses.dataclass
+class Colours:
+    """Options as MiniLLM's dataclasses have them."""
+
+    shade: float = 0.5  # how dark, 0 … 100%
+    kind: Literal["warm", "cold"] = "warm"  # the family
+    is_loud: bool = False  # whether people look
+    layers: int | None = None  # of paint
+    names: list[str] | None = None  # of the colours
+    mixed: dict | None = None  # of what, and how much
+
+
+def colours(**options) -> m.FlagParser:
+    parser = m.FlagParser(add_help=False)
+    m.add_flags(parser, Colours(shade=2.0), "colours", **options)
+    return parser
+
+
+def test_a_field_becomes_a_flag():
+    """Worked example: the type becomes the choices or the metavar, the comment and the default become the help."""
+    lines = [" ".join(line.split()) for line in colours().format_help().partition("colours:\n")[2].splitlines()]
+    assert lines == [
+        "--shade FLOAT how dark, 0 … 100% [2.0]",
+        "--kind {warm,cold} the family [warm]",
+        "--is-loud, --no-is-loud",
+        "whether people look [False]",
+        "--layers INT of paint",
+        "--names TEXT [TEXT ...]",
+        "of the colours",
+        "--mixed DICT of what, and how much",
+    ]
+    assert "loud" not in colours(skip=("is_loud",)).format_help()
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        ("", {}),
+        ("--shade 3 --no-is-loud", {"shade": 3.0, "is_loud": False}),
+        ("--is-loud --layers=4 --kind cold", {"is_loud": True, "layers": 4, "kind": "cold"}),
+        ('--names red blue --mixed {"red":2}', {"names": ["red", "blue"], "mixed": {"red": 2}}),
+    ],
+)
+def test_only_given_flags_are_returned_in_their_types(argv, given):
+    """Worked example: what is not given is absent, so that presets can supply it."""
+    assert m.given_flags(colours().parse_args(argv.split()), Colours) == given
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shde", "1"], "unknown argument --shde: did you mean --shade?"),
+        (["--shde=1"], "did you mean --shade?"),
+        (["--sha", "1"], "unknown argument --sha"),  # no abbreviations
+        (["--zzz"], "unknown argument --zzz (see --help)"),
+        (["--kind", "hot"], "invalid choice: 'hot'"),
+        (["--layers", "x"], "invalid int value"),
+        (["--shade"], "expected one argument"),
+        (["--mixed", "[1]"], "invalid json_object value"),
+        (["--mixed", "yarn"], "--mixed"),
+        (["--mixed", "3"], "--mixed"),
+        (["--mixed", "{"], "--mixed"),
+    ],
+)
+def test_a_mistyped_flag_is_a_user_error(argv, message):
+    with pytest.raises(m.UserError, match=re.escape(message)):
+        colours().parse_args(argv)
+
+
+@pytest.mark.parametrize("cls", [m.MiniGPTConfig, m.TrainConfig, m.GenerationConfig, m.RLHFConfig])
+def test_every_field_is_a_flag_that_shows_its_default(cls):
+    parser = m.FlagParser()
+    m.add_flags(parser, cls(), "options", skip=("seed",))
+    text = " ".join(parser.format_help().split())
+    for field in (field for field in dataclasses.fields(cls) if field.name != "seed"):
+        assert "--" + field.name.replace("_", "-") in text
+        assert getattr(cls(), field.name) is None or f"[{getattr(cls(), field.name)}]" in text
+    assert "--seed" not in text and m.given_flags(parser.parse_args([]), cls) == {}
+    if cls is m.TrainConfig:
+        assert "largest norm of the whole gradient" in text and "when memory runs out" in text
+
+
+def test_a_reward_in_a_file(tmp_path, tokenizer):
+    """Worked example: FILE.py:function is executed, and is what PPO calls with (messages, reply, answer)."""
+    (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return len(reply)\n\nx = 3\n")
+    assert m.load_reward(f"{tmp_path}/mine.py:f", tokenizer)([], "four", "") == 4
+
+
+def test_load_reward(tmp_path, trained_runs, tokenizer):
+    assert m.load_reward("answer", tokenizer) is m.answer_reward
+    assert isinstance(m.load_reward(str(trained_runs / "reward"), tokenizer), m.RewardModel)
+    (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return len(reply)\n\nx = 3\n")
+    (tmp_path / "torn.py").write_text("x = 1\ndef f(:\n")
+    for source, message in (
+        (str(trained_runs / "pretrain"), "no reward model"),
+        (str(tmp_path), "is neither answer, nor FILE.py:function, nor the run directory"),
+        (f"{tmp_path}/mine.py:g", "no function g"),
+        (f"{tmp_path}/mine.py:x", "no function x"),
+        (f"{tmp_path}/nine.py:f", "there is no file"),
+        (f"{tmp_path}/torn.py:f", "torn.py:2: "),
+    ):
+        with pytest.raises(m.UserError, match=message):
+            m.load_reward(source, tokenizer)
+    other = m.BPETokenizer(vocab_size=270)
+    other.train(["another one another one"])
+    with pytest.raises(m.UserError, match="its tokenizer is not the policy's"):
+        m.load_reward(str(trained_runs / "reward"), other)
+    with pytest.raises(m.UserError, match='needs prompts with an "answer"'):
+        m.answer_reward(turns("hm?"), "a", "")
+    assert m.answer_reward(turns("hm?"), "Yes.", "yes") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import nosuchmodule", "mine.py:1: ModuleNotFoundError"),
+        ("def f(messages, reply):\n    return 1", "TypeError"),
+        ("import sys\ndef f(*args):\n    sys.exit(3)", "mine.py:3: SystemExit"),
+        ("def f(*args):\n    return 'good'", "gave 'good'"),
+        ("f = 3", "no function f"),
+    ],
+)
+def test_a_reward_that_fails_is_one_message(trained_runs, tmp_path, capsys, code, message):
+    (tmp_path / "mine.py").write_text(code)
+    argv = ["--stage", "grpo", "--init", str(trained_runs / "pretrain"), "--out", str(tmp_path), "--max-steps", "1"]
+    assert train.main([*argv, *QUICK, *data_flags(trained_runs), "--reward", f"{tmp_path}/mine.py:f"]) == 2
+    assert message in one_error(capsys)
+
+
+# ======================================================================================================================
+# Drivers: train.py and sample.py
+# ======================================================================================================================
+
+SMALL = "--hidden-size 32 --num-attention-heads 2 --num-hidden-layers 2 --vocab-size 300 --seq-len 32".split()
+SMALL += "--batch-size 4 --max-position-embeddings 64 --max-steps 6 --eval-every 3 --save-every 2".split()
+
+
 @pytest.fixture(scope="session")
-def driven(base, tmp_path_factory) -> Path:
-    """An --out with a pretrained run, for the drivers."""
-    out = tmp_path_factory.mktemp("driven")
-    m.shutil.copytree(base / "pretrain", out / "tiny/pretrain")
-    return out
+def pretraining(tmp_path_factory) -> dict:
+    """A pretraining by train.py on 60 documents: its flags (without --out), its --out, and what it showed."""
+    folder = tmp_path_factory.mktemp("pretraining")
+    flags = ["--data", str(write_jsonl(folder / "corpus.jsonl", [{"text": text} for text in DOCUMENTS])), *SMALL]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert train.main([*flags, "--out", str(folder / "out")]) == 0
+    return {"flags": flags, "out": folder / "out", "shown": shown.getvalue()}
 
 
-QUICK = ["--batch-size", "3", "--answer-tokens", "6", "--eval-prompts", "3", "--sample-tokens", "4"]
+@pytest.fixture
+def pretrained_copy(pretraining, tmp_path) -> tuple[list[str], Path]:
+    """That pretraining's flags, with an --out that a test may change, and the run in it."""
+    shutil.copytree(pretraining["out"], tmp_path / "out")
+    return [*pretraining["flags"], "--out", str(tmp_path / "out")], tmp_path / "out/tiny/pretrain"
+
+
+def test_one_command_trains_a_model(pretraining):
+    """Worked example: six steps leave a whole run directory, metrics of every step, and say what to do next."""
+    shown, run = pretraining["shown"], pretraining["out"] / "tiny/pretrain"
+    assert "bits per byte" in shown and "next:  python sample.py" in shown and "→" in shown
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoint.pt",
+        "checkpoint.prev.pt",
+        "best.pt",
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+    }
+    rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    expected = {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu", "peak_bytes", "elapsed_s"}
+    assert expected <= rows[0].keys() and {"val_loss", "val_bpb"} <= rows[-1].keys()
+
+
+INSPECTED = [
+    {"messages": turns("hi", "yes", "and?", "no")},
+    {"messages": turns("w" * 200, "x")},
+    {"messages": turns("hi", "yes" * 50)},
+    {"messages": [{"role": "assistant", "content": "<|bos|> is text"}]},
+]
+
+
+def test_inspect_marks_every_reply_and_names_problems(out_with_a_run, tmp_path, capsys, monkeypatch):
+    """Worked example: two trained replies; a question and an answer that are too long; text that looks like a token."""
+    data = str(write_jsonl(tmp_path / "chats.jsonl", INSPECTED))
+    argv = ["--stage", "sft", "--inspect", "9", "--out", str(out_with_a_run), "--data", data, "--val-data", data]
+    assert train.main([*argv, "--seq-len", "64"]) == 0
+    first, second, third, fourth = re.split(r"^-- \d: .*\n", capsys.readouterr().out, flags=re.M)[1:]
+    assert first == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n"
+        "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n«no<|im_end|>»\n"
+    )
+    assert "«" not in second and "tokens beyond seq_len=64 cut off" in second and "nothing to train on" in second
+    assert "over-long" in third and "«yesyes" in third and "missing end-of-turn" in third
+    fourth, lengths = fourth.split("lengths of 4 conversations in tokens (seq_len 64):\n")
+    assert "«<|bos|> is text<|im_end|>»" in fourth and "warning" not in fourth
+    assert sum(int(line.split()[3]) for line in lengths.splitlines()) == 4
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert train.main(argv) == 0
+    assert "\033[32myes<|im_end|>\033[0m" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_on_its_own_data(pretraining, capsys):
+    run = pretraining["out"] / "tiny/pretrain"
+    assert train.main(["--stage", "eval", "--init", str(run), "--out", str(pretraining["out"])]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["bpb"] == pytest.approx(m.read_metrics(run)[-1]["val_bpb"], rel=1e-6)
+
+
+def test_sample_continues_prompts(pretraining, capsys):
+    out, short = str(pretraining["out"]), ["--max-new-tokens", "5"]
+    assert sample.main(["--out", out, "--prompt", "第", "The", *short, "--seed", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "\n第" in text and "\nThe" in text and "tok/s" in text
+    for strategy in ("greedy", "beam"):
+        assert sample.main(["--run", f"{out}/tiny/pretrain", "--prompt", "第", *short, "--strategy", strategy]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "holds a run already"),
+        (["--resume"], "no time left to train"),
+        (["--resume", "--hidden-size", "64"], "hidden_size=64 (there 32)"),
+        (["--overwrite", "--data", "/no/such"], "/no/such"),
+        (["--resume", "--max-steps", "9", "--seed", "5"], "seed=5"),
+    ],
+)
+def test_what_is_refused_leaves_a_run_as_it_was(pretrained_copy, capsys, more, message):
+    flags, run = pretrained_copy
+    before = everything(run)
+    assert train.main([*flags, *more]) == 2 and message in one_error(capsys)
+    assert everything(run) == before
+
+
+def test_a_run_is_resumed_and_replaced(pretrained_copy, capsys):
+    flags, run = pretrained_copy
+    assert train.main([*flags, "--config", "tiny", "--resume", "--max-steps", "8"]) == 0
+    assert "at step 6" in capsys.readouterr().out and m.load_checkpoint(run / "checkpoint.pt")["step"] == 8
+    assert train.main([*flags, "--overwrite", "--max-steps", "1"]) == 0
+    assert m.load_checkpoint(run / "checkpoint.pt")["step"] == 1
+
+
+def test_a_tokenizer_of_its_own_is_what_pretraining_takes(pretraining, tmp_path, capsys):
+    flags = [*pretraining["flags"], "--out", str(tmp_path), "--max-steps", "1"]
+    assert train.main(["--stage", "tokenizer", *flags, "--vocab-size", "280"]) == 0
+    assert "tokens" in capsys.readouterr().out and [p.name for p in (tmp_path / "tiny").iterdir()] == ["tokenizer.json"]
+    assert train.main(flags) == 0
+    assert "tokenizer: 280 tokens, from" in capsys.readouterr().out
+    written = [m.BPETokenizer.load(path).content_hash() for path in (tmp_path / "tiny").rglob("tokenizer.json")]
+    assert len(written) == 2 and len(set(written)) == 1
+    assert train.main([*flags, "--overwrite", "--vocab-size", "270"]) == 2
+    assert "has 280 tokens, more than --vocab-size 270" in one_error(capsys)
+
+
+def test_help_says_what_every_flag_does(capsys):
+    for main in (train.main, sample.main):
+        with pytest.raises(SystemExit) as end:
+            main(["--help"])
+        assert end.value.code == 0
+    assert "--grad-clip" in capsys.readouterr().out
+
+
+def test_importing_has_no_side_effects():
+    code = (
+        "import torch, sys; state, threads = torch.get_rng_state(), torch.get_num_threads(); import minillm; "
+        "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert out.stdout == "" and out.stderr == ""
+
+
+# -- every stage -------------------------------------------------------------------------------------------------------
+
+STAGE_FLAGS = {
+    "sft": [],
+    "reward": ["--lora-rank", "2"],
+    "dpo": ["--dpo-kind", "ipo"],
+    "ppo": ["--minibatch-size", "2"],
+    "grpo": ["--group-size", "2", "--reward", "{mine}:f"],
+}
+
+
+@pytest.fixture(scope="session")
+def every_stage(trained_runs, tmp_path_factory) -> dict:
+    """An --out where train.py has trained every stage: its "flags", by stage, and what was "shown"."""
+    out = tmp_path_factory.mktemp("every stage")
+    shutil.copytree(trained_runs / "pretrain", out / "tiny/pretrain")
+    (out / "mine.py").write_text("def f(messages, reply, answer):\n    return len(reply)\n")
+    common, flags, shown = ["--out", str(out), *data_flags(trained_runs), *QUICK, "--max-steps", "2"], {}, {}
+    for stage, more in STAGE_FLAGS.items():
+        flags[stage] = ["--stage", stage, *common, *(word.replace("{mine}", f"{out}/mine.py") for word in more)]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert train.main(flags[stage]) == 0
+        shown[stage] = printed.getvalue()
+    return {"out": out, "flags": flags, "shown": shown}
+
+
+@pytest.mark.parametrize("stage", STAGE_FLAGS)
+def test_train_runs_every_stage(every_stage, stage, capsys):
+    run, shown = every_stage["out"] / "tiny" / stage, every_stage["shown"][stage]
+    assert "done: " in shown and "next:  python " in shown and str(run) in shown
+    config = m.run_config(run)
+    assert config["stage"] == stage and config["parent"].endswith("pretrain" if stage == "sft" else "sft")
+    expected = {"sft": "val_exact_match", "ppo": "val_reward", "grpo": "val_reward"}.get(stage, "val_pair_accuracy")
+    assert expected in m.read_metrics(run)[0] and expected in m.read_metrics(run)[-1]
+    before = everything(run)
+    assert train.main(every_stage["flags"][stage]) == 2
+    assert "holds a run already" in one_error(capsys) and everything(run) == before
+
+
+def test_a_stage_without_a_parent_says_which(out_with_a_run, trained_runs, capsys):
+    assert train.main(["--stage", "ppo", "--out", str(out_with_a_run), *data_flags(trained_runs), *QUICK]) == 2
+    error = one_error(capsys)
+    assert "where there is no run" in error and "--stage sft" in error
+
+
+def test_a_stage_is_resumed_with_the_data_and_the_reward_it_had(every_stage, tmp_path, capsys):
+    shutil.copytree(every_stage["out"] / "tiny/grpo", tmp_path / "tiny/grpo")
+    assert train.main(["--stage", "grpo", "--out", str(tmp_path), "--resume", "--max-steps", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "resuming" in shown and "at step 2" in shown and f"reward: {every_stage['out']}/mine.py:f" in shown
+    assert m.load_checkpoint(tmp_path / "tiny/grpo/checkpoint.pt")["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "where", "name"),
+    [
+        ("sft", "data/val/sft.jsonl", "exact_match"),
+        ("ppo", "data/val/sft.jsonl", "exact_match"),
+        ("sft", "data/val/pref.jsonl", "pair_accuracy"),
+        ("dpo", "data/val/pref.jsonl", "pair_accuracy"),
+        ("reward", "data/val", "pair_accuracy"),
+        ("grpo", "data/val/prompts.jsonl", "exact_match"),
+        ("sft", "data/val/text.jsonl", "bpb"),
+    ],
+)
+def test_eval_scores_any_run_on_any_data(every_stage, trained_runs, capsys, run, where, name):
+    argv = ["--stage", "eval", "--init", str(every_stage["out"] / "tiny" / run), "--out", str(every_stage["out"])]
+    assert train.main([*argv, "--val-data", str(trained_runs / where)]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert name in scores and (name == "bpb" or 0 <= scores[name] <= 1)
+    assert run != "sft" or {"loss", "bpb", "tokens", "bytes"} <= scores.keys()
+
+
+def test_inspect_shows_what_is_trained(out_with_a_run, trained_runs, capsys):
+    argv = ["--stage", "sft", "--out", str(out_with_a_run), *data_flags(trained_runs)]
+    before = everything(out_with_a_run)
+    assert train.main([*argv, "--inspect", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "assistant\n«cat<|im_end|>»" in shown and "lengths of 8 conversations" in shown
+    assert shown.count("-- ") == 2 and everything(out_with_a_run) == before
+
+
+def test_inspect_needs_no_trained_model(trained_runs, tmp_path, capsys):
+    argv = ["--stage", "sft", "--inspect", "1", "--out", str(tmp_path), *data_flags(trained_runs)]
+    assert train.main([*argv, "--vocab-size", "300"]) == 0
+    shown = capsys.readouterr().out
+    assert "cat<|im_end|>»" in shown and not (tmp_path / "tiny").exists()
+
+
+def test_chat_forgets_on_reset(every_stage, monkeypatch, capsys):
+    said = iter(["hello", "/reset", "", "你好"])
+    lengths = []
+    plain = m.TextGenerator.stream
+
+    def stream(self, messages, config):
+        lengths.append(len(messages))
+        return plain(self, messages, config)
+
+    def ask(prompt):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(m.TextGenerator, "stream", stream)
+    run = str(every_stage["out"] / "tiny/sft")
+    assert sample.main(["--run", run, "--chat", "--max-new-tokens", "5", "--seed", "1"]) == 0
+    assert "(a new conversation)" in capsys.readouterr().out and lengths == [1, 1]
+
+
+def test_a_reward_model_does_not_write(every_stage, capsys):
+    assert sample.main(["--run", str(every_stage["out"] / "tiny/reward")]) == 2
+    assert "holds a reward model" in one_error(capsys)
+
+
+def test_plot_draws_several_runs(every_stage, tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [str(every_stage["out"] / "tiny" / stage) for stage in ("sft", "ppo")]
+    assert train.main(["--plot", *runs, "--png", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -- a new stage: a row in m.STAGES is all that train.py needs ---------------------------------------------------------
+
+
+class Echo(m.SFTTrainer):
+    stage = "echo"
+
+
+class Story(m.PreTrainer):
+    stage = "story"
+
+
+@pytest.fixture
+def new_stages(monkeypatch) -> None:
+    """Two stages that MiniLLM does not have: one after sft, with defaults of its own, and one from a new model."""
+    monkeypatch.setitem(m.STAGES, "echo", m.Stage(Echo, m.ConversationDataLoader, "sft", ("exact_match",)))
+    monkeypatch.setitem(m.STAGES, "story", m.Stage(Story, m.PretrainDataLoader, None, ("bpb",)))
+    monkeypatch.setitem(m.RECIPES["tiny"], "echo", {"max_steps": 2, "learning_rate": 0.0123, "log_every": 1})
+
+
+def test_a_new_stage_trains_resumes_and_is_scored(new_stages, every_stage, trained_runs, tmp_path, capsys):
+    shutil.copytree(every_stage["out"] / "tiny/sft", tmp_path / "tiny/sft")
+    argv = ["--stage", "echo", "--out", str(tmp_path), *data_flags(trained_runs), *QUICK]
+    assert train.main(argv) == 0
+    run, shown = tmp_path / "tiny/echo", capsys.readouterr().out
+    config = m.run_config(run)
+    assert config["stage"] == "echo" and config["parent"] == str(tmp_path / "tiny/sft")
+    assert (config["train"]["learning_rate"], config["train"]["max_steps"]) == (0.0123, 2)
+    assert "done: " in shown and f"sample.py --run {run} --chat" in shown
+    assert [row["step"] for row in m.read_metrics(run) if "loss" in row] == [1, 2]
+    assert "val exact match" in shown  # its headline
+    assert train.main([*argv, "--resume", "--max-steps", "3"]) == 0 and "at step 2" in capsys.readouterr().out
+    assert train.main(["--stage", "eval", "--init", str(run), "--out", str(tmp_path)]) == 0
+    assert "exact_match" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(m.load_run(run)[0], m.MiniGPT) and sample.main(["--run", str(run), "--max-new-tokens", "2"]) == 0
+    assert train.main(["--stage", "echo", "--out", str(tmp_path / "x")]) == 2
+    assert "train it with --stage sft" in one_error(capsys)
+
+
+def test_a_new_stage_without_parent_starts_from_a_new_model(new_stages, pretraining, tmp_path, capsys):
+    flags = [*pretraining["flags"], "--out", str(tmp_path), "--stage", "story", "--max-steps"]
+    assert train.main([*flags, "2"]) == 0
+    run, config = tmp_path / "tiny/story", m.get_train_config("tiny", "story")
+    assert m.run_config(run)["train"]["learning_rate"] == config.learning_rate == m.TrainConfig().learning_rate
+    assert "parent" not in m.run_config(run) and "val_bpb" in m.read_metrics(run)[-1]
+    assert train.main([*flags, "3", "--resume"]) == 0
+    assert m.load_checkpoint(run / "checkpoint.pt")["step"] == 3
+    assert train.main(["--stage", "eval", "--init", str(run), "--out", str(tmp_path)]) == 0
+
+
+def test_a_stage_that_is_not_in_the_table_is_refused(capsys):
+    assert train.main(["--stage", "echo"]) == 2
+    assert "--stage echo is unknown" in one_error(capsys)
+
+
+# -- models for and from transformers ----------------------------------------------------------------------------------
+
+TEMPLATE = (  # as ChatML, but for the turn that it begins with
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def huggingface_run(path: Path, kind: str = "Qwen3") -> Path:
-    """A directory as transformers' users have them: a random model, a tokenizer with a chat template."""
-    made = huggingface_tokenizer("qwen", path)
-    ids = {name: made.token_to_id(token) for name, token in (("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": "<|im_end|>",
-                "pad_token": "<|endoftext|>",
-            }
-        )
-    )
-    (path / "chat_template.jinja").write_text("{{ messages }}")  # exported runs have plain ChatML instead
-    changes = {"num_shared_experts": 0} if kind == "Qwen3Moe" else {}
+    """A directory as transformers' users have them: a random model, a tokenizer of Qwen's kind, a chat template."""
+    made = huggingface_tokenizer("qwen", path, pad_token="<|endoftext|>")
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    changes = {"eos_token_id": made.token_to_id("<|im_end|>"), "pad_token_id": made.token_to_id("<|endoftext|>")}
+    changes |= {"num_shared_experts": 0} if kind == "Qwen3Moe" else {}
     size = made.get_vocab_size() + 3  # releases round it up
-    model = huggingface_model(kind, vocab_size=size, eos_token_id=ids["eos"], pad_token_id=ids["pad"], **changes)
-    model.save_pretrained(path)
+    huggingface_model(kind, vocab_size=size, **changes).save_pretrained(path)
     return path
 
 
@@ -3032,18 +5610,19 @@ def same_in_transformers(folder: Path, run: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
     model, tokenizer, _ = m.load_run(run)
-    generator = m.TextGenerator(model, tokenizer)
+    generator, unused = m.TextGenerator(model, tokenizer), range(tokenizer.vocab_size, model.config.vocab_size)
     for text in [*TEXTS[:6], "Once there was", "小猫", "\n\n a", " \n b \n"]:
         ids = tokenizer.encode(text, add_special_tokens=True)
         assert tokens(text)["input_ids"] == ids
-        chat = [{"role": "system", "content": "简短"}, {"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-        assert tokens.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == prompt
+        user = {"role": "user", "content": text}
+        for chat in ([user], [{"role": "system", "content": "简短"}, user]):
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+            assert tokens.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == prompt
         ids = torch.tensor([prompt])
         with torch.no_grad():
             torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=2e-5)
-        written = theirs.generate(ids, max_new_tokens=12, do_sample=False)
-        ours = generator.greedy_search(ids, settings(max_new_tokens=12))
+        written = theirs.generate(ids, max_new_tokens=12, do_sample=False, suppress_tokens=list(unused) or None)
+        ours = generator.greedy_search(ids, m.GenerationConfig(max_new_tokens=12))
         assert written[0].tolist() == ours[0].tolist()
 
 
@@ -3072,9 +5651,9 @@ def test_an_exported_run_is_the_same_in_transformers_and_comes_back(tmp_path, to
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Qwen3Moe"])
-def test_an_imported_model_is_trained_like_any_other(base, tmp_path, kind, capsys):
+def test_an_imported_model_is_trained_like_any_other(trained_runs, tmp_path, kind, capsys):
     there, out = huggingface_run(tmp_path / "there", kind), tmp_path / "out"
-    data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val"), "--out", str(out)]
+    data = [*data_flags(trained_runs), "--out", str(out)]
     common = [*data, *QUICK, "--seq-len", "64", "--save-every", "1", "--log-every", "1", "--eval-tokens", "200"]
     first = ["--stage", "sft", "--lora-rank", "2", "--init", str(there), *common]
     assert train.main([*first, "--max-steps", "2"]) == 0
@@ -3093,94 +5672,781 @@ def test_an_imported_model_is_trained_like_any_other(base, tmp_path, kind, capsy
     assert "tokenizer.json" in capsys.readouterr().err
 
 
-def test_train_every_stage_eval_inspect_plot_chat(driven, base, tmp_path, monkeypatch, capsys):
-    data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
-    common = ["--out", str(driven), *data, *QUICK, "--max-steps", "2"]
-    assert train.main(["--stage", "ppo", *common]) == 2 and "there is no run" in capsys.readouterr().err
-    (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return len(reply)\n")
-    for stage, more in (
-        ("sft", []),
-        ("reward", ["--lora-rank", "2"]),
-        ("dpo", ["--dpo-kind", "ipo"]),
-        ("ppo", ["--minibatch-size", "2"]),
-        ("grpo", ["--group-size", "2", "--reward", f"{tmp_path}/mine.py:f"]),
-    ):
-        assert train.main(["--stage", stage, *common, *more]) == 0
-        shown = capsys.readouterr().out
-        run = driven / "tiny" / stage
-        assert "done: " in shown and "next:  python " in shown and str(run) in shown
-        config = m.run_config(run)
-        assert config["stage"] == stage and config["parent"].endswith("pretrain" if stage == "sft" else "sft")
-        expected = {"sft": "val_exact_match", "ppo": "val_reward", "grpo": "val_reward"}.get(stage, "val_pair_accuracy")
-        assert expected in m.read_metrics(run)[0] and expected in m.read_metrics(run)[-1]
-        assert train.main(["--stage", stage, *common, *more]) == 2
-        assert "holds a run already" in capsys.readouterr().err
-    resumed = ["--stage", "grpo", "--out", str(driven), "--resume", "--max-steps", "3"]  # data and reward as before
-    assert train.main(resumed) == 0 and "resuming at step 2" in capsys.readouterr().out
-    for run, where, name in (
-        ("sft", "data/val/sft.jsonl", "exact_match"),
-        ("ppo", "data/val/sft.jsonl", "exact_match"),
-        ("sft", "data/val/pref.jsonl", "pair_accuracy"),
-        ("dpo", "data/val/pref.jsonl", "pair_accuracy"),
-        ("reward", "data/val", "pair_accuracy"),
-        ("grpo", "data/val/prompts.jsonl", "exact_match"),
-        ("sft", "data/val/text.jsonl", "bpb"),
-    ):
-        argv = ["--stage", "eval", "--init", str(driven / "tiny" / run), "--val-data", str(base / where)]
-        assert train.main([*argv, "--out", str(driven)]) == 0
-        scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert name in scores and (name == "bpb" or 0 <= scores[name] <= 1)
-        assert run != "sft" or where.endswith("prompts.jsonl") or {"loss", "bpb", "tokens", "bytes"} <= scores.keys()
-    assert train.main(["--stage", "sft", "--inspect", "2", "--out", str(driven), *data]) == 0
-    shown = capsys.readouterr().out
-    assert "assistant\n«cat<|im_end|>»" in shown and "lengths of 8 conversations" in shown
-    said = iter(["hello", "/reset", "", "你好"])
-    lengths = []
-    plain = m.TextGenerator.stream
-
-    def stream(self, messages, config):
-        lengths.append(len(messages))
-        return plain(self, messages, config)
-
-    def ask(prompt):
-        try:
-            return next(said)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(m.TextGenerator, "stream", stream)
-    assert sample.main(["--run", str(driven / "tiny/sft"), "--chat", "--max-new-tokens", "5", "--seed", "1"]) == 0
-    assert "(a new conversation)" in capsys.readouterr().out and lengths == [1, 1]
-    assert sample.main(["--run", str(driven / "tiny/reward")]) == 2
-    assert "reward model" in capsys.readouterr().err
-    pytest.importorskip("matplotlib")
-    runs = [str(driven / "tiny" / stage) for stage in ("sft", "ppo")]
-    assert train.main(["--plot", *runs, "--png", str(tmp_path / "p.png")]) == 0
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+# -- rlhf in one go ----------------------------------------------------------------------------------------------------
 
 
-SHORT = ["--answer-tokens", "6", "--data", "{prompts}", "--val-data", "{prompts}"]
+@pytest.fixture
+def rlhf(trained_runs, tmp_path) -> list[str]:
+    """The command line of one step of each stage in tmp_path/out, which has a pretrained run; the data come last."""
+    shutil.copytree(trained_runs / "pretrain", tmp_path / "out/tiny/pretrain")
+    return ["--stage", "rlhf", "--out", str(tmp_path / "out"), *QUICK, "--max-steps", "1", *data_flags(trained_runs)]
 
 
-def test_train_rlhf_in_one_go(base, tmp_path, capsys):
-    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
-    data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
-    argv = ["--stage", "rlhf", "--out", str(tmp_path), *data, *QUICK, "--max-steps", "1"]
-    assert train.main(argv) == 0
+def test_train_rlhf_in_one_go(rlhf, capsys):
+    assert train.main(rlhf) == 0
     shown = capsys.readouterr().out
     assert "held-out metric" in shown and "ppo --chat" in shown
-    assert train.main(argv) == 0 and "== " not in capsys.readouterr().out
+    assert train.main(rlhf) == 0 and "== " not in capsys.readouterr().out
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    """All files under a folder but the caches."""
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-            and "cache" not in path.parts}  # fmt: skip
+def test_train_rlhf_begins_with_pretraining_where_there_is_none(rlhf, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "out")
+    words = "--hidden-size 32 --num-attention-heads 2 --num-hidden-layers 1 --vocab-size 300 --seq-len 30".split()
+    argv = [*rlhf, *words, "--max-position-embeddings", "64"]
+    assert train.main(argv) == 0
+    stages = ["pretrain", "sft", "reward", "ppo"]
+    assert re.findall(r"^== (\w+)", capsys.readouterr().out, re.M) == stages
+    assert all(m.load_checkpoint(tmp_path / f"out/tiny/{stage}/checkpoint.pt")["finished"] for stage in stages)
 
 
-# What people get wrong: {name of a file: content}, command line, what the one line of the error says. {d} is where
-# those files are, {out} an --out with a trained run, {run} that run.
+def test_rlhf_on_a_file_a_kind(rlhf, trained_runs, capsys):
+    files = {
+        part: [str(trained_runs / f"data/{part}/{name}.jsonl") for name in ("sft", "pref")] for part in ("train", "val")
+    }
+    argv = [*rlhf[:-4], "--data", *files["train"]]
+    assert train.main([*argv, "--val-data", *files["val"]]) == 0  # the questions of the conversations are the prompts
+    assert "ppo" in capsys.readouterr().out
+    files = {part: [*paths, str(trained_runs / f"data/{part}/prompts.jsonl")] for part, paths in files.items()}
+    argv = [*rlhf[:-4], "--data", *files["train"]]
+    assert train.main([*argv, "--val-data", *files["val"], "--overwrite"]) == 0
+
+
+def test_rlhf_on_data_without_answers_or_prompts(rlhf, tmp_path, capsys):
+    """People's own data: nothing checkable, pairs and conversations that may lack a question."""
+    chats = [{"messages": turns(f"hi {i}", "yes")} for i in range(9)]
+    chats.append({"messages": [{"role": "assistant", "content": "hello"}]})
+    pairs = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(9)]
+    prompts = [{"prompt": f"say {i}"} for i in range(9)]
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for name, records in (("chats", chats[::-1]), ("pairs", pairs), ("prompts", prompts)):
+            write_jsonl(tmp_path / part / f"{name}.jsonl", records)
+    argv = [*rlhf[:-4], "--data", str(tmp_path / "train"), "--val-data", str(tmp_path / "val")]
+    assert train.main(argv) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^sft +\d+ +bpb ", table, re.M) and re.search(r"^ppo +\d+ +reward ", table, re.M)
+    assert train.main(argv) == 0
+    assert "sft: finished already" in capsys.readouterr().out
+    assert train.main([*argv, "--stage", "dpo"]) == 0
+    mtimes = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))]
+    argv[argv.index("--data") + 1] = str(tmp_path / "train/chats.jsonl")
+    assert train.main([*argv, "--overwrite"]) == 2  # and nothing is lost
+    assert "no preference records" in one_error(capsys)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))] == mtimes
+
+
+def test_a_stopped_rlhf_does_not_mix_old_stages_with_new_ones(rlhf, tmp_path, monkeypatch, capsys):
+    assert train.main(rlhf) == 0
+    runs = tmp_path / "out/tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(m.RewardTrainer, "fit", lambda self: {"signal": signal.SIGTERM})
+        assert train.main([*rlhf, "--overwrite"]) == 143
+    assert not m.holds_run(runs / "reward") and not m.holds_run(runs / "ppo")
+    assert all(len(list(runs.glob(f"{stage}.old-*/checkpoint.pt"))) == 1 for stage in ("reward", "ppo"))
+    capsys.readouterr()
+    assert train.main(rlhf) == 0
+    shown = capsys.readouterr().out
+    assert "sft: finished already" in shown and "ppo: finished already" not in shown
+
+
+# -- what goes wrong on the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--confg", "tiny"], "did you mean --config"),
+        (["--stage", "pretran"], "--stage pretran is unknown: choose from tokenizer, pretrain"),
+        (["--config", "huge"], "config 'huge' is unknown: choose from tiny"),
+        (["--learning-rate", "-1"], "learning_rate=-1.0"),
+        (["--batch-size", "x"], "invalid int"),
+        (["--data", "/no/such/file"], "/no/such/file"),
+        (["--resume"], "no run directory"),
+        (["--stage", "eval"], "--init"),
+        (["--stage", "eval", "--init", "/nowhere"], "no run directory"),
+        (["--device", "tpu9"], "tpu9"),
+        (["--device", "meta"], "meta"),
+        (["--vocab-size", "100"], "--vocab-size 100"),
+        (["--seq-len", "999"], "--seq-len 999"),
+        (["--max-steps", "0"], "needs an end"),
+        (["--seed", "99999999999999999999"], "seed="),
+        (["--rope-scaling", "{a"], "rope-scaling"),
+        (["--rope-scaling", '{"rope_type": "yarn", "factor": "4"}'], "rope_scaling="),
+        (["--num-attention-heads", "5"], "num_attention_heads=5"),
+        (["--dtype", "fp8"], "invalid choice"),
+    ],
+)
+def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
+    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("train.py: error: ") and "Traceback" not in err and err.count("\n") == 1
+    assert not (tmp_path / "out/tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "{tmp}"], "no run in"),
+        (["--temperature", "0"], "temperature=0.0"),
+        (["--tempreture", "1"], "--temperature"),
+        (["--run", "{tmp}"], "no run directory"),
+    ],
+)
+def test_sample_reports_mistakes(tmp_path, capsys, argv, message):
+    assert sample.main([str(tmp_path) if word == "{tmp}" else word for word in argv]) == 2
+    assert message in one_error(capsys)
+
+
+SHORT = ["--reply-tokens", "6", "--data", "{prompts}", "--val-data", "{prompts}"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stage", "sft", "--reward", "answer"], "--reward answer has no meaning"),
+        (["--stage", "rlhf", "--reward", "answer"], "--reward answer has no meaning"),
+        (["--stage", "sft", "--init", "/nowhere"], "/nowhere"),
+        (["--stage", "sft", "--hidden-size", "64"], "hidden_size=64"),
+        (["--stage", "sft", "--seq-len", "999"], "--seq-len 999"),
+        (["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "nothing"], "nothing"),
+        (["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "{base}"], "no reward model"),
+        (["--stage", "grpo", "--group-size", "1"], "group_size=1"),
+        (["--stage", "dpo", "--init", "{base}", "--data", "{text}"], "nothing for this stage"),
+        (["--stage", "ppo", "--kl-coef", "-1"], "kl_coef=-1.0"),
+        (["--stage", "dpo", "--inspect", "1"], "--inspect"),
+        (["--plot", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_stages_report_mistakes_in_one_message(tmp_path, trained_runs, capsys, argv, message):
+    places = {
+        "{prompts}": str(trained_runs / "data/train/prompts.jsonl"),
+        "{base}": str(trained_runs / "pretrain"),
+        "{text}": str(trained_runs / "data/val/text.jsonl"),
+    }
+    argv = [*(places.get(word, word) for word in argv), "--out", str(tmp_path)]
+    assert train.main(argv if "--init" in argv else [*argv, "--init", places["{base}"]]) == 2
+    assert message in one_error(capsys) and not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model": {', "not JSON"),
+        ("{}", "neither"),
+        ("[]", "a JSON object is expected"),
+        ("[" * 100_000, "not JSON"),
+        ('{"model": {"colour": 3}, "train": {}}', "colour"),
+        ('{"model": {"hidden_size": -3}, "train": {}}', "hidden_size=-3"),
+    ],
+)
+def test_a_damaged_config_is_one_message(trained_runs, tmp_path, capsys, content, message):
+    run = tmp_path / "run"
+    shutil.copytree(trained_runs / "pretrain", run)
+    (run / "config.json").write_text(content)
+    for main, argv in (
+        (sample.main, ["--run", str(run)]),
+        (train.main, ["--stage", "eval", "--init", str(run)]),
+        (train.main, ["--stage", "sft", "--init", str(run), "--out", str(tmp_path)]),
+    ):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert message in error and "config.json" in error and len(error.splitlines()) == 1
+
+
+def test_resuming_says_what_is_different(trained_runs, tmp_path, capsys):
+    argv = ["--stage", "sft", "--init", str(trained_runs / "pretrain"), "--out", str(tmp_path), *QUICK]
+    argv += data_flags(trained_runs)
+    assert train.main([*argv, "--max-steps", "1"]) == 0
+    assert train.main([*argv, "--max-steps", "2", "--learning-rate", "0.25", "--resume"]) == 0
+    assert "from here on: learning_rate 0.004 -> 0.25, max_steps 1 -> 2" in capsys.readouterr().out
+    for more, message in (
+        (["--batch-size", "2"], "batch_size=2, but batch_size=3 in the checkpoint"),
+        (["--seed", "3"], "seed=3, but seed=0 in the checkpoint"),
+        (["--lora-rank", "2"], "was trained with --lora-rank 0"),
+        (["--optimizer", "adamw"], "was trained with --optimizer muon"),
+        (["--data", str(trained_runs / "data/val")], "the data, its split or the tokenizer are not those"),
+    ):
+        assert train.main([*argv, "--max-steps", "3", "--resume", *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+# ======================================================================================================================
+# README: the snippet, the docstrings' examples, the diffs of "Hack it"
+# ======================================================================================================================
+
+
+def test_the_snippet_of_the_readme(tmp_path):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    snippet = next(block.split("```")[0] for block in readme.split("```python\n")[1:] if "train_epoch" in block)
+    out = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+    )
+    assert out.stdout.startswith("epoch loss: ") and "Mini-LLM" in out.stdout
+    assert out.stderr.count("below the floor") == 1 and not list(tmp_path.iterdir())
+
+
+def test_docstring_examples():
+    assert doctest.testmod(m) == (0, 5)
+
+
+HACKS = HERE / "README.md"  # HERE / "README.md" once that holds the section
+
+
+def hacks_of_the_readme() -> dict[str, str]:
+    """The diffs of the section "Hack it" by their titles."""
+    section = HACKS.read_text(encoding="utf-8").partition("## Hack it\n")[2].partition("\n## ")[0]
+    parts = [part for part in section.split("\n**") if "```diff" in part]
+    return {part.partition("**")[0]: part.partition("```diff\n")[2].partition("```")[0] for part in parts}
+
+
+def hacked_minillm(title: str, folder: Path, monkeypatch):
+    """minillm.py with a diff of the README applied, as a module of its own."""
+    source = Path(m.__file__).read_text(encoding="utf-8")
+    hunks = hacks_of_the_readme()[title].split("@@\n")[1:]
+    assert hunks
+    for hunk in hunks:
+        old, new = ("".join(line[1:] + "\n" for line in hunk.splitlines() if line[:1] in side) for side in (" -", " +"))
+        assert source.count(old) == 1, f"this does not occur once in minillm.py:\n{old}"
+        source = source.replace(old, new)
+    path = folder / "hacked_minillm.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cannot_be_exported(hacked, model, folder: Path, name: str) -> None:
+    with pytest.raises(hacked.UserError, match=rf"the parameter {name} cannot be exported"):
+        model.save_pretrained(folder / "export")
+    assert not (folder / "export").exists()
+
+
+def check_norm(hacked, tmp_path, tokenizer, runs) -> None:
+    """Layer norm everywhere, in QK-norm too; its biases start at 0 and are trained."""
+    torch.manual_seed(0)
+    model = hacked.MiniGPT(shape())
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("norm.bias") or "layernorm.bias" in name}
+    assert len(biases) == 2 * 4 + 1 and not any(p.any() for p in biases.values())
+    norm, x = model.layers[0].self_attn.q_norm, torch.randn(2, 3, 4, 8)
+    with torch.no_grad():
+        norm.bias.normal_()
+        for inputs in (x, x.clone().requires_grad_()):
+            torch.testing.assert_close(norm(inputs), F.layer_norm(x, (8,), norm.weight, norm.bias, norm.eps))
+        norm.bias.zero_()
+    trainer = hacked.PreTrainer(model, tokenizer, config=hacked.TrainConfig(warmup_steps=0))
+    losses = [trainer.step([lm_batch(4, 20)])["loss"] for _ in range(4)]  # the last one is that after three steps
+    assert losses[3] < losses[0] - 0.1 and all(p.any() for p in biases.values())
+    cannot_be_exported(hacked, model, tmp_path, r"layers.0.\S*norm.bias")
+
+
+def check_positions(hacked, tmp_path, tokenizer, runs) -> None:
+    """Positions come from the embedding alone, and count from a row's first token."""
+    model = random_model(shape(), module=hacked)
+    generator = hacked.TextGenerator(model, tokenizer)
+    config = hacked.GenerationConfig(do_sample=False, max_new_tokens=20)
+    prompts = ["你", "Hello, world! It's", "1 + 12 ="]
+    assert generator.generate(prompts, config) == [generator.generate(prompt, config) for prompt in prompts]
+    cannot_be_exported(hacked, model, tmp_path, "embed_positions.weight")
+    cached = generator.greedy_search(random_ids(3, 6), hacked.GenerationConfig(max_new_tokens=12, min_new_tokens=12))
+    assert torch.equal(cached, without_ends(model).generate(random_ids(3, 6), 12))
+    model, ids = random_model(shape(num_hidden_layers=1), module=hacked), random_ids(1, 9)
+    with torch.no_grad():
+        there, swapped = model(ids)[0, -1], model(ids[:, [3, 1, 2, 0, 4, 5, 6, 7, 8]])[0, -1]
+        assert (there - swapped).abs().max() > 1e-3
+        model.embed_positions.weight.zero_()
+        there, swapped = model(ids)[0, -1], model(ids[:, [3, 1, 2, 0, 4, 5, 6, 7, 8]])[0, -1]
+    torch.testing.assert_close(there, swapped)
+
+
+def check_window(hacked, tmp_path, tokenizer, runs) -> None:
+    """A token sees itself and the 63 before it, with a cache and without."""
+    model, ids = random_model(shape(max_position_embeddings=128), module=hacked), random_ids(2, 90)
+    config = hacked.GenerationConfig(max_new_tokens=12, min_new_tokens=12)
+    cached = hacked.TextGenerator(model, tokenizer).greedy_search(ids, config)
+    assert torch.equal(cached, without_ends(model).generate(ids, 12))
+    model = random_model(shape(max_position_embeddings=128, num_hidden_layers=1), module=hacked)
+    with torch.no_grad():
+        plain, changed = model(ids)[:, -1], {}
+        for back in (64, 63):
+            other = ids.clone()
+            other[:, -1 - back] = (other[:, -1 - back] + 1) % 300
+            changed[back] = (model(other)[:, -1] - plain).abs().amax(dim=1)
+    assert (changed[64] == 0).all() and (changed[63] > 1e-5).all()
+
+
+def check_epsilon(hacked, tmp_path, tokenizer, runs) -> None:
+    """Worked example: of 0.4, 0.1, 0.3, 0.2, an epsilon of 0.15 leaves 4/9, 3/9 and 2/9; one of 0.9 the likeliest."""
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log().expand(20_000, -1)
+    for epsilon, expected in ((0.0, [0.4, 0.1, 0.3, 0.2]), (0.15, [4 / 9, 0, 3 / 9, 2 / 9]), (0.9, [1, 0, 0, 0])):
+        for top_p in (1.0, 0.999):  # without and with another filter
+            config = hacked.GenerationConfig(temperature=1.0, top_p=top_p, epsilon=epsilon)
+            drawn = hacked.draw(hacked.sampling_probs(logits, config), torch.Generator().manual_seed(0))
+            share = drawn.bincount(minlength=4) / len(drawn)
+            torch.testing.assert_close(share, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
+            assert not share[[p == 0 for p in expected]].any()
+    parser = hacked.FlagParser()
+    hacked.add_flags(parser, hacked.GenerationConfig(), "generation")
+    shown = " ".join(parser.format_help().split())
+    assert "--epsilon FLOAT drop tokens less likely than this, except the likeliest [0.0]" in shown
+    assert hacked.given_flags(parser.parse_args(["--epsilon", "0.1"]), hacked.GenerationConfig) == {"epsilon": 0.1}
+
+
+def check_record(hacked, tmp_path, tokenizer, runs) -> None:
+    """{"q", "a"} is read as the conversation that it stands for."""
+    records = [{"q": "hi", "a": "yo"}], [{"messages": turns("hi", "yo")}]
+    found, plain = (
+        load(hacked.ConversationDataLoader, tmp_path, tokenizer, record, f"{k}.jsonl")
+        for k, record in enumerate(records)
+    )
+    assert contents(found) == contents(plain) and found.note(0)["messages"] == turns("hi")
+    assert as_lists(list(found)) == as_lists(list(plain))
+    assert m.form_of(records[0][0]) is None and hacked.form_of(records[0][0]).kind == "chat"
+
+
+def check_metric(hacked, tmp_path, tokenizer, runs) -> None:
+    """Worked example: with log_every=3 there are lines of step 1, and of steps 2 and 3: the means of hidden_norm."""
+    model, batches = (
+        random_model(shape(), module=hacked),
+        [lm_batch(B, T, seed=B) for B, T in ((4, 12), (1, 20), (3, 9))],
+    )
+    with torch.no_grad():
+        first = model.hidden_states(batches[0]["input_ids"][:, :-1])[0].norm(dim=-1).mean().item()
+    config = hacked.TrainConfig(max_steps=3, log_every=3, warmup_steps=0, sample_tokens=0)
+    trainer = hacked.PreTrainer(model, tokenizer, config=config, train_data=batches, run_dir=tmp_path / "run")
+    steps, plain = [], trainer.step
+    trainer.step = lambda batches: steps.append(plain(batches)) or dict(steps[-1])
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        trainer.fit()
+    rows = [row["hidden_norm"] for row in hacked.read_metrics(tmp_path / "run") if "loss" in row]
+    norms = [step["hidden_norm"] for step in steps]
+    assert rows == pytest.approx([norms[0], (norms[1] + norms[2]) / 2]) and norms[0] == pytest.approx(first, rel=1e-5)
+    assert f"hidden norm {first:.4g}"[:14] in shown.getvalue()
+
+
+def check_stage(hacked, tmp_path, tokenizer, runs) -> None:
+    """Worked example: chosen -0.5 and rejected -1 nats a token, β = 2, margin ½: ln(1 + e^-(2 · 0.5 - 0.5))."""
+    one = hacked.simpo_loss(torch.tensor([-0.5]), torch.tensor([-1.0]), beta=2.0, margin=0.5)
+    assert one.item() == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-6)
+    config = hacked.get_train_config("tiny", "simpo")
+    assert hacked.STAGES["simpo"].parent == "sft" and (config.max_steps or config.minutes)  # or train.py refuses it
+    model, config = random_model(shape(), module=hacked), hacked.TrainConfig(**vars(stage_config(max_steps=3)))
+    sources = {part: hacked.Source(source.paths, "all") for part, source in sources_in(runs / "data").items()}
+    options = {"run_dir": tmp_path / "simpo", "cache_dir": tmp_path / "cache"}
+    trainer = hacked.make_trainer("simpo", model, tokenizer, sources, config, **options)
+    loader, expected = trainer.train_data, 0.0
+    batch = loader.collate([0, 1])
+    with torch.no_grad():
+        for i in (0, 1):
+            means = []
+            for side in (0, 1):
+                ids, trained = loader.sequence(i, side)
+                logprobs = model(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+                means.append(logprobs[trained[1:]].mean().item())
+            expected += math.log(1 + math.exp(-(2 * (means[0] - means[1]) - 0.5)))
+        assert trainer.loss(batch).item() == pytest.approx(expected, rel=1e-4)
+    result = trainer.fit()
+    assert trainer.step_count == 3 and 0 <= result["pair_accuracy"] <= 1
+    rows = hacked.read_metrics(tmp_path / "simpo")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3] and "val_pair_accuracy" in rows[-1]
+
+
+HACK_CHECKS = {
+    "Another norm": check_norm,
+    "Another position code": check_positions,
+    "Sliding-window attention": check_window,
+    "Another sampling rule": check_epsilon,
+    "Another record form": check_record,
+    "An extra metric from inside a loss": check_metric,
+    "A new stage": check_stage,
+}
+
+
+@pytest.mark.parametrize("title", HACK_CHECKS)
+def test_hacks_of_the_readme(tmp_path, monkeypatch, tokenizer, trained_runs, title):
+    hacked = hacked_minillm(title, tmp_path, monkeypatch)
+    HACK_CHECKS[title](hacked, tmp_path, tokenizer, trained_runs)
+
+
+def test_every_hack_of_the_readme_is_tested():
+    assert list(hacks_of_the_readme()) == list(HACK_CHECKS)
+    assert len(HACK_CHECKS) == HACKS.read_text(encoding="utf-8").partition("## Hack it\n")[2].count("```diff")
+
+
+# ======================================================================================================================
+# Drivers: bench.py
+# ======================================================================================================================
+
+
+@pytest.fixture
+def quick_bench(monkeypatch) -> None:
+    """Everything is small and measured once, and memory not in a process of its own."""
+    monkeypatch.setattr(bench, "REPEATS", (1, 1))
+    monkeypatch.setattr(bench, "BUDGET_S", {"quick": 0.0, "full": 0.0})
+    monkeypatch.setattr(m, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(bench, "isolated_memory", lambda *_: (1_000_000, 3_000_000))
+    small = bench.PEER_SHAPE | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    monkeypatch.setattr(bench, "PEER_SHAPE", small)
+    monkeypatch.setitem(m.PRESETS, "tiny", dataclasses.asdict(shape()))
+    monkeypatch.setitem(m.PRESETS, "moe", dataclasses.asdict(moe_shape()))
+
+
+def test_bench_tells_noise_from_change():
+    """Worked example: a change within twice both spreads, or 3 %, is noise; rates want to grow, times to shrink."""
+    tables = {"t": {"c": {"a, tok/s": [100.0, 0.01], "b, ms": [10.0, 0.0], "d, MB": [10.0, 0.1], "e, M": [1.0, 0.0]}}}
+    before = bench.measured_cells(tables)
+    now = bench.measured_cells(
+        {
+            "t": {
+                "c": {
+                    "a, tok/s": bench.Measured(90.0, 0.01),
+                    "b, ms": bench.Measured(8.0),
+                    "d, MB": bench.Measured(11.9),
+                    "e, M": bench.Measured(2.0),
+                    "new, s": bench.Measured(1.0),
+                    "text": "8 x 256",
+                }
+            }
+        }
+    )
+    table = bench.compare(now, before)
+    assert table["verdict"] == {"c: a, tok/s": "worse", "c: b, ms": "better", "c: d, MB": "noise"}
+    assert table["ratio"]["c: b, ms"].value == pytest.approx(0.8)
+    assert bench.summarize([1.0, 2.0, 4.0]) == (2.0, pytest.approx(0.375))
+
+
+def test_bench_plans_a_batch_that_memory_has_to_split(quick_bench, capsys, monkeypatch):
+    """Worked example: 16 rows measured take 3 MB and each further one 0.1 MB, so 4 MB hold 26 rows of 64."""
+    monkeypatch.setattr(bench, "bytes_per_row", lambda *_: 100_000.0)
+    argv = ["--quick", "--plan", "--config", "tiny", "--batch-size", "64", "--seq-len", "64", "--gpu-memory", "4M"]
+    assert bench.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "64 rows do not fit into 0.004 GB: --batch-size 22 --accumulation-steps 3 does" in shown
+    cells = {line.rsplit(maxsplit=1)[0]: line.split()[-1] for line in shown.splitlines() if line}
+    assert cells["largest batch in 0.004 GB, rows"] == "26" and cells["peak training memory, MB"] == "7.8"
+
+
+@pytest.mark.parametrize("name", ["tiny", "moe"])
+def test_bench_measures_writes_and_compares(quick_bench, tmp_path, capsys, name):
+    argv = ["--quick", "--all", "--config", name, "--only"]
+    path = str(tmp_path / "figures.json")
+    assert bench.main([*argv, "train", "decode", "--json", path]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    rows = json.loads(Path(path).read_text())["tables"]["presets"][name]
+    assert rows["parameters, M"] == [m.MiniGPT(m.get_config(name)).num_params() / 1e6, 0.0]
+    for row in (
+        "eager training, tok/s",
+        "  backward, eager, ms",
+        "  MFU, eager, % of peak",
+        "prefill, tok/s",
+        "decode, batch 8, tok/s",
+        "decode, 4 beams, tok/s",
+        "  batch 8, % of memory's limit",
+    ):
+        assert rows[row][0] > 0 and row in shown
+    assert rows["peak memory of that batch, MB"] == [3.0, 0.0]
+    assert not any("compiled" in row for row in rows)
+    assert bench.main([*argv, "decode", "--baseline", path, "--json", path]) == 0  # figures may replace figures
+    shown = capsys.readouterr().out
+    assert f"== against {path}" in shown and f"{name}: decode, batch 8, tok/s" in shown and "verdict" in shown
+
+
+def test_bench_shows_the_headlines_and_writes_all(quick_bench, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert bench.main(["--quick", "--config", "tiny", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    tables = json.loads(path.read_text())["tables"]
+    for row in bench.HEADLINES:
+        assert (row in shown) == ("compiled" not in row)
+    hidden = {row for rows in (tables["machine"][""], tables["presets"]["tiny"]) for row in rows} - {*bench.HEADLINES}
+    assert len(hidden) > 8 and not any(row in shown.splitlines() for row in hidden)
+    assert "backward" not in shown and "memory's limit" not in shown and "reading memory" not in shown
+    assert set(tables["tokenizer"]["MiniLLM"]) == {"BPE training, MB/s", "encoding, MB/s"}
+
+
+def test_bench_compares_with_figures_of_the_first_version(quick_bench, tmp_path, capsys):
+    rows = {"eager training, tok/s": [1e-3, 0.01], "timed batch": "8 x 256", "weights, MB": [5.8, 0.0]}
+    tables = {
+        "presets": {"tiny": rows},
+        "tokenizer": {"MiniLLM": {"  21 MB, s": [1.2, 0.0]}, "tiktoken": {"e": "absent"}},
+    }
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"flags": {"quick": True, "check": False}, "tables": tables}))
+    assert bench.main(["--quick", "--config", "tiny", "--only", "train", "--baseline", str(path)]) == 0
+    compared = capsys.readouterr().out.partition("== against")[2].splitlines()
+    assert [line.split()[-1] for line in compared if line.startswith("tiny: ")] == ["better"]
+
+
+def test_bench_counts_what_forward_keeps(tokenizer):
+    trainer = m.PreTrainer(random_model(shape()), tokenizer, config=m.TrainConfig(seq_len=64))
+    one, two, four = (bench.saved_bytes(bench.Setup(torch.device("cpu")), trainer, rows) for rows in (1, 2, 4))
+    assert 0 < two - one == pytest.approx((four - two) / 2, rel=0.02)
+    C, H, K, D, F_ = 32, 4, 2, 8, 64
+    least = 2 * (4 * C + (H + 2 * K) * D + (H + K) * D + 4 * F_)  # floats a token that the blocks cannot do without
+    assert 4 * 64 * least <= two - one <= 1.5 * 4 * 64 * least
+
+
+def test_bench_plans(quick_bench, capsys):
+    argv = ["--quick", "--plan", "--config", "tiny", "moe", "--tokens", "1.5M", "--batch-size", "2", "--seq-len", "64"]
+    assert bench.main([*argv, "--gpu-memory", "100G"]) == 0
+    shown = capsys.readouterr().out
+    assert "plan for 1.5M tokens" in shown and "largest batch in 100 GB" in shown and "step, s" in shown
+    assert "peak training memory, MB" in shown and "do not fit" not in shown
+    assert bench.main([*argv, "--gpu-memory", "1M", "--gradient-checkpointing"]) == 0
+    assert "not even one does" in capsys.readouterr().out
+
+
+def test_bench_peak_of_a_training():
+    setup, train = bench.Setup(torch.device("cpu")), m.TrainConfig(batch_size=2, seq_len=64)
+    start_bytes, peak_bytes = bench.isolated_work(setup, shape(), train)
+    assert peak_bytes >= start_bytes > 1e6
+
+
+def test_bench_profiles(quick_bench, tmp_path, capsys):
+    assert bench.main(["--quick", "--config", "tiny", "--profile", str(tmp_path / "traces")]) == 0
+    assert "aten::" in capsys.readouterr().out
+    for kind in ("training", "decoding"):
+        assert json.loads((tmp_path / f"traces/tiny-{kind}.json").read_text())["traceEvents"]
+
+
+def test_bench_peers_side_by_side(quick_bench, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    assert bench.main(["--quick", "--peers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for row in ("training eager, tok/s", "decode, batch 8, tok/s", "decode, 4 beams, tok/s", "encoding, MB/s"):
+        line = next(line for line in lines if line.startswith(row))
+        own, peer, ratio = (float(cell.replace(",", "")) for cell in line.removeprefix(row).split())
+        assert own / peer == pytest.approx(ratio, rel=0.02)
+
+
+@pytest.mark.parametrize(("part", "package"), [("train", "transformers"), ("tokenizer", "tokenizers")])
+def test_bench_names_absent_peers(quick_bench, capsys, monkeypatch, part, package):
+    monkeypatch.setitem(sys.modules, package, None)  # so that importing it fails
+    assert bench.main(["--quick", "--peers", "--only", part]) == 2
+    assert capsys.readouterr().err.startswith(f"bench.py: error: this needs {package}: pip install")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--confg", "tiny"], "did you mean --config"),
+        (["--config", "huge"], "huge"),
+        (["--only", "nothing"], "nothing"),
+        (["--plan", "--tokens", "many"], "many"),
+        (["--plan", "--tokens", "0M"], "0M"),
+        (["--plan", "--peers"], "not allowed with argument --plan"),
+        (["--gpu-memory", "1G"], "--plan"),
+        (["--plan", "--config", "tiny", "--seq-len", "999"], "--seq-len 999"),
+        (["--batch-size", "0"], "batch_size=0"),
+        (["--device", "abacus"], "abacus"),
+        (["--baseline", "/nowhere.json"], "/nowhere.json"),
+        (["--baseline", "{other}"], "does not hold figures"),
+        (["--baseline", "{odd}"], "does not hold figures"),
+        (["--baseline", "{cell}"], "does not hold figures"),
+        (["--json", "{other}"], "does not hold figures"),
+        (["--json", "/nowhere/figures.json"], "no directory /nowhere"),
+    ],
+)
+def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
+    texts = {"other": "{}", "odd": '{"tables": {"tokenizer": 5}}', "cell": '{"tables": {"t": {"c": {"r": ["x"]}}}}'}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    names = {f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in texts}
+    assert bench.main([names.get(word, word) for word in argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err and (tmp_path / "other.txt").read_text() == "{}"
+
+
+def test_bench_without_enough_memory(capsys, monkeypatch):
+    def fail(error: Exception):
+        raise error
+
+    monkeypatch.setattr(m, "keep_freed_memory", lambda: None)
+    error = torch.OutOfMemoryError("CUDA out of memory.\nand more")
+    monkeypatch.setattr(bench, "measure", lambda *_: fail(error))
+    assert bench.main(["--quick"]) == 2
+    assert capsys.readouterr().err == "bench.py: error: CUDA out of memory. Try a smaller --batch-size.\n"
+    monkeypatch.setattr(bench, "measure", lambda *_: fail(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench.main(["--quick"])
+
+
+# ======================================================================================================================
+# Benchmarks: run once as plain tests, timed by `pytest --benchmark-only`
+# ======================================================================================================================
+
+
+@pytest.fixture
+def benchmark(request, benchmark):
+    benchmark.disabled = not request.config.getoption("--benchmark-only")
+    return benchmark
+
+
+def test_benchmark_training_step(benchmark, tokenizer):
+    trainer = m.PreTrainer(m.MiniGPT(shape(hidden_size=64, max_position_embeddings=128)), tokenizer)
+    benchmark(trainer.step, [lm_batch(4, 128)])
+
+
+def test_benchmark_prefill(benchmark, generator):
+    benchmark(generator.greedy_search, random_ids(1, 63), settings(max_new_tokens=1))
+
+
+def test_benchmark_decoding(benchmark, generator):
+    benchmark(generator.greedy_search, random_ids(1, 8), settings(min_new_tokens=20, max_new_tokens=20))
+
+
+def test_benchmark_bpe_training(benchmark):
+    benchmark(m.BPETokenizer(vocab_size=400).train, TEXTS * 30)
+
+
+def test_benchmark_bpe_encoding(benchmark, tokenizer):
+    benchmark(tokenizer.encode, "".join(TEXTS) * 100)
+
+
+def test_benchmark_ppo_rollout(benchmark, tokenizer):
+    trainer = rl_trainer(m.PPOTrainer, tokenizer, lambda *_: 1.0, train={"reply_tokens": 16})
+    benchmark(trainer.experience, prompt_batch(tokenizer, ["a", "bc", "def", "你好"] * 4))
+
+
+# ======================================================================================================================
+# Faults: signals, full disks, two processes
+# ======================================================================================================================
+
+
+def test_an_interrupt_ends_after_the_step_with_a_checkpoint(tmp_path, tokenizer):
+    trainer = trainer_for(
+        tokenizer, m.TrainConfig(max_steps=50, sample_tokens=0), train_data=[lm_batch(2, 8)], run_dir=tmp_path
+    )
+    plain_step = trainer.step
+
+    def step(batches):
+        if trainer.step_count == 3:
+            signal.raise_signal(signal.SIGINT)
+        return plain_step(batches)
+
+    trainer.step, before = step, signal.getsignal(signal.SIGINT)
+    assert trainer.fit()["signal"] == signal.SIGINT and m.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_before_the_first_step_saves_nothing(trained_runs, tmp_path, monkeypatch):
+    trainer = stage_trainer(trained_runs, "sft", tmp_path / "sft")
+    plain = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
+    assert trainer.fit()["signal"] == signal.SIGTERM and not m.holds_run(tmp_path / "sft")
+
+
+def test_one_process_a_run(out_with_a_run, trained_runs, tmp_path, capsys):
+    argv = ["--out", str(tmp_path), *data_flags(trained_runs), *QUICK]
+    shutil.copytree(out_with_a_run / "tiny/pretrain", tmp_path / "tiny/pretrain")
+    before = everything(tmp_path)
+    with m.locked(tmp_path / "tiny/pretrain"):
+        for more in (["--resume", "--max-steps", "9"], ["--overwrite", "--max-steps", "1"]):
+            assert train.main(["--seq-len", "16", *argv, *more]) == 2
+            assert "in use by another process" in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_an_export_that_fails_leaves_the_one_before_whole(tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "export"
+    random_model(shape()).save_pretrained(folder, tokenizer)
+    before, plain = everything(folder), m.atomic_write
+
+    @contextlib.contextmanager
+    def full(path):
+        if path.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        with plain(path) as file:
+            yield file
+
+    monkeypatch.setattr(m, "atomic_write", full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            random_model(shape(num_hidden_layers=1), seed=1).save_pretrained(target, tokenizer)
+    assert everything(tmp_path) == before and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
+    config = m.TrainConfig(max_steps=4, save_every=2, eval_every=0, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run")
+    plain = open
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.room = file, 20_000 if trainer.step_count == 4 else 10**9
+
+        def write(self, data):
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __iter__(self):
+            return iter(self.file)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(m, "open", lambda *args, **options: Full(plain(*args, **options)), raising=False)
+    with pytest.raises(OSError, match="disk is full"):
+        trainer.fit()
+    assert m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
+    assert not list((tmp_path / "run").glob("*.tmp")) and not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_overwriting_costs_nothing_until_a_new_run_stands(rlhf, trained_runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main(rlhf) == 0
+    (out / "tiny/sft.old").mkdir()
+    (out / "tiny/sft.old/mine.txt").write_text("a user's own copy")
+    (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n{"chosen": "a", "rejected": "b"}\n')
+    before = everything(out)
+    for more in (
+        ["--device", "cuda:77"],
+        ["--reply-tokens", "300"],
+        ["--accumulation-steps", "2"],
+        ["--data", str(tmp_path / "bad.jsonl")],
+        ["--resume"],
+    ):
+        assert train.main([*rlhf, "--overwrite", *more]) == 2, more
+        assert everything(out) == before, more
+    (tmp_path / "boom.py").write_text("def f(messages, reply, answer):\n    return 1 / 0\n")
+    one_stage = ["--out", str(out), *data_flags(trained_runs), *QUICK, "--overwrite"]
+    fails = ["--stage", "ppo", *one_stage, "--max-steps", "1"]
+    assert train.main([*fails, "--reward", f"{tmp_path}/boom.py:f"]) == 2
+    assert "boom.py:2: ZeroDivisionError" in capsys.readouterr().err and everything(out) == before
+    assert train.main(["--stage", "sft", *one_stage, "--max-steps", "2"]) == 0
+    assert m.load_checkpoint(out / "tiny/sft/checkpoint.pt")["step"] == 2
+    assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
+
+
+# ======================================================================================================================
+# The table of mistakes: what people get wrong, and what the one line of the error says. Reading may stop here: one test
+# goes through the rows.
+# ======================================================================================================================
+
+
+# A row: {name of a file: content}, command line, what the error says. {d} is where those files are, {out} an --out with
+# a trained run, {run} that run, {val} data to validate on.
+
+
 def data_mistake(content, message, stage="pretrain", name="a.jsonl", *more):
     content = content if isinstance(content, bytes) else content.encode()
     where = ["--init", "{run}"] if stage != "pretrain" else []
@@ -3191,13 +6457,14 @@ RUN = ["--val-data", "{val}", "--out", "{out}", "--overwrite", "--max-steps", "1
 SAY, REPLY = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
 GARBAGE = pickle.dumps(subprocess.Popen)  # what a pickle may run must not run
 MISTAKES = [
-    data_mistake("café au lait".encode("latin-1"), "byte 3 is not UTF-8", name="a.txt"),
-    data_mistake("小".encode()[:2], "ends inside a UTF-8 character", name="a.txt"),
-    data_mistake("你好".encode("utf-16"), "byte 0 is not UTF-8", name="a.txt"),
+    data_mistake("café au lait".encode("latin-1"), "a.txt:1: not UTF-8", name="a.txt"),
+    data_mistake("小".encode()[:2], "a.txt:1: not UTF-8 (unexpected end of data)", name="a.txt"),
+    data_mistake(b"one\ntwo\nthr\xff", "a.txt:3: not UTF-8", name="a.txt"),
+    data_mistake("你好".encode("utf-16"), "a.txt:1: not UTF-8", name="a.txt"),
     data_mistake("", "empty", name="a.txt"),
     data_mistake("too short", "fewer than seq_len", "pretrain", "a.txt", "--seq-len", "60"),
     data_mistake('{"text": "a"}\n{"text": ', "a.jsonl:2:9: not JSON"),
-    data_mistake('{"text": 3}', "a.jsonl:1: \"text\" must be a string, not int"),
+    data_mistake('{"text": 3}', 'a.jsonl:1: "text" must be a string, not int'),
     data_mistake('{"text": null}', "not NoneType"),
     data_mistake('{"text": ["a"]}', "not list"),
     data_mistake("[1, 2]", "a.jsonl:1: unknown form of record (list)"),
@@ -3205,15 +6472,16 @@ MISTAKES = [
     data_mistake('{"txt": "a"}', "unknown form of record (txt)"),
     data_mistake("{}", "empty object"),
     data_mistake('{"text": "a\\ud800"}', "a.jsonl:1: an escape"),
-    data_mistake("[" * 100_000, "a.jsonl:1: JSON that can not be read"),
-    data_mistake('{"text": ' + "9" * 5000 + "}", "a.jsonl:1: JSON that can not be read"),
+    data_mistake("[" * 100_000, "a.jsonl:1:1: not JSON"),
+    data_mistake('{"text": ' + "9" * 5000 + "}", "a.jsonl:1:1: not JSON"),
     data_mistake("", "nothing for this stage, but no records"),
     data_mistake(" \n\n", "nothing for this stage, but no records"),
     data_mistake("a,b", "unknown kind of data file", "pretrain", "a.csv"),
-    data_mistake('{"a": 1', "a.json:1:8: not JSON", "pretrain", "a.json"),
+    data_mistake('{"a": 1', "a.json:1: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
+    data_mistake('[{"text": "a"},\n\n{"text" 1}]', "a.json:3: not JSON", "pretrain", "a.json"),
     data_mistake('[{"text": "a"}, {"b": 1}]', "a.json[1]: unknown form", "pretrain", "a.json"),
     data_mistake(b"no gzip", "damaged .gz", "pretrain", "a.txt.gz"),
-    data_mistake(gzip.compress(b"hello" * 100)[:-9], "damaged .gz", "pretrain", "a.txt.gz"),
+    data_mistake(gzip.compress(b"hello" * 100, mtime=0)[:-9], "damaged .gz", "pretrain", "a.txt.gz"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + "]}", "nothing for this stage, but chat records"),
     data_mistake('{"text": "a"}', "nothing for this stage, but text records", "sft"),
     data_mistake('{"messages": [' + SAY + "," + SAY + "," + REPLY + "]}", "two user messages", "sft"),
@@ -3232,12 +6500,12 @@ MISTAKES = [
     data_mistake('{"prompt": "a", "completion": 4}', "a message must be an object", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "answer": {}}', '"answer" must be a text', "sft"),
     data_mistake('{"prompt": "a", "chosen": "b"}', "nothing for this stage, but prompt records", "dpo"),
-    data_mistake('{"prompt": "a", "chosen": "b", "rejected": "b"}', '"chosen" must end with an answer', "dpo"),
+    data_mistake('{"prompt": "a", "chosen": "b", "rejected": "b"}', '"chosen" must end with a reply', "dpo"),
     data_mistake('{"prompt": "a", "chosen": 3, "rejected": "b"}', "a message must be an object", "reward"),
     data_mistake('{"prompt": "a", "chosen": "b", "rejected": [7]}', "a message must be an object", "dpo"),
-    data_mistake('{"chosen": [' + SAY + '], "rejected": "b"}', '"chosen" must end with an answer', "dpo"),
-    data_mistake('{"prompt": []}', "a prompt must end with a message to answer", "grpo"),
-    data_mistake('{"prompt": [' + REPLY + "]}", "a prompt must end with a message to answer", "grpo"),
+    data_mistake('{"chosen": [' + SAY + '], "rejected": "b"}', '"chosen" must end with a reply', "dpo"),
+    data_mistake('{"prompt": []}', "a prompt must end with a message to reply to", "grpo"),
+    data_mistake('{"prompt": [' + REPLY + "]}", "a prompt must end with a message to reply to", "grpo"),
     data_mistake('{"prompt": 3}', "a message must be an object", "grpo"),
     data_mistake('{"prompt": "a", "gt": true}', '"answer" must be a text', "grpo"),
     data_mistake('{"prompt": "a"}', 'needs prompts with an "answer"', "grpo", "a.jsonl", "--reward", "answer"),
@@ -3258,8 +6526,8 @@ MISTAKES = [
             ("--beta1", "1", "beta1=1.0"),
             ("--seq-len", "0", "seq_len=0"),
             ("--seq-len", "9999", "--seq-len 9999 exceeds the context"),
-            ("--config", "huge", "invalid choice: 'huge'"),
-            ("--stage", "dream", "invalid choice: 'dream'"),
+            ("--config", "huge", "config 'huge' is unknown"),
+            ("--stage", "dream", "--stage dream is unknown"),
             ("--device", "tpu", "device 'tpu'"),
             ("--device", "cuda:99", "device 'cuda:99'"),
             ("--dtype", "int8", "invalid choice: 'int8'"),
@@ -3306,7 +6574,7 @@ MISTAKES = [
             ("checkpoint.pt", b"torn", "checkpoint.pt is damaged"),
             ("checkpoint.pt", GARBAGE, "checkpoint.pt is damaged"),
             ("checkpoint.pt", None, "checkpoint.pt does not exist"),
-            ("tokenizer.json", b"{", "tokenizer.json is not a tokenizer.json"),
+            ("tokenizer.json", b"{", "run/tokenizer.json: not JSON"),
             ("tokenizer.json", None, "tokenizer.json does not exist"),
             ("tokenizer.json", b"other", "is not the tokenizer that the checkpoint was trained with"),
             ("config.json", b"[]", "config.json: a JSON object"),
@@ -3317,11 +6585,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("files", "argv", "message"), MISTAKES, ids=map(str, range(len(MISTAKES))))
-def test_mistakes_are_one_message_and_cost_nothing(driven, base, tmp_path, capsys, files, argv, message):
+def test_mistakes_are_one_message_and_cost_nothing(
+    out_with_a_run, trained_runs, tmp_path, capsys, files, argv, message
+):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/file").write_text("")
     if any(name.startswith("run/") for name in files):
-        m.shutil.copytree(driven / "tiny/pretrain", tmp_path / "run")
+        shutil.copytree(out_with_a_run / "tiny/pretrain", tmp_path / "run")
     for name, content in files.items():
         path = tmp_path / name
         if content == b"other":
@@ -3333,191 +6603,26 @@ def test_mistakes_are_one_message_and_cost_nothing(driven, base, tmp_path, capsy
         if "checkpoint" in name:
             (tmp_path / "run/checkpoint.prev.pt").unlink(missing_ok=True)
     here = tmp_path if files else tmp_path / "empty"
-    names = {"{d}": here, "{out}": driven, "{run}": driven / "tiny/pretrain", "{base}": base}
-    names["{val}"] = base / "data/val"
+    names = {"{d}": here, "{out}": out_with_a_run, "{run}": out_with_a_run / "tiny/pretrain", "{base}": trained_runs}
+    names["{val}"] = trained_runs / "data/val"
 
     def filled(text: str) -> str:
         for name, path in names.items():
             text = text.replace(name, str(path))
         return text
 
-    before = everything(driven) | everything(base)
+    before = everything(out_with_a_run) | everything(trained_runs)
     main = {"train": train.main, "sample": sample.main}[argv[0]]
     assert main(list(map(filled, argv[1:]))) == 2
-    error = capsys.readouterr().err
-    last = [line for line in error.splitlines() if ": warning: " not in line]
-    assert filled(message) in error and len(last) == 1 and "Traceback" not in error
-    assert everything(driven) | everything(base) == before
+    assert filled(message) in one_error(capsys)
+    assert everything(out_with_a_run) | everything(trained_runs) == before
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        plain = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, n=name, p=plain: (calls.append(n), p(*args))[1])
-    m.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
-    assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the directory
-
-
-def test_three_hundred_damaged_checkpoints(tmp_path):
-    """Truncated or with a flipped bit: what loads is what was saved last, or with a warning what was saved before."""
-    path, draw = tmp_path / "checkpoint.pt", torch.Generator().manual_seed(0)
-    states = [{"step": k, "model": {"w": torch.arange(500.0) * k}, "text": f"step {k}"} for k in (1, 2)]
-    for state in states:
-        m.save_checkpoint(path, dict(state))
-    whole, noticed = path.read_bytes(), 0
-    for k in range(300):
-        at = int(torch.randint(0, len(whole), (), generator=draw))
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << k % 8
-        path.write_bytes(whole[:at] if k % 3 == 0 else damaged)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loaded = m.load_checkpoint(path)
-        wanted = states[0] if caught else states[1]  # zip files have bytes that nobody reads
-        assert m.digest(loaded) == m.digest(wanted), at
-        noticed += bool(caught)
-    assert noticed > 200
-
-
-def test_one_process_a_run(driven, base, tmp_path, capsys):
-    argv = ["--out", str(tmp_path), "--data", str(base / "data/train"), "--val-data", str(base / "data/val"), *QUICK]
-    m.shutil.copytree(driven / "tiny/pretrain", tmp_path / "tiny/pretrain")
-    before = everything(tmp_path)
-    with m.locked(tmp_path / "tiny/pretrain"):
-        for more in (["--resume", "--max-steps", "9"], ["--overwrite", "--max-steps", "1"]):
-            assert train.main(["--seq-len", "16", *argv, *more]) == 2
-            assert "in use by another process" in capsys.readouterr().err
-    assert everything(tmp_path) == before
-
-
-def test_resuming_says_what_is_different(base, tmp_path, capsys):
-    argv = ["--stage", "sft", "--init", str(base / "pretrain"), "--out", str(tmp_path), *QUICK]
-    argv += ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
-    assert train.main([*argv, "--max-steps", "1"]) == 0
-    assert train.main([*argv, "--max-steps", "2", "--learning-rate", "0.25", "--resume"]) == 0
-    assert "from here on: learning_rate 0.004 -> 0.25, max_steps 1 -> 2" in capsys.readouterr().out
-    for more, message in (
-        (["--batch-size", "2"], "batch_size=2, but the checkpoint"),
-        (["--seed", "3"], "seed=3, but the checkpoint"),
-        (["--lora-rank", "2"], "was trained with --lora-rank 0"),
-        (["--optimizer", "adamw"], "was trained with --optimizer muon"),
-        (["--data", str(base / "data/val")], "the data, its split or the tokenizer are not those"),
-    ):
-        assert train.main([*argv, "--max-steps", "3", "--resume", *more]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_metrics_that_are_none_stop_a_resumed_run_before_it_changes_anything(base, tmp_path):
-    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
-    metrics = tmp_path / "tiny/pretrain/metrics.jsonl"
-    whole = metrics.read_bytes()
-    for line in (b"garbage", b"[1]", b'{"loss": 1}', b'{"step": "x"}', b"\xff\xfe"):
-        metrics.write_bytes(whole + line + b"\n")
-        before = everything(tmp_path)
-        trainer = trainer_for(m.BPETokenizer.load(base / "pretrain/tokenizer.json"), run_dir=tmp_path / "tiny/pretrain")
-        trainer.step_count = 1
-        with pytest.raises(m.UserError, match="metrics.jsonl:[0-9]+: not a row"):
-            trainer._open_run()
-        assert everything(tmp_path) == before
-
-
-def test_a_signal_before_the_first_step_saves_nothing(base, tmp_path, monkeypatch):
-    sources = json.loads((base / "sources.json").read_text())
-    trainer = m.open_stage(
-        "sft", tmp_path / "sft", base / "pretrain", sources, stage_config(), cache_dir=tmp_path / "cache"
-    )
-    plain = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
-    assert trainer.fit()["signal"] == signal.SIGTERM and not m.holds_run(tmp_path / "sft")
-
-
-def test_an_export_that_fails_leaves_the_one_before_whole(tmp_path, tokenizer, monkeypatch):
-    pytest.importorskip("safetensors")
-    folder = tmp_path / "export"
-    random_model(shape()).save_pretrained(folder, tokenizer)
-    before, plain = everything(folder), m.atomic_write
-
-    @m.contextlib.contextmanager
-    def full(path):
-        if path.name == "model.safetensors":
-            raise OSError(28, "No space left on device")
-        with plain(path) as file:
-            yield file
-
-    monkeypatch.setattr(m, "atomic_write", full)
-    for target in (folder, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space"):
-            random_model(shape(num_hidden_layers=1), seed=1).save_pretrained(target, tokenizer)
-    assert everything(tmp_path) == before
-
-
-def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
-    config = m.TrainConfig(max_steps=4, save_every=2, eval_every=0, warmup_steps=0, sample_tokens=0)
-    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run")
-    plain = open
-
-    class Full:
-        def __init__(self, file):
-            self.file, self.room = file, 20_000 if trainer.step_count == 4 else 10**9
-
-        def write(self, data):
-            self.room -= len(data)
-            if self.room < 0:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def __iter__(self):
-            return iter(self.file)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    monkeypatch.setattr(m, "open", lambda *args, **options: Full(plain(*args, **options)), raising=False)
-    with pytest.raises(OSError, match="disk is full"):
-        trainer.fit()
-    assert m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
-    assert not list((tmp_path / "run").glob("*.tmp"))
-
-
-def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkeypatch):
-    path = tmp_path / "big.txt"
-    path.write_text("".join(f"{i} 只小猫 and {i} dogs\n" for i in range(90_000)), encoding="utf-8")
-    me = os.getpid()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(
-        m.BPETokenizer, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != me else []
-    )
-    with pytest.raises(m.UserError, match="encodes the data was killed"):
-        m.encode_corpus(path, tokenizer, "train", tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(m, "LONGEST_RECORD", 1000)
-    for name in ("a.jsonl", "a.json", "a.jsonl.gz"):
-        text = b'{"text": "short"}\n{"text": "' + b"x" * 5000 + b'"}\n'
-        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-        with pytest.raises(m.UserError, match=rf"{name}:2: a line of more than 1,000 characters"):
-            m.encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "cache")
-
-
-def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
-    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = m.TrainConfig(max_steps=3, log_every=1, warmup_steps=0, sample_tokens=0, tensorboard=True)
-    trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
-    events = loading.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    rows = [row for row in m.read_metrics(tmp_path / "run") if "loss" in row]
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (row["step"], pytest.approx(row["loss"])) for row in rows
-    ]
-    assert {"lr", "grad_norm", "tok_per_s"} <= set(events.Tags()["scalars"])
+# ======================================================================================================================
+# The kill matrix: a run is killed at every boundary of a system call with which files are written, and at random
+# instants; each time it must resume to the weights of a straight run. Reading may stop here: nothing below is needed to
+# understand what is above.
+# ======================================================================================================================
 
 
 class Killing:
@@ -3563,15 +6668,13 @@ class Killing:
             setattr(os, name, self.around(getattr(os, name)))
 
 
-def faulty_trainer(stage: str, base: Path, run_dir: Path) -> m.Trainer:
-    sources, tokenizer = json.loads((base / "sources.json").read_text()), m.BPETokenizer.load(base / "tokenizer.json")
+def faulty_trainer(stage: str, runs: Path, run_dir: Path) -> m.Trainer:
     config = stage_config(max_steps=4, save_every=2, eval_every=0)
     if stage != "pretrain":
-        options = {"reward": str(base / "reward")} if stage == "ppo" else {}
-        return m.open_stage(stage, run_dir, base / "pretrain", sources, config, m.RLHFConfig(minibatch_size=6),
-                            cache_dir=base / "cache", resume=m.holds_run(run_dir), **options)  # fmt: skip
+        return stage_trainer(runs, stage, run_dir, config=config, resume=m.holds_run(run_dir))
     torch.manual_seed(0)
-    data = m.PretrainDataLoader(sources["train"]["paths"], tokenizer, 2, 16, split="all", cache_dir=base / "cache")
+    tokenizer, paths = m.BPETokenizer.load(runs / "tokenizer.json"), sources_in(runs / "data")["train"].paths
+    data = m.PretrainDataLoader(paths, tokenizer, 2, 16, split="all", cache_dir=runs / "cache")
     trainer = m.PreTrainer(m.MiniGPT(shape(dropout=0.1)), tokenizer, config=config, train_data=data, run_dir=run_dir)
     if m.holds_run(run_dir):
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
@@ -3580,7 +6683,7 @@ def faulty_trainer(stage: str, base: Path, run_dir: Path) -> m.Trainer:
 
 def in_a_fork(work) -> tuple[int, float]:
     """Run it in a forked process: its status and how long it took."""
-    began = m.time.monotonic()
+    began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -3589,13 +6692,11 @@ def in_a_fork(work) -> tuple[int, float]:
             work()
             code = 0
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             os._exit(code)
     status = os.waitpid(pid, 0)[1]
-    return os.waitstatus_to_exitcode(status), m.time.monotonic() - began
+    return os.waitstatus_to_exitcode(status), time.monotonic() - began
 
 
 def kill_matrix(stage: str, folder: str, every: int, instants: int) -> None:
@@ -3607,18 +6708,19 @@ def kill_matrix(stage: str, folder: str, every: int, instants: int) -> None:
     folder = Path(folder)
     tokenizer = m.BPETokenizer(vocab_size=300)
     tokenizer.train(TEXTS)
-    base = make_base(folder / "base", tokenizer)
-    tokenizer.save(base / "tokenizer.json")
-    faulty_trainer(stage, base, folder / "warm")  # encodes the data
+    runs = make_runs(folder / "runs", tokenizer)
+    tokenizer.save(runs / "tokenizer.json")
+    faulty_trainer(stage, runs, folder / "warm")  # encodes the data
 
     def finish(run: Path) -> None:
-        trainer = faulty_trainer(stage, base, run)
+        trainer = faulty_trainer(stage, runs, run)
         if trainer.step_count < 4:
             trainer.fit()
 
-    def weights(run: Path) -> str:
+    def state_of(run: Path) -> dict:
         state = m.load_checkpoint(run / "checkpoint.pt")
-        return m.digest([state[part] for part in ("step", "model", "critic", "optimizers", "data", "rng", "extra")])
+        parts = ("step", "model", "critic", "optimizers", "data", "rng", "extra", "counters")
+        return {part: state.get(part) for part in parts}
 
     counter = folder / "count"
 
@@ -3630,8 +6732,9 @@ def kill_matrix(stage: str, folder: str, every: int, instants: int) -> None:
 
     code, took = in_a_fork(straight)
     assert code == 0
-    wanted, boundaries = weights(folder / "straight"), int(counter.read_text())
-    random = m.torch.Generator().manual_seed(0)
+    wanted, boundaries = state_of(folder / "straight"), int(counter.read_text())
+    assert wanted["step"] == 4 and (wanted["critic"] is not None) == (stage == "ppo")
+    random = torch.Generator().manual_seed(0)
 
     def attempt(run: Path, target: int) -> None:
         Killing(target).watch()
@@ -3642,9 +6745,9 @@ def kill_matrix(stage: str, folder: str, every: int, instants: int) -> None:
         run = folder / f"{stage}-{target}"
         assert in_a_fork(lambda r=run, t=target: attempt(r, t))[0] == -signal.SIGKILL
         assert in_a_fork(lambda r=run: finish(r))[0] == 0, target
-        assert weights(run) == wanted, target
+        assert same(state_of(run), wanted), target
         done["boundaries"] += 1
-        m.shutil.rmtree(run)
+        shutil.rmtree(run)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         for k in range(instants if number == signal.SIGKILL else instants // 5 * 2):
             run, delay = folder / f"{number}-{k}", took * torch.rand((), generator=random).item()
@@ -3652,25 +6755,30 @@ def kill_matrix(stage: str, folder: str, every: int, instants: int) -> None:
             def interrupted(r=run, d=delay, n=number) -> None:
                 me = os.getpid()
                 if os.fork() == 0:
-                    m.time.sleep(d)
-                    with m.contextlib.suppress(ProcessLookupError):
+                    time.sleep(d)
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(me, n)
                     os._exit(0)
-                m.contextlib.suppress(KeyboardInterrupt).__enter__()
-                finish(r)
+                with contextlib.suppress(KeyboardInterrupt):
+                    finish(r)
 
             in_a_fork(interrupted)
             assert in_a_fork(lambda r=run: finish(r))[0] == 0, (number, delay)
-            assert weights(run) == wanted, (number, delay)
+            assert same(state_of(run), wanted), (number, delay)
             done[signal.Signals(number).name] += 1
-            m.shutil.rmtree(run)
+            shutil.rmtree(run)
     print(json.dumps({"stage": stage, "of": boundaries, **done}))
 
 
 def run_kill_matrix(*args) -> dict:
-    code = f"import test_minillm as t; t.kill_matrix(*{args!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    code = f"import {Path(__file__).stem} as tests; tests.kill_matrix(*{args!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -3686,348 +6794,3 @@ def test_a_run_survives_being_killed_anywhere(tmp_path):
 def test_a_run_survives_being_killed_everywhere(tmp_path, stage):
     done = run_kill_matrix(stage, str(tmp_path), 31, 20)  # with 1 it takes a quarter of an hour
     assert done["boundaries"] > done["of"] / 32 and done["SIGKILL"] == 20 and done["SIGTERM"] == done["SIGINT"] == 8
-
-
-def test_overwriting_costs_nothing_until_a_new_run_stands(base, tmp_path, capsys):
-    out, data = tmp_path / "out", ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
-    m.shutil.copytree(base / "pretrain", out / "tiny/pretrain")
-    argv = ["--stage", "rlhf", "--out", str(out), *data, *QUICK, "--max-steps", "1"]
-    assert train.main(argv) == 0
-    (out / "tiny/sft.old").mkdir()
-    (out / "tiny/sft.old/mine.txt").write_text("a user's own copy")
-    (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n{"chosen": "a", "rejected": "b"}\n')
-    before = everything(out)
-    for more in (
-        ["--device", "cuda:77"],
-        ["--answer-tokens", "300"],
-        ["--accumulation-steps", "2"],
-        ["--data", str(tmp_path / "bad.jsonl")],
-        ["--resume"],
-    ):
-        assert train.main([*argv, "--overwrite", *more]) == 2, more
-        assert everything(out) == before, more
-    (tmp_path / "boom.py").write_text("def f(messages, reply, answer):\n    return 1 / 0\n")
-    fails = ["--stage", "ppo", "--out", str(out), *data, *QUICK, "--max-steps", "1", "--overwrite"]
-    assert train.main([*fails, "--reward", f"{tmp_path}/boom.py:f"]) == 2
-    assert "boom.py:2: ZeroDivisionError" in capsys.readouterr().err and everything(out) == before
-    assert train.main(["--stage", "sft", "--out", str(out), *data, *QUICK, "--max-steps", "2", "--overwrite"]) == 0
-    assert m.load_checkpoint(out / "tiny/sft/checkpoint.pt")["step"] == 2
-    assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
-
-
-def test_rollouts_can_not_be_accumulated(tokenizer):
-    for trainer in (m.PPOTrainer, m.GRPOTrainer):
-        with pytest.raises(m.UserError, match="accumulation_steps=2 has no meaning"):
-            trainer(m.MiniGPT(shape()), tokenizer, reward=m.answer_reward, config=m.TrainConfig(accumulation_steps=2))
-
-
-def test_a_stopped_rlhf_does_not_mix_old_stages_with_new_ones(base, tmp_path, monkeypatch, capsys):
-    data = ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
-    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
-    argv = ["--stage", "rlhf", "--out", str(tmp_path), *data, *QUICK, "--max-steps", "1"]
-    assert train.main(argv) == 0
-    plain = m.RewardTrainer.fit
-    monkeypatch.setattr(m.RewardTrainer, "fit", lambda self: {"signal": signal.SIGTERM})
-    assert train.main([*argv, "--overwrite"]) == 143
-    assert not m.holds_run(tmp_path / "tiny/reward") and not m.holds_run(tmp_path / "tiny/ppo")
-    assert all(len(list(tmp_path.glob(f"tiny/{stage}.old-*/checkpoint.pt"))) == 1 for stage in ("reward", "ppo"))
-    monkeypatch.setattr(m.RewardTrainer, "fit", plain)
-    capsys.readouterr()
-    assert train.main(argv) == 0
-    shown = capsys.readouterr().out
-    assert "sft: finished already" in shown and "ppo: finished already" not in shown
-
-
-def test_rlhf_on_a_file_a_kind(base, tmp_path, capsys):
-    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
-    files = {part: [str(base / f"data/{part}/{name}.jsonl") for name in ("sft", "pref")] for part in ("train", "val")}
-    argv = ["--stage", "rlhf", "--out", str(tmp_path), *QUICK, "--max-steps", "1", "--data", *files["train"]]
-    assert train.main([*argv, "--val-data", *files["val"]]) == 0  # the questions of the conversations are the prompts
-    assert "ppo" in capsys.readouterr().out
-    files["val"].append(str(base / "data/val/prompts.jsonl"))
-    assert train.main([*argv, str(base / "data/train/prompts.jsonl"), "--val-data", *files["val"], "--overwrite"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import nosuchmodule", "mine.py:1: ModuleNotFoundError"),
-        ("def f(messages, reply):\n    return 1", "TypeError"),
-        ("import sys\ndef f(*args):\n    sys.exit(3)", "mine.py:3: SystemExit"),
-        ("def f(*args):\n    return 'good'", "gave 'good'"),
-        ("f = 3", "no function f"),
-    ],
-)
-def test_a_reward_that_fails_is_one_message(base, tmp_path, capsys, code, message):
-    (tmp_path / "mine.py").write_text(code)
-    argv = ["--stage", "grpo", "--init", str(base / "pretrain"), "--out", str(tmp_path), *QUICK, "--max-steps", "1"]
-    argv += ["--data", str(base / "data/train"), "--val-data", str(base / "data/val")]
-    assert train.main([*argv, "--reward", f"{tmp_path}/mine.py:f"]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"model": {', "not JSON"),
-        ("{}", "neither"),
-        ("[]", "a JSON object is expected"),
-        ("[" * 100_000, "not JSON"),
-        ('{"model": {"colour": 3}, "train": {}}', "colour"),
-        ('{"model": {"hidden_size": -3}, "train": {}}', "hidden_size=-3"),
-    ],
-)
-def test_a_damaged_config_is_one_message(base, tmp_path, capsys, content, message):
-    run = tmp_path / "run"
-    m.shutil.copytree(base / "pretrain", run)
-    (run / "config.json").write_text(content)
-    for main, argv in (
-        (sample.main, ["--run", str(run)]),
-        (train.main, ["--stage", "eval", "--init", str(run)]),
-        (train.main, ["--stage", "sft", "--init", str(run), "--out", str(tmp_path)]),
-    ):
-        assert main(argv) == 2
-        error = capsys.readouterr().err
-        assert message in error and "config.json" in error and len(error.splitlines()) == 1
-
-
-def test_metrics_that_a_kill_cut_short_are_read(base, tmp_path):
-    rows = m.read_metrics(base / "pretrain")
-    text = (base / "pretrain/metrics.jsonl").read_text()
-    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
-    assert m.read_metrics(tmp_path) == rows
-    (tmp_path / "metrics.jsonl").write_text("nonsense\n" + text)
-    with pytest.raises(m.UserError, match=r"metrics.jsonl:1"):
-        m.read_metrics(tmp_path)
-
-
-def test_rlhf_on_data_without_answers_or_prompts(base, tmp_path, capsys):
-    """People's own data: nothing checkable, pairs and conversations that may lack a question."""
-    m.shutil.copytree(base / "pretrain", tmp_path / "tiny/pretrain")
-    chats = [{"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yes"}]}
-             for i in range(9)]  # fmt: skip
-    chats.append({"messages": [{"role": "assistant", "content": "hello"}]})
-    pairs = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(9)]
-    prompts = [{"prompt": f"say {i}"} for i in range(9)]
-    for part in ("train", "val"):
-        (tmp_path / part).mkdir()
-        for name, records in (("chats", chats[::-1]), ("pairs", pairs), ("prompts", prompts)):
-            write_jsonl(tmp_path / part / f"{name}.jsonl", records)
-    argv = ["--data", str(tmp_path / "train"), "--val-data", str(tmp_path / "val"), "--out", str(tmp_path), *QUICK]
-    assert train.main(["--stage", "rlhf", *argv, "--max-steps", "1"]) == 0
-    table = capsys.readouterr().out
-    assert re.search(r"^sft +\d+ +bpb ", table, re.M) and re.search(r"^ppo +\d+ +reward ", table, re.M)
-    assert train.main(["--stage", "rlhf", *argv, "--max-steps", "1"]) == 0
-    assert "sft: finished already" in capsys.readouterr().out
-    assert train.main(["--stage", "dpo", *argv, "--max-steps", "1"]) == 0
-    mtimes = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))]
-    argv[argv.index("--data") + 1] = str(tmp_path / "train/chats.jsonl")
-    assert train.main(["--stage", "rlhf", *argv, "--overwrite", "--max-steps", "1"]) == 2  # and nothing is lost
-    assert "no preference records" in capsys.readouterr().err
-    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))] == mtimes
-
-
-def test_an_interrupt_in_the_last_evaluation_is_kept(base, tmp_path, monkeypatch):
-    sources = json.loads((base / "sources.json").read_text())
-    trainer = m.open_stage("sft", tmp_path / "sft", base / "pretrain", sources, stage_config(max_steps=2, eval_every=0),
-                           cache_dir=tmp_path / "cache")  # fmt: skip
-    plain = trainer.evaluate
-
-    def evaluate(*args):
-        if trainer.step_count == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return plain(*args)
-
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
-    result = trainer.fit()
-    assert result["signal"] == signal.SIGINT and result["loss"] > 0 and m.RLHFPipeline.finished(tmp_path / "sft")
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--stage", "sft", "--reward", "answer"], "--reward answer has no meaning"),
-        (["--stage", "rlhf", "--reward", "answer"], "--reward answer has no meaning"),
-        (["--stage", "sft", "--init", "/nowhere"], "/nowhere"),
-        (["--stage", "sft", "--hidden-size", "64"], "hidden_size=64"),
-        (["--stage", "sft", "--seq-len", "999"], "--seq-len 999"),
-        (["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "nothing"], "nothing"),
-        (["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "{base}"], "no reward model"),
-        (["--stage", "grpo", "--group-size", "1"], "group_size=1"),
-        (["--stage", "dpo", "--init", "{base}", "--data", "{text}"], "nothing for this stage"),
-        (["--stage", "ppo", "--kl-coef", "-1"], "kl_coef=-1.0"),
-        (["--stage", "dpo", "--inspect", "1"], "--inspect"),
-        (["--plot", "/nowhere"], "/nowhere"),
-    ],
-)
-def test_stages_report_mistakes_in_one_message(tmp_path, base, capsys, argv, message):
-    places = {
-        "{prompts}": str(base / "data/train/prompts.jsonl"),
-        "{base}": str(base / "pretrain"),
-        "{text}": str(base / "data/val/text.jsonl"),
-    }
-    argv = [*(places.get(word, word) for word in argv), "--out", str(tmp_path)]
-    assert train.main(argv if "--init" in argv else [*argv, "--init", str(base / "pretrain")]) == 2
-    err = capsys.readouterr().err
-    assert message in err and "Traceback" not in err and not list(tmp_path.rglob("*.pt"))
-
-
-# -- bench.py ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hasty(monkeypatch) -> None:
-    """Everything is measured once, and nothing in a process of its own."""
-    monkeypatch.setattr(bench, "REPEATS", (1, 1))
-    monkeypatch.setattr(bench, "BUDGET_S", {True: 0.0, False: 0.0})
-    monkeypatch.setattr(m, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(bench, "in_new_process", lambda *_: {"start_bytes": 1e6, "peak_bytes": 3e6, "step_s": 0.5})
-    small = bench.PEER_SHAPE | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
-    monkeypatch.setattr(bench, "PEER_SHAPE", small)
-    monkeypatch.setitem(m.PRESETS, "tiny", shape)
-    monkeypatch.setitem(m.PRESETS, "moe", moe_shape)
-
-
-def test_bench_measures_writes_and_compares(hasty, tmp_path, capsys):
-    argv = ["--quick", "--config", "tiny", "--only"]
-    path = str(tmp_path / "figures.json")
-    assert bench.main([*argv, "train", "decode", "--json", path]) == 0
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 100
-    rows = json.loads(Path(path).read_text())["tables"]["presets"]["tiny"]
-    assert rows["parameters, M"] == [m.MiniGPT(m.get_config("tiny")).num_params() / 1e6, 0.0]
-    for row in ("eager training, tok/s", "  backward, eager, ms", "prefill, tok/s", "decode, batch 8, tok/s"):
-        assert rows[row][0] > 0 and row in shown
-    assert not any("compiled" in row for row in rows)
-    assert bench.main([*argv, "decode", "--baseline", path, "--json", path]) == 0  # figures may replace figures
-    shown = capsys.readouterr().out
-    assert f"== against {path}" in shown and "tiny: decode, batch 8, tok/s" in shown and "verdict" in shown
-
-
-def test_bench_tells_noise_from_change():
-    before = {"t": {"c": {"a, tok/s": [100.0, 0.01], "b, ms": [10.0, 0.0], "d, MB": [10.0, 0.1], "e, M": [1.0, 0.0]}}}
-    now = {"t": {"c": {"a, tok/s": bench.Figure(90.0, 0.01), "b, ms": bench.Figure(8.0), "d, MB": bench.Figure(11.9),
-                       "e, M": bench.Figure(2.0), "new, s": bench.Figure(1.0)}}}
-    found = bench.compare(now, before)
-    assert found["verdict"] == {"c: a, tok/s": "worse", "c: b, ms": "better", "c: d, MB": "noise"}
-    assert found["ratio"]["c: b, ms"].value == pytest.approx(0.8)
-    assert bench.figure([1.0, 2.0, 4.0]) == (2.0, pytest.approx(0.375))
-
-
-def test_bench_counts_what_forward_keeps(tokenizer):
-    trainer = m.PreTrainer(random_model(shape()), tokenizer, config=m.TrainConfig(seq_len=64))
-    one, two, four = (bench.saved_bytes(bench.Setup(torch.device("cpu")), trainer, rows) for rows in (1, 2, 4))
-    assert 0 < two - one == pytest.approx((four - two) / 2, rel=0.02)
-    C, H, K, D, F_ = 32, 4, 2, 8, 64
-    least = 2 * (4 * C + (H + 2 * K) * D + (H + K) * D + 4 * F_)  # floats a token that the blocks can not do without
-    assert 4 * 64 * least <= two - one <= 1.5 * 4 * 64 * least
-
-
-def test_bench_measures_experts_and_growth(hasty, capsys, monkeypatch):
-    cases = [("1 row", {}, 1, 64), ("2 experts", {"num_experts": 2, "moe_intermediate_size": 32}, 2, 64)]
-    monkeypatch.setattr(bench, "GROWTH", {"rows": cases})
-    assert bench.main(["--quick", "--config", "moe", "--only", "moe", "growth"]) == 0
-    shown = capsys.readouterr().out
-    assert "MoE's training, % of dense" in shown and "== growth: rows" in shown and "arithmetic x" in shown
-
-
-def test_bench_plans(hasty, capsys):
-    argv = ["--quick", "--plan", "--config", "tiny", "moe", "--tokens", "1.5M", "--batch-size", "2", "--seq-len", "64"]
-    assert bench.main([*argv, "--check", "--gpu-memory", "100G"]) == 0
-    shown = capsys.readouterr().out
-    assert "plan for 1.5M tokens" in shown and "largest batch in 100 GB" in shown and "moe: step, s" in shown
-    assert bench.main([*argv, "--gpu-memory", "1M", "--gradient-checkpointing"]) == 0
-    assert "not even one does" in capsys.readouterr().out
-
-
-def test_bench_peak_of_a_training(tokenizer):
-    config, train_ = dataclasses.asdict(shape()), dataclasses.asdict(m.TrainConfig(batch_size=2, seq_len=64))
-    for kind in ("train", "plain", "decode"):
-        found = bench.run_alone(kind, "cpu", config, train_, torch.get_num_threads())
-        assert found["peak_bytes"] >= found["start_bytes"] > 1e6 and found["step_s"] > 0
-
-
-def test_bench_profiles(hasty, tmp_path, capsys):
-    assert bench.main(["--quick", "--config", "tiny", "--profile", str(tmp_path / "traces")]) == 0
-    assert "aten::" in capsys.readouterr().out
-    for kind in ("training", "decoding"):
-        assert json.loads((tmp_path / f"traces/tiny-{kind}.json").read_text())["traceEvents"]
-
-
-def test_bench_names_absent_peers(hasty, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "installed", lambda package: False)
-    assert bench.main(["--quick", "--peers", "--only", "train", "decode", "tokenizer"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    row = next(line for line in lines if line.startswith("decode, batch 8")).split()
-    assert "absent" in row and max(map(len, lines)) <= 100
-    assert any(line.split()[:1] == ["encoding,"] and line.count("absent") == 3 for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--confg", "tiny"], "did you mean --config"),
-        (["--config", "huge"], "huge"),
-        (["--only", "nothing"], "nothing"),
-        (["--plan", "--tokens", "many"], "many"),
-        (["--plan", "--peers"], "exclude each other"),
-        (["--check"], "--plan"),
-        (["--plan", "--config", "tiny", "--seq-len", "999"], "--seq-len 999"),
-        (["--batch-size", "0"], "batch_size=0"),
-        (["--device", "abacus"], "abacus"),
-        (["--baseline", "/nowhere.json"], "/nowhere.json"),
-        (["--baseline", "{other}"], "does not hold figures"),
-        (["--baseline", "{odd}"], "does not hold figures"),
-        (["--json", "{other}"], "does not hold figures"),
-    ],
-)
-def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
-    (tmp_path / "other.txt").write_text("{}")
-    (tmp_path / "odd.txt").write_text('{"tables": {"tokenizer": 5}}')
-    names = {"{other}": str(tmp_path / "other.txt"), "{odd}": str(tmp_path / "odd.txt")}
-    assert bench.main([names.get(word, word) for word in argv]) == 2
-    err = capsys.readouterr().err
-    assert message in err and "Traceback" not in err and (tmp_path / "other.txt").read_text() == "{}"
-
-
-def test_bench_without_enough_memory(capsys, monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory.\nand more")
-    monkeypatch.setattr(bench, "measure", lambda *_: (_ for _ in ()).throw(error))
-    assert bench.main(["--quick"]) == 2
-    assert capsys.readouterr().err == "bench.py: error: CUDA out of memory. Try a smaller --batch-size.\n"
-
-
-# -- benchmarks: run once as plain tests, timed by `pytest --benchmark-only` -------------------------------------------
-
-
-@pytest.fixture
-def benchmark(request, benchmark):
-    benchmark.disabled = not request.config.getoption("--benchmark-only")
-    return benchmark
-
-
-def test_benchmark_training_step(benchmark, tokenizer):
-    trainer = m.PreTrainer(m.MiniGPT(shape(hidden_size=64, max_position_embeddings=128)), tokenizer)
-    benchmark(trainer.step, [lm_batch(4, 128)])
-
-
-def test_benchmark_prefill(benchmark, generator):
-    benchmark(generator.greedy_search, random_ids(1, 63), settings(max_new_tokens=1))
-
-
-def test_benchmark_decoding(benchmark, generator):
-    benchmark(generator.greedy_search, random_ids(1, 8), settings(min_new_tokens=20, max_new_tokens=20))
-
-
-def test_benchmark_bpe_training(benchmark):
-    benchmark(m.BPETokenizer(vocab_size=400).train, TEXTS * 30)
-
-
-def test_benchmark_bpe_encoding(benchmark, tokenizer):
-    benchmark(tokenizer.encode, "".join(TEXTS) * 100)
-
-
-def test_benchmark_ppo_rollout(benchmark, tokenizer):
-    trainer = rl_trainer(m.PPOTrainer, tokenizer, lambda *_: 1.0, train={"answer_tokens": 16})
-    benchmark(trainer.experience, prompt_batch(tokenizer, ["a", "bc", "def", "你好"] * 4))
