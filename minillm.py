@@ -18,8 +18,8 @@ and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an even
    12 Edges             Hugging Face directories, foreign tokenizers, command-line flags, reward files
 
 What it does not do: train on several processes, shard a model, run pipelines of tools, serve requests, quantize.
-Importing it only defines names. A mistake of the user raises UserError, whose message says what, where, found, allowed
-and what to do. Weights follow the conventions of Hugging Face's Llama and Qwen3.
+Importing it only defines names. A mistake of the user raises UserError. Its message names the problem, the place, the
+value that was found, the allowed values and a remedy. Weights follow the conventions of Hugging Face's Llama and Qwen3.
 
 Axes: B batch, T time, S keys (cached time), C hidden, H heads, K key/value heads, D head dim, F ffn, V vocabulary,
 E experts, N rows or tokens laid end to end.
@@ -78,7 +78,7 @@ AnyPath = str | Path
 Paths = str | Path | list  # files or directories, or one of them
 Device = str | torch.device
 Batch = dict[str, Tensor]
-Figures = dict[str, tuple[float, float] | float]  # of an evaluation: means as (sum, count), totals as numbers
+Figures = dict[str, tuple[float, float] | float]  # results of a batch: a mean is (sum, count), a total is a number
 
 # ======================================================================================================================
 # 1 Config: the shape of a model, and the presets.
@@ -256,11 +256,12 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the mean square needs more than half precision
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # the same function with a faster gradient
-            return _RMSNormOnCPU.apply(wide, self.weight.to(wide), self.eps).to(x.dtype)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        if x.dtype in (torch.bfloat16, torch.float16):  # the mean square needs more than half precision
+            return self(x.float()).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # the same function with a faster gradient
+            return _RMSNormOnCPU.apply(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -605,7 +606,7 @@ class MiniGPT(nn.Module):
         if cache is None or cache.position is None:
             start = 0 if cache is None else cache.length
             slots, S = torch.arange(start, start + T, device=input_ids.device), start + T
-            fast = attention_mask is None and T in (1, S)  # attend() needs no mask for these
+            fast = attention_mask is None and T in (1, S)  # no mask: plain causal, or one query after all keys
         else:  # fixed shapes: every slot of the cache is a key
             slots, S, fast = cache.position, cache.max_length, False
         if position_ids is None and S > self.config.max_position_embeddings:
@@ -975,7 +976,7 @@ class TrainConfig(MemoryConfig):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, linear decay
     decay_fraction: float = 0.4  # part of the run that wsd spends decaying
     optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the matrices; the rest always gets AdamW
-    weight_decay: float = 0.1  # decoupled, on matrices only
+    weight_decay: float = 0.1  # decoupled, on the blocks' matrices only
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
     momentum: float = 0.95  # Muon's momentum
@@ -1204,11 +1205,10 @@ SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 FIRST_BYTE, FIRST_MERGE = len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256
 
 
-# Text is first cut into words that merges never cross. A word lies inside one word of Qwen2's pattern, and what is cut
-# here and not there (Latin from Chinese, a mark from what follows it) never stands in one word here, so that no merge
-# joins it: llama.cpp, which knows only well-known patterns, makes the same ids of the merges when it is told "qwen2".
-# Classes are spelled out as literal characters and not as \w, \s or \p, whose meaning differs between engines, so that
-# Python's `re` and the Rust `tokenizers` cut at the same places. Repeats are bounded: no text takes quadratic time.
+# Text is first cut into words; merges never cross words. Each word lies inside one word of Qwen2's pattern, and what is
+# cut only here (Latin from Chinese, say) is never joined by a merge. So llama.cpp gives the same ids with its "qwen2"
+# pattern. The classes list characters, because \w, \s and \p differ between Python's `re` and the Rust `tokenizers`.
+# Repeats are bounded, so that no text takes quadratic time.
 _HAN = "々㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U000323af"  # \uf900 as a character would become U+8C48 under NFC
 _LETTER = (
     "A-Za-zµÀ-ÖØ-öø-\u02c1\u1e00-\u1fbcＡ-Ｚａ-ｚ"  # Latin (Greek with accents among it), and full-width
@@ -1240,8 +1240,8 @@ WORD_PATTERN = "|".join(
         ".",
     )
 )
-# Places where a word ends whatever is around, and where no word depends on what is across: before a blank, after the
-# end of a line, and where punctuation follows Chinese.
+# Safe places to cut a text, where the words on both sides stay the same: before a blank, after the end of a line, and
+# where punctuation follows Chinese.
 SAFE_CUT = re.compile(f"(?<=[^{_SPACE}])(?=[{_BLANK}])|(?<=[\r\n])(?=[^\r\n])|(?<=[{_HAN}])(?=[{_PUNCTUATION}])")
 
 CHAT_TEMPLATE = (  # ChatML in Jinja, for transformers
@@ -1376,6 +1376,19 @@ class _MergeLearner:
         return left, right
 
 
+class _Cache(dict):
+    """The results of a function. It starts anew when it is full; a dict is faster than functools.lru_cache."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __missing__(self, key):
+        if len(self) >= 200_000:
+            self.clear()
+        result = self[key] = self.function(key)
+        return result
+
+
 class BPETokenizer:
     """Byte-level BPE: `decode_bytes(encode(x)) == x` for every text and every byte string.
 
@@ -1431,8 +1444,8 @@ class BPETokenizer:
         self._ranks = {pair: rank for rank, (pair, _) in enumerate(joined)}
         self._find_words = re.compile(self.pattern).findall
         # No merge joins parts of two characters, so a character's own merges can run first, once for each character.
-        self._encode_char = functools.lru_cache(100_000)(self._merge_bytes)
-        self._encode_word = functools.lru_cache(200_000)(self._merge_chars)
+        self._encode_char = _Cache(self._merge_bytes).__getitem__
+        self._encode_word = _Cache(self._merge_chars).__getitem__
 
     def _merge_bytes(self, char):
         return self._merge("".join(chr(FIRST_BYTE + b) for b in char.encode("utf-8", "surrogateescape")))
@@ -1442,11 +1455,10 @@ class BPETokenizer:
 
     def _merge(self, symbols):
         """Apply the merges to a word: always the one that was learned first, wherever it occurs."""
-        while len(symbols) > 1:
-            pair = min(map(str.__add__, symbols, symbols[1:]), key=lambda pair: self._ranks.get(pair, math.inf))
-            if pair not in self._ranks:  # the minimum is infinite: no pair can be merged
-                break
-            symbols = symbols.replace(pair, self._joined[pair])
+        ranks = self._ranks
+        while pairs := [pair for pair in map(str.__add__, symbols, symbols[1:]) if pair in ranks]:
+            first = min(pairs, key=ranks.__getitem__)
+            symbols = symbols.replace(first, self._joined[first])
         return symbols
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> list[int]:
@@ -1485,14 +1497,14 @@ class BPETokenizer:
         return pieces + [start, (TEXT, "assistant\n")] * add_generation_prompt
 
     def _encode_pieces(self, pieces):
-        ids, trained, reply_ends = [], [], False
+        ids, trained, after_reply = [], [], False  # after a reply that is trained, but for empty text
         for kind, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
             text = "".join(text for _, text in run)
             new = [kind] if isinstance(kind, int) else self.encode(text)
-            is_trained = kind == TRAINED or reply_ends and kind in self.stop_ids  # it learns where to stop, too
+            ends_turn = after_reply and kind in self.stop_ids  # the model learns where to stop, too
             ids += new
-            trained += [is_trained] * len(new)
-            reply_ends = kind == TRAINED or reply_ends and not new
+            trained += [kind == TRAINED or ends_turn] * len(new)
+            after_reply = kind == TRAINED or (after_reply and not new)
         return ids, trained
 
     def encode_chat(self, messages: list[dict], first: int = 0) -> tuple[list[int], list[bool]]:
@@ -1771,7 +1783,7 @@ FORMS = (  # the first one whose keys a record has
     Form("text", {"text": ""}),
 )
 
-# What a stage takes, for messages: of each kind its records.
+# Descriptions of what a stage takes, for error messages.
 KINDS = {
     "text": 'text: .txt files and {"text": …}',
     "chat": 'conversations: {"messages": […]} and its kin',
@@ -2017,7 +2029,7 @@ class Reader:
     def records(self, path: Path) -> Iterator[tuple]:
         """Yield (file:line, record, its form) for every record in a file; a .txt file is {"text": its path}."""
         if is_plain_text(path):
-            yield str(path), {"text": path}, FORMS[-1]
+            yield str(path), {"text": path}, form_of({"text": path})
             return
         for where, record in self._values(path):
             form = form_of(record)
@@ -2039,9 +2051,11 @@ class Reader:
                 yield TextPart("val" if split != "all" and in_validation(text) else "train", text)
             return
         alone, total = len(self.files) == 1, sum(map(len, read_text(text)))
-        # The share that is trained: all but the end of a lone file; of several files each is whole on one side.
-        share = 1 if split == "all" else 0.9 if alone else not in_validation(hash_file(text))
-        boundary, at = int(total * share), 0  # in characters; at: where the next part starts
+        boundary = at = 0  # characters before `boundary` are trained; `at`: where the next part starts
+        if split == "all" or not alone and not in_validation(hash_file(text)):
+            boundary = total  # of several files, each is whole on one side
+        elif alone:
+            boundary = int(0.9 * total)
         for part in read_text(text):
             k = max(0, boundary - at)  # the boundary may lie inside this part
             for name, half, begin, end in (("train", part[:k], 0, boundary), ("val", part[k:], boundary, total)):
@@ -2112,7 +2126,7 @@ def texts_in(value: object) -> list[str]:
 def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
     """Yield the texts that a tokenizer learns from: all but validation text, of large data a sample.
 
-    The sample consists of whole records, chosen by their content: data may alternate, say between two languages.
+    The sample consists of whole records, chosen by their content, so that alternating data are sampled evenly.
     """
     reader = Reader(paths, on_bad_record)
     # Compressed text is about four times as long as its file.
@@ -2453,8 +2467,8 @@ class RecordDataLoader(BatchLoader):
 
     def note(self, i: int) -> dict:
         """Return what is kept of record i as it was: "messages" (the prompt), "answer", "category"."""
-        span = slice(self.note_ends[i], self.note_ends[i + 1])
-        return json.loads(bytes(self.arrays["notes"][span].tolist()))
+        start, end = self.note_ends[i], self.note_ends[i + 1]
+        return json.loads(ctypes.string_at(self.arrays["notes"].data_ptr() + start, end - start))  # no copy by number
 
     def prompt_ids(self, i: int) -> list[int]:
         return self.tokenizer.apply_chat_template(self.note(i)["messages"], add_generation_prompt=True)
@@ -2465,9 +2479,10 @@ class RecordDataLoader(BatchLoader):
             return self.items
         random, size = self._epoch_generator(), self.batch_size
         # 1. Shuffle the records. 2. Sort them by length, but only near ones. 3. Shuffle the batches.
-        windows = batched(_shuffled(self.items, random), lambda _: 1, self.window * size)
+        items = self._whole_batches(_shuffled(self.items, random))  # not after sorting: always the longest
+        windows = batched(items, lambda _: 1, self.window * size)
         near = [i for window in windows for i in sorted(window, key=self.lengths.__getitem__)]
-        batches = list(batched(self._whole_batches(near), lambda _: 1, size))
+        batches = list(batched(near, lambda _: 1, size))
         return list(itertools.chain(*_shuffled(batches, random)))
 
 
@@ -2736,18 +2751,19 @@ class _Decoding:
         step, size = decode_step, end
         if self.compiled and start:  # fixed shapes: every slot of the cache is a key
             step, size, cache.position = self.compiled, cache.max_length, torch.tensor([start], device=self.device)
-        offsets = torch.arange(size, device=self.device) - self.padding  # (B, size): 0 at a row's first token
-        mask = offsets >= 0 if self.is_padded else None  # attention without a mask is faster
-        offsets = offsets[:, start:end]  # (B, t)
-        logits = step(self.model, ids, offsets.clamp(min=0), mask, cache).float()
+        positions = mask = None  # faster, where no row is padded
+        if self.is_padded:
+            offsets = torch.arange(size, device=self.device) - self.padding  # (B, size): 0 at a row's first token
+            positions, mask = offsets[:, start:end].clamp(min=0), offsets >= 0
+        logits = step(self.model, ids, positions, mask, cache).float()
         cache.length = end  # compiled code does not count
         # 2 penalize and forbid
         if self.config.repetition_penalty != 1:  # for padding, which is on the left, the last token stands in
-            self.seen.scatter_(1, ids.where(offsets >= 0, ids[:, -1:]), True)
+            self.seen.scatter_(1, ids if mask is None else ids.where(mask[:, start:end], ids[:, -1:]), True)
             logits = penalize_repetition(logits, self.seen, self.config.repetition_penalty)
         logits[:, self.tokenizer.vocab_size :] = -math.inf  # ids that the tokenizer does not have
         if end - self.prompt_len < self.config.min_new_tokens:
-            logits[:, self.stop_ids] = -math.inf
+            logits.index_fill_(1, self.stop_ids, -math.inf)
         return logits
 
     def reorder(self, rows):
@@ -2885,19 +2901,21 @@ class TextGenerator:
             for _ in range(state.new_tokens):
                 logits = state.feed(next_ids)
                 tokens = draw(sampling_probs(logits, config), random) if config.do_sample else logits.argmax(dim=-1)
-                # (B,): finished rows, in the batch or not, write padding
-                written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
-                written[running] = tokens.masked_fill(ended[running], self.tokenizer.pad_id)
-                ended |= torch.isin(written, state.stop_ids)
+                written = tokens
+                if len(running) < len(ended):  # some rows have left the batch
+                    written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
+                    written.index_copy_(0, running, tokens)
+                written = written.masked_fill(ended, self.tokenizer.pad_id)  # (B,): finished rows write padding
+                ended |= (written[:, None] == state.stop_ids).any(dim=1)
                 yield written, ended
-                unfinished = int((~ended).sum())  # the one synchronisation a step
+                unfinished = int((~ended).sum())  # waits for the device
                 if not unfinished:
                     return
                 if 2 * unfinished <= len(running) and not self.compiled:
                     kept = (~ended[running]).nonzero()[:, 0]
                     state.reorder(kept)
-                    running = running[kept]
-                next_ids = written[running, None]
+                    running, tokens = running[kept], tokens[kept]
+                next_ids = tokens[:, None]
 
     @torch.no_grad()
     def beam_search(
@@ -3043,7 +3061,7 @@ def load_checkpoint(path: AnyPath, repair: bool = False) -> dict:
 def fingerprint(module: nn.Module) -> str:
     """Return a hash of a module's weights."""
     buffer = io.BytesIO()  # torch.save writes equal tensors as equal bytes
-    torch.save(module.state_dict(), buffer)
+    torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, buffer)
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
@@ -3057,10 +3075,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         return
     directory = os.open(run_dir, os.O_RDONLY)  # the lock is on the directory: nothing to leave behind
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir} is in use by another process: wait for it, or take another --out") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{run_dir} is in use by another process: wait for it, or take another --out") from None
     finally:
         os.close(directory)
 
@@ -3291,7 +3310,7 @@ class Trainer:
     # -- what a subclass defines ---------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> Tensor | tuple[Tensor, Batch]:
-        """Return the loss summed over the terms of a batch, of which there are `count`.
+        """Return the loss of a batch, a sum over `count` terms.
 
         It may come with named parts, {"name": sum over the same terms}: their means are logged, shown and plotted.
         """
@@ -3310,7 +3329,7 @@ class Trainer:
         return -result["loss"]
 
     def extra_state(self) -> dict[str, str]:
-        """Return marks of what else a resumed run must be given again, like the hash of a reference model, by name."""
+        """Return hashes of further inputs by name, like a reference model; a resumed run must get the same ones."""
         return {}
 
     # -- one update ----------------------------------------------------------------------------------------------------
@@ -3700,7 +3719,7 @@ class Trainer:
         self._check_belongs(path, state)
         # 2 weights, cursor, moments
         for name, part in self._parts().items():
-            if state[name]:  # there is none of a scaler that is off, or of data that cannot tell where they stand
+            if state[name]:  # None for a disabled scaler, or data without a cursor
                 part.load_state_dict(state[name])
         for name, optimizer in self.optimizers.items():  # moments as they were, settings as they are now
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
@@ -3718,6 +3737,8 @@ class Trainer:
                 "--stage eval or export"
             )
         saved, now = state["config"], self.config_dict()
+        if saved["stage"] != now["stage"]:
+            raise UserError(f"{path} is of stage {saved['stage']}, not {now['stage']}")
         if saved["model"] != now["model"]:
             raise UserError(f"{path} holds a model of another shape: build it with {saved['model']}")
         if state["tokenizer_hash"] != self.tokenizer.content_hash():
@@ -3793,7 +3814,7 @@ class SFTTrainer(Trainer):
 
 @dataclass
 class RLHFConfig:
-    """Options of learning from preferences and rewards. `kl` always means divergence from the reference model."""
+    """Options of learning from preferences and rewards. `kl` means divergence from the reference model."""
 
     dpo_beta: float = 0.1  # DPO: how much staying near the reference counts
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
@@ -3805,7 +3826,7 @@ class RLHFConfig:
     minibatch_size: int = 128  # PPO, GRPO: replies of an update
     update_epochs: int = 2  # PPO, GRPO: passes over a rollout
     clip_range: float = 0.2  # PPO, GRPO: how far the ratio of probabilities counts, 1 ± this
-    stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates when the policy has moved so far (nats a token); 0 is off
+    stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates this far from the writer (nats a token); 0 is off
     kl_coef: float = 0.05  # PPO: penalty on each token's KL, subtracted from its reward
     gamma: float = 1.0  # PPO: discount of later rewards
     gae_lambda: float = 0.95  # PPO: generalised advantage estimation, 0 trusts the critic, 1 the rewards
@@ -4030,11 +4051,11 @@ def by_length_groups(fn: Callable, batch: Batch) -> Tensor:
 
 def check_stage(stage: str, config: TrainConfig, shape: MiniGPTConfig) -> None:
     """Raise UserError unless a model of that shape can go through a stage with such options."""
+    context = f"max_position_embeddings={shape.max_position_embeddings}"
     if config.reply_tokens >= shape.max_position_embeddings:
-        raise UserError(
-            f"reply_tokens={config.reply_tokens} leave no room for a prompt in the context of "
-            f"max_position_embeddings={shape.max_position_embeddings}"
-        )
+        raise UserError(f"reply_tokens={config.reply_tokens} leave no room for a prompt in the context of {context}")
+    if (config.seq_len or 0) > shape.max_position_embeddings:
+        raise UserError(f"seq_len={config.seq_len} exceeds the context, {context}")
     if stage in ("ppo", "grpo") and config.accumulation_steps > 1:
         raise UserError(
             f"accumulation_steps={config.accumulation_steps} has no meaning here: batch_size prompts make "
@@ -4139,6 +4160,7 @@ class RLTrainer(Trainer):
             "ended": ended.float().mean(),
             "entropy": -masked_mean(logprobs, mask),
             "reply_length": tokens / N,
+            "tokens": token_mask.sum(),
             "rollout_s": rollout_s,
             "rollout_tok_per_s": tokens / rollout_s,
         }
@@ -4185,7 +4207,7 @@ class RLTrainer(Trainer):
         updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         share = stats.pop("rollout_s") / (time.monotonic() - start)  # of the step's time
-        tokens = int(batch["token_mask"].sum())
+        tokens = int(stats["tokens"])  # of the whole rollout
         return (
             means
             | stats
@@ -4261,7 +4283,7 @@ class PPOTrainer(RLTrainer):
         # 1 rewards: the KL penalty at every token, the score at the last
         rewards = -self.rl.kl_coef * batch["kl"]
         rewards.scatter_add_(1, batch["last"][:, None], batch["scores"][:, None])
-        # 2 advantages; returns are the critic's targets, from before whitening
+        # 2 advantages; the returns, the critic's targets, use them before whitening
         advantages, batch["returns"] = gae(rewards, batch["values"], batch["mask"], self.rl.gamma, self.rl.gae_lambda)
         batch["advantages"] = whiten(advantages, batch["mask"])  # 3 the policy's step does not depend on their scale
         return batch, stats
@@ -4302,7 +4324,7 @@ class GRPOTrainer(RLTrainer):
         equal = (batch["advantages"].view(-1, G) == 0).all(dim=1).repeat_interleave(G)  # (N,)
         stats["equal_groups"] = equal.float().mean().item()
         kept = ~equal | (self.rl.grpo_kl_coef > 0)  # groups of equal rewards have no other gradient than the KL's
-        # a row that is kept counts for those that are dropped, so that the mean is over all replies
+        # dropped rows have loss 0: to divide by all replies, each kept row counts N / kept
         batch["row_weight"] = torch.ones_like(batch["scores"]) / kept.float().mean()
         return {name: value[kept] for name, value in batch.items()}, stats
 
@@ -4326,7 +4348,7 @@ class GRPOTrainer(RLTrainer):
 
 
 class Stage(NamedTuple):
-    """A stage of a model's life. A new one needs a row in STAGES, and its defaults in RECIPES."""
+    """A stage of a model's life. A new one needs a row in STAGES, and defaults in RECIPES that end it."""
 
     trainer: type[Trainer]
     loader: type[BatchLoader]
@@ -4538,11 +4560,14 @@ class RLHFPipeline:
         model, tokenizer, _ = load_run(self.base)
         for stage in self.stages:
             check_stage(stage, self.train[stage], model.config)
-            for part, source in self.sources_of(stage).items():  # the last loader is that of PPO's held-out prompts
-                loader = make_loader(
+            loaders = {
+                part: make_loader(
                     stage, tokenizer, model.config, self.train[stage], source, part == "train", self.cache_dir
                 )
-        self.messages = loader.note(loader.items[0])["messages"]
+                for part, source in self.sources_of(stage).items()
+            }
+        prompts = loaders["val"]  # of PPO, the last stage
+        self.messages = prompts.note(prompts.items[0])["messages"]
         self.prompt = last_content(self.messages)
 
     def sources_of(self, stage: str) -> dict[str, Source]:
@@ -4610,7 +4635,7 @@ class RLHFPipeline:
 
 # -- Hugging Face directories ------------------------------------------------------------------------------------------
 
-HF_LLAMA = {  # fields of a config.json, and what transformers takes for those left out; None: it must be there
+HF_LLAMA = {  # fields of a config.json, and what transformers takes for those left out; None: no default
     "vocab_size": None,
     "hidden_size": None,
     "num_hidden_layers": None,
@@ -4671,7 +4696,7 @@ def read_hf_config(folder: AnyPath) -> MiniGPTConfig:
     fields = {field: data.get(field, value) for field, value in HF_KINDS[kind][1].items()}
     # BOS, EOS and padding
     ends = data.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]  # of several, the first stands for them, and for what is missing
+    ends = ends if isinstance(ends, list) else [ends]  # with several, use the first, also for a missing BOS or padding
     eos = next((i for i in ends if i is not None), MiniGPTConfig.eos_token_id)
     token_ids = {name: eos if data.get(name) in (None, -1) else data[name] for name in TOKEN_IDS}
     try:
@@ -4837,7 +4862,7 @@ BYTE_LEVEL_BPE = {
 }
 USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<|eos|>")
 BESIDE = ("tokenizer_config.json", "generation_config.json")  # the files that belong to a tokenizer.json
-CLOSE = "\ud803"  # ends a content that TEXT, REPLY or TRAINED begins
+CLOSE = "\ud803"  # closing mark of a content that TEXT, REPLY or TRAINED opens
 
 
 class ImportedTokenizer(BPETokenizer):
@@ -5058,7 +5083,7 @@ def mark_content(content: str, kind: str, inside: bool) -> str:
     """Put marks around a content, or `inside`, where templates leave them.
 
     That is inside outer blanks, which many strip, and after the tags of thoughts. Qwen3's template drops earlier
-    thoughts and writes the tags itself; one of several marks is left then.
+    thoughts and writes the tags itself. If it removes some marks, the remaining one is enough.
     """
     if not inside:
         return kind + content + CLOSE
@@ -5076,9 +5101,12 @@ def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, ski
     namespace, so that presets can supply the rest.
     """
     cls = type(defaults)
-    source = "".join(map(inspect.getsource, reversed(cls.__mro__[:-1])))
-    # a field's line: "name: type = default  # comment"
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.M))
+    comments = {}
+    for base in cls.__mro__[:-1]:  # inspect.getsource would take a second
+        text = Path(inspect.getfile(base)).read_text(encoding="utf-8")
+        source = re.search(rf"^class {base.__name__}\b.*?(?=^\S)", text, re.M | re.S)[0]
+        # a field's line: "name: type = default  # comment"
+        comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.M))
     group = parser.add_argument_group(title)
     for name, hint in typing.get_type_hints(cls).items():
         if name in skip:

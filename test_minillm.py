@@ -5895,7 +5895,7 @@ def test_docstring_examples():
     assert doctest.testmod(m) == (0, 5)
 
 
-HACKS = HERE / "README.md"  # HERE / "README.md" once that holds the section
+HACKS = HERE / "README.md"
 
 
 def hacks_of_the_readme() -> dict[str, str]:
