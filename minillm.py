@@ -4542,7 +4542,8 @@ class RLHFPipeline:
         run was interrupted, the last row is {"signal": number}.
         """
         self.check()
-        rows = [self.row("pretrain", self.base)]
+        # a Hugging Face directory has no metrics
+        rows = [self.row("pretrain", self.base)] if (self.base / "metrics.jsonl").exists() else []
         for stage in self.stages:
             run_dir = self.out / stage
             if self.is_finished(run_dir):
