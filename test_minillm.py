@@ -2432,6 +2432,10 @@ def test_a_split_without_a_tenth_is_named(tmp_path, tokenizer):
         load(m.DPODataLoader, tmp_path, tokenizer, records, split="val")
 
 
+def test_the_cache_knows_the_code_by_its_hash():
+    assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
+
+
 @pytest.mark.parametrize(
     ("reply", "answer", "same"),
     [
