@@ -1976,7 +1976,7 @@ def _read_example(kind, record, form, split):
     note = {
         "messages": prompt,
         "answer": _checkable_answer(record) if kind != "preference" else "",
-        "category": str(record.get("category", "")),
+        "category": str(record.get("category") or ""),
     }
     # The prompt decides, so that no question is on both sides.
     is_val = split != "all" and in_validation(json.dumps(prompt, ensure_ascii=False))
@@ -2176,7 +2176,10 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable)
     The folder appears complete or not at all. Two processes may do the same work; the first one's result stays.
     """
     if folder.is_dir():
-        return
+        if _file_sizes(folder) == json.loads((folder / "sizes").read_text()):
+            return
+        warnings.warn(f"{folder} is damaged: encoding the data again", stacklevel=4)
+        shutil.rmtree(folder)
     # A name of its own for each writer.
     temporary = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}.tmp")
     temporary.mkdir(parents=True)
@@ -2185,6 +2188,7 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable)
             for name, values in encoded.items():
                 with open(temporary / name, "ab") as file:  # appends
                     file.write(values)
+        (temporary / "sizes").write_text(json.dumps(_file_sizes(temporary)))
         for path in temporary.iterdir():  # on the disk before the folder gets its name
             with open(path, "ab") as file:
                 os.fsync(file.fileno())
@@ -2195,6 +2199,10 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable)
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _file_sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "sizes"}
 
 
 def _array_types(tokenizer):
@@ -2646,7 +2654,12 @@ class GenerationConfig:
         check_at_least(self, 1, "max_new_tokens max_length num_beams")
         check_at_least(self, 0, "min_new_tokens top_k")
         check(self, self.seed is None or 0 <= self.seed < 2**32, "seed", "in 0 … 2 ** 32 - 1")
-        check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more (greedy is do_sample=False)")
+        check(
+            self,
+            self.temperature >= 1e-5,
+            "temperature",
+            "1e-5 or more (for greedy: do_sample=False, or --strategy greedy)",
+        )
         check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(self, 1e-6 <= self.repetition_penalty <= 1e9, "repetition_penalty", "in [1e-6, 1e9]")
@@ -3018,6 +3031,8 @@ def save_checkpoint(path: AnyPath, state: dict) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's name for a write that fails
+            if isinstance(error.__context__, KeyboardInterrupt):  # or that a second Ctrl-C ends
+                raise error.__context__ from None
             raise OSError(
                 f"{path} cannot be written, perhaps because the disk is full: {str(error).splitlines()[0]}; "
                 "the checkpoint before it is complete: go on from it with --resume"

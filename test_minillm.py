@@ -1593,7 +1593,8 @@ def test_an_encoded_conversation_is_plain_arrays(tmp_path, bytes_only):
     assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{24}", folder.name) and folder.name.endswith("-" + m.code_hash())
     assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
     names = ("ids", "trained", "lengths", "notes", "note_lengths")
-    assert {f.name for f in folder.iterdir()} == {f"{part}.{name}" for part in ("train", "val") for name in names}
+    files = {f"{part}.{name}" for part in ("train", "val") for name in names}
+    assert {f.name for f in folder.iterdir()} == files | {"sizes"}
     ids = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\nyo"), 4]
     assert read_array(folder / "train.ids", "H") == ids
     assert read_array(folder / "train.trained", "b") == [0] * (len(ids) - 3) + [1, 1, 1]
@@ -1956,7 +1957,9 @@ def test_a_cache_folder_is_complete_or_absent(tmp_path, error):
     assert not list((tmp_path / "deep").iterdir())
     (tmp_path / "deep/.folder.0123.tmp").mkdir()  # of a process that was killed
     m.encode_once(tmp_path / "deep/folder", items, len, encode)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "deep/folder").iterdir()} == {"a": b"".join(items), "b": b"xx"}
+    contents = {f.name: f.read_bytes() for f in (tmp_path / "deep/folder").iterdir()}
+    assert json.loads(contents.pop("sizes")) == {"a": sum(map(len, items)), "b": 2}
+    assert contents == {"a": b"".join(items), "b": b"xx"}
     m.encode_once(tmp_path / "deep/folder", items, len, fails_late)  # is there: nothing is encoded
 
 
@@ -2432,8 +2435,22 @@ def test_a_split_without_a_tenth_is_named(tmp_path, tokenizer):
         load(m.DPODataLoader, tmp_path, tokenizer, records, split="val")
 
 
-def test_the_cache_knows_the_code_by_its_hash():
-    assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
+@pytest.mark.parametrize("name", ["train.ids", "train.lengths", "train.notes"])
+def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, name):
+    records = [
+        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}]} for i in range(9)
+    ]
+    path = write_jsonl(tmp_path / "chats.jsonl", records)
+
+    def sizes() -> list[int]:
+        loader = m.ConversationDataLoader(path, tokenizer, 2, 32, "all", cache_dir=tmp_path / "cache")
+        return [len(loader.sequence(i)[0]) for i in loader.items]
+
+    whole = sizes()
+    (damaged,) = (tmp_path / "cache").glob(f"*/{name}")
+    damaged.write_bytes(damaged.read_bytes()[:4])
+    with pytest.warns(UserWarning, match="is damaged: encoding the data again"):
+        assert sizes() == whole and len(whole) == 9
 
 
 @pytest.mark.parametrize(
