@@ -678,8 +678,8 @@ class MiniGPT(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Count floating-point operations of forward and backward for a token of a row (arXiv:2204.02311, B).
 
-        Six for each weight of a matrix product, and six for each element of the two products of causal attention, of
-        which the mask leaves half.
+        Six for each weight of a matrix product. Six for each element of causal attention's two products, of which the
+        mask leaves half.
         """
         c = self.config
         weights = self.num_params(active=True)
@@ -1262,7 +1262,7 @@ EMPTY_TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "ad
  "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
   "vocab": {}, "merges": []}}"""
-# What transformers needs besides: put BOS before every text; the names of the special tokens.
+# Further fields for transformers: put BOS before every text; the names of the special tokens.
 ADD_BOS = """{"type": "TemplateProcessing",
  "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
  "pair": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
@@ -1590,7 +1590,7 @@ class BPETokenizer:
 # 6 Data: files -> records -> memory-mapped token ids -> batches.
 # ======================================================================================================================
 
-# What is read as data. Any of it may be compressed.
+# Names of data files; any of them may be compressed.
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from about so much text at most
@@ -1945,17 +1945,21 @@ class Example(NamedTuple):
     conversations: list[Messages]
     first: int  # replies are trained from this message on
     note: dict  # what is kept as it is: "messages" (the prompt), "answer", "category"
+    where: str  # file:line
 
     def encode(self, tokenizer: BPETokenizer) -> dict:
         ids, trained, lengths = [], [], []
         for messages in self.conversations:
-            if self.first == len(messages):  # a prompt
-                row = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-                flags = [False] * len(row)
-            else:
-                row, flags = tokenizer.encode_chat(messages, self.first)
-                end = max((i for i, flag in enumerate(flags, 1) if flag), default=0)
-                row, flags = row[:end], flags[:end]  # what follows the last reply teaches nothing
+            try:
+                if self.first == len(messages):  # a prompt
+                    row = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+                    flags = [False] * len(row)
+                else:
+                    row, flags = tokenizer.encode_chat(messages, self.first)
+                    end = len(flags) - flags[::-1].index(True) if any(flags) else 0
+                    row, flags = row[:end], flags[:end]  # what follows the last reply teaches nothing
+            except UserError as error:  # an imported chat template may refuse it
+                raise UserError(f"{self.where}: {error}") from error
             ids += row
             trained += flags
             lengths.append(len(row))
@@ -1963,7 +1967,7 @@ class Example(NamedTuple):
         return {"ids": ids, "trained": trained, "lengths": lengths, "notes": note, "note_lengths": [len(note)]}
 
 
-def _read_example(kind, record, form, split):
+def _read_example(kind, where, record, form, split):
     """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
     if kind == "preference":
         prompt, conversations = _preference_messages(record)
@@ -1973,14 +1977,16 @@ def _read_example(kind, record, form, split):
         conversations = [prompt]
         if not prompt or prompt[-1]["role"] == "assistant":
             raise ValueError("a prompt must end with a message to reply to")
+    category = record.get("category")
     note = {
         "messages": prompt,
         "answer": _checkable_answer(record) if kind != "preference" else "",
-        "category": str(record.get("category") or ""),
+        "category": "" if category is None else str(category),
     }
     # The prompt decides, so that no question is on both sides.
     is_val = split != "all" and in_validation(json.dumps(prompt, ensure_ascii=False))
-    return Example("val" if is_val else "train", conversations, 0 if kind == "chat" else len(prompt), note)
+    first = 0 if kind == "chat" else len(prompt)
+    return Example("val" if is_val else "train", conversations, first, note, where)
 
 
 class Reader:
@@ -2082,7 +2088,7 @@ class Reader:
                     items = (
                         self.text_parts(record["text"], split)
                         if kind == "text"
-                        else [_read_example(kind, record, form, split)]
+                        else [_read_example(kind, where, record, form, split)]
                     )
                 except (ValueError, TypeError) as error:  # a key holds something of another type
                     self._skip(where, error)
@@ -2571,7 +2577,7 @@ class DPODataLoader(RecordDataLoader):
         batch = _pad_right([[self.sequence(i, side)] for i in items for side in (0, 1)], self.tokenizer.pad_id)
         input_ids, labels, _, segments = (value.view(len(items), 2, -1) for value in batch.values())  # (B, 2, T)
         category = torch.tensor([self.categories.index(self.note(i)["category"]) for i in items])
-        # Of one sequence a row, the segments are 1, and 0 where padding is.
+        # A row holds one sequence, so its segments are 1, and 0 for padding: an attention mask.
         batch = {"input_ids": input_ids, "labels": labels, "attention_mask": segments, "category": category}
         if self.reference_logprobs is not None:
             batch["reference_logprobs"] = self.reference_logprobs[items]
@@ -3192,7 +3198,11 @@ def load_run(run_dir: AnyPath, device: Device = "cpu") -> tuple[MiniGPT, BPEToke
 
 def newest_run(out: AnyPath = "out") -> Path:
     """Return the run directory under `out` whose checkpoint is the latest."""
-    runs = [path for path in Path(out).glob("*/*/checkpoint.pt") if path.parent.name != "reward"]  # it cannot write
+    runs = [
+        path
+        for path in Path(out).glob("*/*/checkpoint.pt")
+        if path.parent.name != "reward" and ".old-" not in path.parent.name
+    ]  # one cannot write, one is set aside
     if not runs:
         raise UserError(f"no run in {out}/: train one with `python train.py --config tiny`, or name one with --run")
     return max(runs, key=lambda path: path.stat().st_mtime).parent
@@ -5155,6 +5165,9 @@ def given_flags(args: argparse.Namespace, cls: type) -> dict:
     return {name: value for name, value in vars(args).items() if name in typing.get_type_hints(cls)}
 
 
+RENAMED_FLAGS = {"--answer-tokens": "--reply-tokens", "--kl-target": "--kl-coef"}  # since version 0.1
+
+
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations that raises UserError and suggests the nearest to an unknown flag."""
 
@@ -5167,7 +5180,9 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+            near = [RENAMED_FLAGS[name]] if name in RENAMED_FLAGS else near
             self.error(f"unknown argument {unknown[0]}" + "".join(f": did you mean {flag}?" for flag in near))
         return namespace
 

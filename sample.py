@@ -88,35 +88,35 @@ def write(generator: m.TextGenerator, prompt: str, config: m.GenerationConfig) -
 
 
 def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str | None) -> None:
-    """A conversation until the end of input. Ctrl-C ends an answer, and at the prompt the conversation."""
+    """Hold a conversation until the end of input. Ctrl-C ends a reply, and at the prompt the conversation."""
     start = [{"role": "system", "content": system}] if system else []
     messages, limit = list(start), generator.model.config.max_position_embeddings
     print("(/reset begins anew, Ctrl-D or Ctrl-C ends)")
     while True:
         try:
-            said = input("\n> ").strip()
+            text = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if said == "/reset":
+        if text == "/reset":
             messages = list(start)
             print("(a new conversation)")
-        elif said:
-            messages.append({"role": "user", "content": said})
+        elif text:
+            messages.append({"role": "user", "content": text})
             room = limit - min(config.new_tokens(0), limit // 2)
             while (
                 len(messages) > len(start) + 1
                 and len(generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room
             ):
                 del messages[len(start) : len(start) + 2]  # the context is full: the oldest turn is forgotten
-            if reply := answer(generator, messages, config):
+            if reply := print_reply(generator, messages, config):
                 messages.append({"role": "assistant", "content": reply})
             else:
-                messages.pop()  # what got no answer is not part of the conversation
+                messages.pop()  # a message without a reply is not part of the conversation
 
 
-def answer(generator: m.TextGenerator, messages: list[dict], config: m.GenerationConfig) -> str:
-    """Print the answer as it comes; after Ctrl-C what there is of it."""
+def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.GenerationConfig) -> str:
+    """Print the reply as it comes and return it, after Ctrl-C as far as it came."""
     text = ""
     try:
         for piece in (

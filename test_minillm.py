@@ -2894,8 +2894,8 @@ def test_metrics_are_a_row_a_line(tmp_path):
 
 
 def test_the_newest_run_is_the_one_saved_last(tmp_path):
-    """Worked example: b/sft was saved after a/pretrain; the reward model, saved last of all, cannot write."""
-    for age, run in enumerate(("a/pretrain", "b/sft", "b/reward")):
+    """Worked example: b/sft was saved after a/pretrain; a reward model cannot write, and an old run is set aside."""
+    for age, run in enumerate(("a/pretrain", "b/sft", "b/reward", "b/sft.old-7")):
         m.save_checkpoint(tmp_path / run / "checkpoint.pt", {"step": 1})
         os.utime(tmp_path / run / "checkpoint.pt", (1e9 + age, 1e9 + age))
     assert m.newest_run(tmp_path) == tmp_path / "b/sft"
@@ -5072,6 +5072,16 @@ def trained_text(ours, chat, first=0):
     return text
 
 
+def test_a_record_that_a_chat_template_refuses_is_named_with_its_place(tmp_path):
+    huggingface_tokenizer("gemma", tmp_path / "gemma", template=GEMMA)  # it has no system role
+    tokenizer = load_imported(tmp_path / "gemma")
+    chats = [{"messages": turns("hi", "yo")}, {"system": "Be brief.", "messages": turns("hi", "yo")}]
+    with pytest.raises(m.UserError, match=r"chats\.jsonl:2: the chat template refuses"):
+        m.ConversationDataLoader(
+            write_jsonl(tmp_path / "chats.jsonl", chats), tokenizer, split="all", cache_dir=tmp_path / "cache"
+        )
+
+
 def test_what_is_trained(tmp_path):
     chat = [
         {"role": role, "content": text}
@@ -5212,6 +5222,7 @@ def test_only_given_flags_are_returned_in_their_types(argv, given):
     [
         (["--shde", "1"], "unknown argument --shde: did you mean --shade?"),
         (["--shde=1"], "did you mean --shade?"),
+        (["--answer-tokens", "1"], "did you mean --reply-tokens?"),
         (["--sha", "1"], "unknown argument --sha"),  # no abbreviations
         (["--zzz"], "unknown argument --zzz (see --help)"),
         (["--kind", "hot"], "invalid choice: 'hot'"),
