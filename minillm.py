@@ -95,14 +95,11 @@ def check(owner: object, ok: bool, field: str, allowed: str) -> None:
         raise UserError(f"{field}={getattr(owner, field)!r} is not possible: it must be {allowed}")
 
 
-def check_at_least(owner: object, least: int, fields: str) -> None:
-    for field in fields.split():
-        value = getattr(owner, field)
-        check(owner, value is None or value >= least, field, f"{least} or more")
+def check_fields(owner: object, ranges: dict[str, str]) -> None:
+    """Check that every field of a dataclass holds a value of its type, and those named in `ranges` a number in range.
 
-
-def check_types(owner: object) -> None:
-    """Check that every field of a dataclass holds a value of its type; numbers must be finite."""
+    ranges: {"[0, 1)": "beta1 beta2"}; a square bracket includes the limit. None is in every range.
+    """
     for field, hint in typing.get_type_hints(type(owner)).items():
         value = getattr(owner, field)
         accepted = typing.get_args(hint) or (hint,)  # int | None -> (int, NoneType)
@@ -114,6 +111,15 @@ def check_types(owner: object) -> None:
             kinds = [typing.get_origin(kind) or kind for kind in accepted]  # list[str] -> list
             names = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "none")
             check(owner, type(value) in kinds, field, f"of type {names}")  # not isinstance: True is an int
+    for interval, fields in ranges.items():
+        low, high = interval[1:-1].split(", ")
+        allowed = f"in {interval}" if high != "inf" else f"{low} or more" if interval[0] == "[" else f"above {low}"
+        for field in fields.split():
+            value = getattr(owner, field)
+            if value is not None:
+                above = value > float(low) or interval[0] == "[" and value == float(low)
+                below = value < float(high) or interval[-1] == "]" and value == float(high)
+                check(owner, above and below, field, allowed)
 
 
 @dataclass
@@ -145,21 +151,22 @@ class MiniGPTConfig:
     pad_token_id: int = 0  # padding; masked out of attention and loss
 
     def __post_init__(self):
-        check_types(self)
-        check_at_least(
-            self,
-            1,
+        sizes = (
             "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size max_position_embeddings num_experts_per_tok moe_intermediate_size",
+            "intermediate_size max_position_embeddings num_experts_per_tok moe_intermediate_size"
         )
-        check_at_least(self, 0, "num_experts num_shared_experts router_aux_loss_coef")
+        ranges = {
+            "[1, inf)": sizes,
+            "[0, inf)": "num_experts num_shared_experts router_aux_loss_coef",
+            "[0, 1)": "dropout",
+            "(0, inf)": "rms_norm_eps",
+            "(1, inf)": "rope_theta",
+        }
+        check_fields(self, ranges)
         self._fill_in_defaults()
         H, E = self.num_attention_heads, self.num_experts
         check(self, H % self.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={H}")
         check(self, self.head_dim % 2 == 0, "head_dim", "even, as RoPE turns pairs")
-        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        check(self, self.rms_norm_eps > 0, "rms_norm_eps", "above 0")
-        check(self, self.rope_theta > 1, "rope_theta", "above 1")
         check(self, not E or self.num_experts_per_tok <= E, "num_experts_per_tok", f"at most num_experts={E}")
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
@@ -996,26 +1003,18 @@ class TrainConfig(MemoryConfig):
     tensorboard: bool = False  # also write the metrics for TensorBoard into the run directory
 
     def __post_init__(self):
-        check_types(self)
-        check_at_least(self, 1, "batch_size seq_len accumulation_steps log_every eval_tokens eval_prompts reply_tokens")
-        check_at_least(
-            self,
-            0,
-            "warmup_steps max_steps minutes eval_every save_every sample_tokens weight_decay grad_clip "
+        ranges = {
+            "[1, inf)": "batch_size seq_len accumulation_steps log_every eval_tokens eval_prompts reply_tokens",
+            "[0, inf)": "warmup_steps max_steps minutes eval_every save_every sample_tokens weight_decay grad_clip "
             "min_learning_rate lora_rank",
-        )
-        check(self, 0 <= self.seed < 2**32, "seed", "in 0 … 2 ** 32 - 1")
-        for field in ("learning_rate", "lora_alpha"):
-            check(self, getattr(self, field) > 0, field, "above 0")
-        check(
-            self,
-            self.min_learning_rate <= self.learning_rate,
-            "min_learning_rate",
-            f"at most learning_rate={self.learning_rate}",
-        )
-        check(self, 0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]")
-        for field in ("beta1", "beta2", "momentum"):
-            check(self, 0 <= getattr(self, field) < 1, field, "in [0, 1)")
+            "(0, inf)": "learning_rate lora_alpha",
+            "(0, 1]": "decay_fraction",
+            "[0, 1)": "beta1 beta2 momentum",
+            "[0, 4294967295]": "seed",
+        }
+        check_fields(self, ranges)
+        highest = self.learning_rate
+        check(self, self.min_learning_rate <= highest, "min_learning_rate", f"at most learning_rate={highest}")
 
 
 def learning_rate_at(step: int, progress: float, config: TrainConfig) -> float:
@@ -2656,20 +2655,18 @@ class GenerationConfig:
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        check_types(self)
-        check_at_least(self, 1, "max_new_tokens max_length num_beams")
-        check_at_least(self, 0, "min_new_tokens top_k")
-        check(self, self.seed is None or 0 <= self.seed < 2**32, "seed", "in 0 … 2 ** 32 - 1")
-        check(
-            self,
-            self.temperature >= 1e-5,
-            "temperature",
-            "1e-5 or more (for greedy: do_sample=False, or --strategy greedy)",
-        )
-        check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        check(self, 1e-6 <= self.repetition_penalty <= 1e9, "repetition_penalty", "in [1e-6, 1e9]")
-        check(self, abs(self.length_penalty) <= 10, "length_penalty", "in [-10, 10]")
+        ranges = {
+            "[1, inf)": "max_new_tokens max_length num_beams",
+            "[0, inf)": "min_new_tokens top_k",
+            "(0, 1]": "top_p",
+            "[0, 1]": "min_p",
+            "[1e-6, 1e9]": "repetition_penalty",
+            "[-10, 10]": "length_penalty",
+            "[0, 4294967295]": "seed",
+        }
+        check_fields(self, ranges)
+        greedy = "1e-5 or more (for greedy: do_sample=False, or --strategy greedy)"
+        check(self, self.temperature >= 1e-5, "temperature", greedy)
         check(self, all(isinstance(text, str) and text for text in self.stop or []), "stop", "texts that are not empty")
 
     def new_tokens(self, prompt_len: int) -> int:
@@ -3864,20 +3861,16 @@ class RLHFConfig:
     advantage_kind: Literal["dr_grpo", "grpo"] = "dr_grpo"  # GRPO: grpo divides by the group's deviation, too
 
     def __post_init__(self):
-        check_types(self)
-        check_at_least(self, 1, "minibatch_size update_epochs")
-        check_at_least(self, 2, "group_size")
-        check_at_least(
-            self,
-            0,
-            "dpo_sft_coef reward_center_coef reward_sft_coef missing_end_penalty stop_kl kl_coef "
+        ranges = {
+            "[2, inf)": "group_size",
+            "[1, inf)": "minibatch_size update_epochs",
+            "[0, inf)": "dpo_sft_coef reward_center_coef reward_sft_coef missing_end_penalty stop_kl kl_coef "
             "value_coef critic_warmup grpo_kl_coef",
-        )
-        for field in ("dpo_beta", "clip_range", "value_clip", "critic_rate"):
-            check(self, getattr(self, field) > 0, field, "above 0")
-        check(self, self.temperature >= 1e-5, "temperature", "1e-5 or more")
-        for field in ("gamma", "gae_lambda"):
-            check(self, 0 <= getattr(self, field) <= 1, field, "in [0, 1]")
+            "(0, inf)": "dpo_beta clip_range value_clip critic_rate",
+            "[1e-5, inf)": "temperature",
+            "[0, 1]": "gamma gae_lambda",
+        }
+        check_fields(self, ranges)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
