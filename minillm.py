@@ -1937,6 +1937,10 @@ class TextPart(NamedTuple):
         return {"ids": ids + [tokenizer.eos_id] * self.ends}
 
 
+class LeftOut(ValueError):
+    """A record that is understood and yet left out; its text says why. It is counted, and never stops the reading."""
+
+
 class Example(NamedTuple):
     """A record that is no text, ready to be encoded: one conversation of a chat, two of a pair, or one prompt."""
 
@@ -1945,6 +1949,7 @@ class Example(NamedTuple):
     first: int  # replies are trained from this message on
     note: dict  # what is kept as it is: "messages" (the prompt), "answer", "category"
     where: str  # file:line
+    remarks: tuple[str, ...] = ()  # what of the record was not used, or was changed
 
     def encode(self, tokenizer: BPETokenizer) -> dict:
         ids, trained, lengths = [], [], []
@@ -1989,11 +1994,14 @@ def _read_example(kind, where, record, form, split):
 
 
 class Reader:
-    """Reads the records of the files that `paths` name. A malformed one stops it with file:line, or is counted."""
+    """Reads the records of the files that `paths` name. A malformed one stops it with file:line, or is counted.
+
+    `counts` are the records that were left out or changed, by description; `report` puts them into words.
+    """
 
     def __init__(self, paths: Paths, on_bad_record: str = "stop"):
         self.paths, self.files, self.on_bad_record = path_list(paths), data_files(paths), on_bad_record
-        self.skipped, self.first_skipped = 0, ""
+        self.counts, self.first_places = Counter(), {}
 
     def key(self, *rules: object) -> str:
         """Return a name for the content of the files and the `rules` that it is read by."""
@@ -2004,7 +2012,16 @@ class Reader:
     def _skip(self, where, problem):
         if self.on_bad_record == "stop":
             raise UserError(f"{where}: {problem} (--on-bad-record skip goes on without such records)")
-        self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or f"{where}: {problem}"
+        self.count("malformed", f"{where}: {problem}")
+
+    def count(self, what: str, where: str) -> None:
+        self.counts[what] += 1
+        self.first_places.setdefault(what, where)
+
+    def report(self) -> str:
+        """Return one line on the records that were left out or changed so far; empty if none was."""
+        parts = [f"{n:,} × {what}, the first at {self.first_places[what]}" for what, n in self.counts.items()]
+        return "records left out or changed: " * bool(parts) + "; ".join(parts)
 
     def _values(self, path):
         """Yield (place, value) for every JSON value in a file: one a line, or the items of a .json that is a list."""
@@ -2089,10 +2106,15 @@ class Reader:
                         if kind == "text"
                         else [_read_example(kind, where, record, form, split)]
                     )
+                except LeftOut as error:
+                    self.count(str(error), where)
+                    continue
                 except (ValueError, TypeError) as error:  # a key holds something of another type
                     self._skip(where, error)
                     continue
                 for item in items:
+                    for remark in getattr(item, "remarks", ()):
+                        self.count(remark, where)
                     yield item
                     count += 1
             # 2. Speak of the file that gave nothing, if it was named.
@@ -2100,13 +2122,11 @@ class Reader:
                 raise UserError(
                     f"{path}: nothing for this stage, but {', '.join(kinds) or 'no'} records: it takes {KINDS[kind]}"
                 )
-        # 3. Speak of what was skipped, and of nothing at all.
-        if self.skipped:
-            warnings.warn(f"skipped {self.skipped} malformed records, the first at {self.first_skipped}", stacklevel=3)
+        # 3. Speak of nothing at all.
         if not count:
             raise UserError(
                 f"{', '.join(map(str, self.paths))}: nothing for this stage, or all of it is empty: it "
-                f"takes {KINDS[kind]}"
+                f"takes {KINDS[kind]}" + f" ({self.report()})" * bool(self.counts)
             )
 
 
@@ -2175,10 +2195,11 @@ class TokenizerManager:
 # -- the cache: everything is encoded once, into folders of plain arrays -----------------------------------------------
 
 
-def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable):
+def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable, report: Callable[[], str] = str):
     """Fill `folder` in parallel, unless it exists: `encode` turns a list of items into {file name: bytes to append}.
 
     The folder appears complete or not at all. Two processes may do the same work; the first one's result stays.
+    `report()`, once the items are read, is what to tell about them: later users of the folder read it there.
     """
     if folder.is_dir():
         if _file_sizes(folder) == json.loads((folder / "sizes").read_text()):
@@ -2193,6 +2214,7 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable)
             for name, values in encoded.items():
                 with open(temporary / name, "ab") as file:  # appends
                     file.write(values)
+        (temporary / "report").write_text(report(), encoding="utf-8")
         (temporary / "sizes").write_text(json.dumps(_file_sizes(temporary)))
         for path in temporary.iterdir():  # on the disk before the folder gets its name
             with open(path, "ab") as file:
@@ -2267,7 +2289,10 @@ def encode_data(
         reader.items(kind, split),
         lambda item: len(str(item[1])),
         functools.partial(_encode_items, tokenizer=tokenizer),
+        reader.report,
     )
+    if report := (folder / "report").read_text(encoding="utf-8"):
+        warnings.warn(report, stacklevel=4)
     # 3. Only what a batch needs is read from the disk.
     part = "val" if split == "val" else "train"
     arrays = {

@@ -1594,7 +1594,7 @@ def test_an_encoded_conversation_is_plain_arrays(tmp_path, bytes_only):
     assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
     names = ("ids", "trained", "lengths", "notes", "note_lengths")
     files = {f"{part}.{name}" for part in ("train", "val") for name in names}
-    assert {f.name for f in folder.iterdir()} == files | {"sizes"}
+    assert {f.name for f in folder.iterdir()} == files | {"report", "sizes"}
     ids = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\nyo"), 4]
     assert read_array(folder / "train.ids", "H") == ids
     assert read_array(folder / "train.trained", "b") == [0] * (len(ids) - 3) + [1, 1, 1]
@@ -1776,9 +1776,19 @@ def test_bad_data_is_named_with_its_place(tmp_path, tokenizer, name, content, me
 
 def test_bad_records_can_be_skipped_and_are_counted(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\nnot json\n{"text": 1}\n')
-    with pytest.warns(UserWarning, match="skipped 2 malformed records, the first at .*a.jsonl:2"):
+    with pytest.warns(UserWarning, match="2 × malformed, the first at .*a.jsonl:2"):
         tokens, _ = m.encode_corpus(tmp_path / "a.jsonl", tokenizer, "all", tmp_path / "c", "skip")
     assert stream(tokens, tokenizer) == "<|bos|>ok<|eos|>"
+
+
+def test_what_was_left_out_is_said_again_by_a_start_from_the_cache(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PLAIN) + "\nnot json\n" + json.dumps(PLAIN) + "\n[]\n")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="left out or changed: 2 × malformed, the first at .*a.jsonl:2:"):
+            options = {"cache_dir": tmp_path / "c", "on_bad_record": "skip"}
+            m.ConversationDataLoader(tmp_path / "a.jsonl", tokenizer, 1, 99, "all", **options)
+    reader = m.Reader(tmp_path / "a.jsonl", "skip")
+    assert reader.report() == "" and len(list(reader.items("chat", "all"))) == 2 and reader.counts == {"malformed": 2}
 
 
 def test_ids_above_65535_take_four_bytes(tmp_path):
@@ -1958,8 +1968,8 @@ def test_a_cache_folder_is_complete_or_absent(tmp_path, error):
     (tmp_path / "deep/.folder.0123.tmp").mkdir()  # of a process that was killed
     m.encode_once(tmp_path / "deep/folder", items, len, encode)
     contents = {f.name: f.read_bytes() for f in (tmp_path / "deep/folder").iterdir()}
-    assert json.loads(contents.pop("sizes")) == {"a": sum(map(len, items)), "b": 2}
-    assert contents == {"a": b"".join(items), "b": b"xx"}
+    assert json.loads(contents.pop("sizes")) == {"a": sum(map(len, items)), "b": 2, "report": 0}
+    assert contents == {"a": b"".join(items), "b": b"xx", "report": b""}
     m.encode_once(tmp_path / "deep/folder", items, len, fails_late)  # is there: nothing is encoded
 
 
@@ -2402,13 +2412,13 @@ def test_bad_records_of_conversations(tmp_path, tokenizer, cls, record, message)
     with pytest.raises(m.UserError, match=f"records.jsonl:2: .*{message}"):
         load(cls, tmp_path, tokenizer, [good, record, good])
     assert not list((tmp_path / "cache").iterdir())
-    with pytest.warns(UserWarning, match="skipped 2 malformed records, the first at .*records.jsonl:2: "):
+    with pytest.warns(UserWarning, match="2 × malformed, the first at .*records.jsonl:2: "):
         loader = load(cls, tmp_path, tokenizer, [good, record, good, record], on_bad_record="skip")
     assert len(loader.items) == 2
 
 
 def test_records_that_are_all_bad_are_no_matter_of_the_split(tmp_path, tokenizer):
-    with pytest.raises(m.UserError, match="^(?!.*tenth)"), pytest.warns(UserWarning, match="skipped 1 malformed"):
+    with pytest.raises(m.UserError, match="^(?!.*tenth).*1 × malformed, the first at .*records.jsonl:1"):
         load(m.ConversationDataLoader, tmp_path, tokenizer, [{"messages": [USER]}], on_bad_record="skip")
 
 
