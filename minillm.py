@@ -1589,8 +1589,7 @@ class BPETokenizer:
 # 6 Data: files -> records -> memory-mapped token ids -> batches.
 # ======================================================================================================================
 
-# Names of data files; any of them may be compressed.
-SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # of data files, in any case
 LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from about so much text at most
 
@@ -1691,14 +1690,21 @@ def path_list(paths: Paths) -> list[Path]:
     return [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
 
 
+def files_under(folder: Path, above: tuple = ()) -> Iterator[Path]:
+    """Yield what is no directory in a folder and those below it, without hidden ones; links are followed, not round."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):  # the order does not depend on the machine
+        if not path.name.startswith(".") and path.resolve() not in above:
+            yield from files_under(path, above) if path.is_dir() else [path]
+
+
 def data_files(paths: Paths) -> list[Path]:
-    """Return the data files that `paths` name: a file as it is, of a directory all with a known suffix, sorted."""
+    """Return the data files that `paths` name: a file as it is, of a directory each with a known suffix once."""
     files = []
     for path in path_list(paths):
-        # Sorted, so that the order does not depend on the machine.
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        inside = [f for f in inside if f.is_file() and f.name.endswith(SUFFIXES)]
-        if not inside:
+        inside = list(files_under(path)) if path.is_dir() else [path]
+        data = {f.resolve(): f for f in inside if f.is_file() and data_suffix(f)}
+        if not data:
             problem = (
                 "a directory without any data file"
                 if path.is_dir()
@@ -1707,12 +1713,23 @@ def data_files(paths: Paths) -> list[Path]:
                 else "no such file or directory"
             )
             raise UserError(f"{path}: {problem}: data are {', '.join(SUFFIXES)} files, or directories with some")
-        files += inside
+        if others := [f for f in inside if f.resolve() not in data]:
+            warnings.warn(
+                f"{path}: passed over {len(others)} files that are not {', '.join(SUFFIXES)}, such as {others[0]}",
+                stacklevel=2,
+            )
+        files += data.values()
     return files
 
 
+def data_suffix(path: Path) -> str:
+    """Return the suffix that says how a file is read, in lower case and without .gz; "" if it is no data file."""
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+    return suffix.removesuffix(".gz")
+
+
 def is_plain_text(path: Path) -> bool:
-    return path.name.endswith((".txt", ".txt.gz"))
+    return data_suffix(path) == ".txt"
 
 
 def hash_file(path: AnyPath) -> str:
@@ -1729,7 +1746,7 @@ def code_hash() -> str:
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[typing.TextIO]:
     """Open UTF-8 text, .gz or not, without BOM and with \\n line ends; a UserError names the line that is not UTF-8."""
-    opener = gzip.open if path.name.endswith(".gz") else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             yield file
@@ -1918,10 +1935,9 @@ def answer_matches(reply: str, answer: str) -> bool:
     return False
 
 
-def in_validation(key: str) -> bool:
-    """Return whether a document is one of the tenth set aside for validation; only its content decides."""
-    # Eight hex digits are enough of the hash: a number that is evenly distributed.
-    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 10 == 0
+def hash_share(text: str) -> float:
+    """Return a number in [0, 1) that only the text decides; hashes spread evenly."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
 
 
 class TextPart(NamedTuple):
@@ -1951,6 +1967,12 @@ class Example(NamedTuple):
     where: str  # file:line
     remarks: tuple[str, ...] = ()  # what of the record was not used, or was changed
 
+    def texts(self) -> list[str]:
+        """Return what is said in it; of a pair the prompt only once."""
+        chosen, *rejected = self.conversations
+        said = chosen + [message for messages in rejected for message in messages[self.first :]]
+        return [message["content"] for message in said]
+
     def encode(self, tokenizer: BPETokenizer) -> dict:
         ids, trained, lengths = [], [], []
         for messages in self.conversations:
@@ -1971,7 +1993,7 @@ class Example(NamedTuple):
         return {"ids": ids, "trained": trained, "lengths": lengths, "notes": note, "note_lengths": [len(note)]}
 
 
-def _read_example(kind, where, record, form, split):
+def _read_example(kind, where, record, form):
     """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
     if kind == "preference":
         prompt, conversations = _preference_messages(record)
@@ -1987,10 +2009,63 @@ def _read_example(kind, where, record, form, split):
         "answer": _checkable_answer(record) if kind != "preference" else "",
         "category": "" if category is None else str(category),
     }
-    # The prompt decides, so that no question is on both sides.
-    is_val = split != "all" and in_validation(json.dumps(prompt, ensure_ascii=False))
-    first = 0 if kind == "chat" else len(prompt)
-    return Example("val" if is_val else "train", conversations, first, note, where)
+    return Example("train", conversations, 0 if kind == "chat" else len(prompt), note, where)
+
+
+def json_values(text: str) -> Iterator[tuple[int, object]]:
+    """Yield (line, value) for every JSON value in a text, lines from 0; ValueError for what is none.
+
+    >>> list(json_values('{"a": 1}\\n[2,\\n3] 4'))
+    [(0, {'a': 1}), (1, [2, 3]), (2, 4)]
+    """
+    line, end, decode = 0, 0, json.JSONDecoder().raw_decode
+    while match := re.compile(r"\S").search(text, end):
+        line += text.count("\n", end, match.start())
+        value, end = decode(text, match.start())
+        yield line, value
+        line += text.count("\n", match.start(), end)
+
+
+def without_nulls(value: dict) -> dict:
+    return {key: item for key, item in value.items() if item is not None}
+
+
+class Division(NamedTuple):
+    """How documents are divided: those whose hash lies below a number are for validation, whatever their order."""
+
+    part: int = 0  # whose hash it is: 0 of the first question, 1 of the whole document
+    below: float = 0.0  # 0: all are trained on
+
+    @staticmethod
+    def shares(document: str | Example) -> tuple[float, float]:
+        """Return the hashes, in [0, 1), of a document's first question and of all of it.
+
+        The question decides for chats, pairs and prompts alike, so that none is on both sides.
+        """
+        if isinstance(document, str):
+            return (hash_share(document),) * 2
+        whole = hash_share(json.dumps(document.conversations))
+        asked = [message["content"] for message in document.conversations[0] if message["role"] == "user"]
+        return hash_share(asked[0].strip()) if asked else whole, whole
+
+    @classmethod
+    def of(cls, documents: Iterable) -> Division:
+        """Return the one that sets about a tenth aside, and of two different documents at least one on each side."""
+        low, high = (1.0, 1.0), (0.0, 0.0)
+        for _, document in documents:
+            shares = (0.0, 1.0) if isinstance(document, Path) else cls.shares(document)  # a .txt gives to both sides
+            low, high = tuple(map(min, low, shares)), tuple(map(max, high, shares))
+            if low[0] < 0.1 <= high[0]:  # mostly soon
+                return cls(0, 0.1)
+        part = int(low[0] == high[0])  # the same question everywhere: what follows it decides
+        low, high = low[part], high[part]
+        if low >= high:  # one document, or copies of it
+            return cls()
+        # All lie on one side of 0.1: the lowest alone is for validation, or the highest alone is trained on.
+        return cls(part, 0.1 if low < 0.1 <= high else high if high < 0.1 else math.nextafter(low, 1))
+
+    def side(self, document: str | Example) -> str:
+        return "val" if self.shares(document)[self.part] < self.below else "train"
 
 
 class Reader:
@@ -2006,7 +2081,7 @@ class Reader:
     def key(self, *rules: object) -> str:
         """Return a name for the content of the files and the `rules` that it is read by."""
         # Names do not matter, but whether a file is read as text, and whether it may lack records (see items).
-        content = [(is_plain_text(path), path in self.paths, hash_file(path)) for path in self.files]
+        content = [(data_suffix(path), path in self.paths, hash_file(path)) for path in self.files]
         return hashlib.sha256(repr((content, self.on_bad_record, rules)).encode()).hexdigest()[:24]
 
     def _skip(self, where, problem):
@@ -2024,110 +2099,137 @@ class Reader:
         return "records left out or changed: " * bool(parts) + "; ".join(parts)
 
     def _values(self, path):
-        """Yield (place, value) for every JSON value in a file: one a line, or the items of a .json that is a list."""
-        is_one = ".jsonl" not in path.name  # a .json may be one value over many lines
+        """Yield (file:line, value) for every JSON value in a file: one a line, or over lines as the first one shows.
+
+        A list of records stands for its items.
+        """
+        is_lines, spans = data_suffix(path) == ".jsonl", None
         with open_text(path) as file:
             for number, text in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), ""), 1):
                 if not text.strip():
                     continue
-                # A first line that is an object by itself shows that every line is one.
-                is_one = is_one and not re.fullmatch(r"\s*\{.*\}\s*", text)
-                limit = LONGEST_RECORD * (16 if is_one else 1)
-                text += file.read(limit) if is_one else ""  # one value: take the rest of the file with it
+                if spans is None and is_lines:  # unless a list, or an object printed over several lines, begins
+                    spans = bool(re.fullmatch(r"\s*([\[{]|\[.*[^\]\s])\s*", text))
+                elif spans is None:  # a .json is read as a whole, unless its first line is an object by itself
+                    spans = not re.fullmatch(r"\s*\{.*\}\s*", text)
+                limit = LONGEST_RECORD * (16 if spans else 1)
+                text += file.read(limit) if spans else ""
                 if len(text) > limit:
                     raise UserError(f"{path}:{number}: a line of more than {limit:,} characters: one record a line")
                 try:
-                    value = json.loads(text.rstrip())
+                    for line, value in json_values(text.rstrip()):
+                        if isinstance(value, list) and (spans or value and isinstance(value[0], dict)):
+                            place = str(path) if spans else f"{path}:{number}"
+                            yield from ((f"{place}[{i}]", item) for i, item in enumerate(value))
+                        else:
+                            yield f"{path}:{number + line}", value
                 except (ValueError, RecursionError) as error:  # not JSON, or brackets thousands deep
-                    line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
-                    where = f"{path}:{number + line - 1}" if is_one else f"{path}:{number}:{column}"
-                    self._skip(where, f"not JSON: {error}")
-                    continue
-                if is_one and isinstance(value, list):
-                    yield from ((f"{path}[{i}]", item) for i, item in enumerate(value))
-                else:
-                    yield f"{path}:{number}", value
+                    where = f"{path}:{number + getattr(error, 'lineno', 1) - 1}"
+                    self._skip(where + f":{getattr(error, 'colno', 1)}" * is_lines, f"not JSON: {error}")
+
+    def _rows(self, path):
+        """Yield (file:row, record) for every row of a .parquet file; what is null is left out."""
+        parquet = import_extra("pyarrow.parquet", "data")
+        try:
+            batches = parquet.ParquetFile(path).iter_batches(1000, use_threads=False)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)  # few in memory
+            for number, row in enumerate(rows, 1):
+                # Through JSON: dates and the like become texts, as they are in the other files.
+                yield f"{path}:{number}", json.loads(json.dumps(row, default=str), object_hook=without_nulls)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged .parquet file ({error})") from error
 
     def records(self, path: Path) -> Iterator[tuple]:
-        """Yield (file:line, record, its form) for every record in a file; a .txt file is {"text": its path}."""
+        """Yield (file:line, record, its form) for every record in a file; a .txt file is {"text": its path}.
+
+        A file of a directory that holds no record at all is passed over.
+        """
+        values = self._rows(path) if data_suffix(path) == ".parquet" else self._values(path)
         if is_plain_text(path):
-            yield str(path), {"text": path}, form_of({"text": path})
-            return
-        for where, record in self._values(path):
+            values = [(str(path), {"text": path})] if next(read_text(path), "") else []
+        is_data, stranger = path in self.paths or self.on_bad_record == "skip", None
+        for where, record in values:
             form = form_of(record)
             if form is None:
                 keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
                 forms = "; ".join("+".join(form.roles) for form in FORMS)
-                self._skip(where, f"unknown form of record ({keys}): allowed are objects with {forms}")
-            elif form.kind == "text" and not isinstance(record["text"], str):
-                self._skip(where, f'"text" must be a string, not {type(record["text"]).__name__}')
-            elif re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-                self._skip(where, "an escape \\ud800 … \\udfff without its other half is no character")
+                problem = f"unknown form of record ({keys}): allowed are objects with {forms}"
+            elif form.kind == "text" and not isinstance(record["text"], (str, Path)):
+                problem = f'"text" must be a string, not {type(record["text"]).__name__}'
+            elif re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False, default=str)):
+                problem = "an escape \\ud800 … \\udfff without its other half is no character"
             else:
+                problem = None
+            if form is None and not is_data:  # it stops the reading once there is a record beside it
+                stranger = stranger or (where, problem)
+            elif problem or stranger:
+                self._skip(*stranger or (where, problem))
+            else:
+                is_data = True
                 yield where, record, form
+        if not is_data:
+            self.count("file without records", str(path))
 
-    def text_parts(self, text: AnyPath, split: str) -> Iterator[TextPart]:
-        """Yield the parts of a document, a string or a .txt file; the last tenth of a lone file is for validation."""
-        if isinstance(text, str):
-            if text:
-                yield TextPart("val" if split != "all" and in_validation(text) else "train", text)
-            return
-        alone, total = len(self.files) == 1, sum(map(len, read_text(text)))
-        boundary = at = 0  # characters before `boundary` are trained; `at`: where the next part starts
-        if split == "all" or not alone and not in_validation(hash_file(text)):
-            boundary = total  # of several files, each is whole on one side
-        elif alone:
-            boundary = int(0.9 * total)
-        for part in read_text(text):
-            k = max(0, boundary - at)  # the boundary may lie inside this part
-            for name, half, begin, end in (("train", part[:k], 0, boundary), ("val", part[k:], boundary, total)):
-                if half:
-                    yield TextPart(name, half, at == begin, at + len(half) == end)
-                    at += len(half)
-
-    def items(self, kind: str, split: str) -> Iterator:
-        """Yield what is to be encoded: the parts of every text, or an example for every other record of a kind.
+    def documents(self, kind: str, source: str) -> Iterator[tuple]:
+        """Yield (file:line, document) for every record of the kind `source`: a text, the path of a .txt, an Example.
 
         A file without such records is an error if the user named it, and skipped if it came from a directory.
         """
-        count, source = 0, kind
-        if kind == "prompt" and "prompt" not in kinds_of(self.files):
-            source = "chat"  # conversations hold prompts, too
+        count, takes = 0, f"nothing for this stage, which takes {KINDS[kind]}"
         for path in self.files:
-            # 1. Give out the file's records of the kind.
             kinds = Counter()
             for where, record, form in self.records(path):
                 kinds[form.kind] += 1
                 if form.kind != source:
                     continue
                 try:
-                    items = (
-                        self.text_parts(record["text"], split)
-                        if kind == "text"
-                        else [_read_example(kind, where, record, form, split)]
-                    )
+                    document = record["text"] if kind == "text" else _read_example(kind, where, record, form)
+                    if document == "":
+                        raise LeftOut("empty text")
                 except LeftOut as error:
                     self.count(str(error), where)
                     continue
                 except (ValueError, TypeError) as error:  # a key holds something of another type
                     self._skip(where, error)
                     continue
-                for item in items:
-                    for remark in getattr(item, "remarks", ()):
-                        self.count(remark, where)
-                    yield item
-                    count += 1
-            # 2. Speak of the file that gave nothing, if it was named.
+                yield where, document
+                count += 1
             if not kinds[source] and path in self.paths:
-                raise UserError(
-                    f"{path}: nothing for this stage, but {', '.join(kinds) or 'no'} records: it takes {KINDS[kind]}"
-                )
-        # 3. Speak of nothing at all.
+                found = f"it holds {', '.join(kinds)} records" if kinds else "it is empty"
+                raise UserError(f"{path}: {takes}: {found}" + f" ({self.report()})" * bool(self.counts))
         if not count:
-            raise UserError(
-                f"{', '.join(map(str, self.paths))}: nothing for this stage, or all of it is empty: it "
-                f"takes {KINDS[kind]}" + f" ({self.report()})" * bool(self.counts)
-            )
+            raise UserError(f"{', '.join(map(str, self.paths))}: {takes}" + f" ({self.report()})" * bool(self.counts))
+
+    def items(self, kind: str, split: str) -> Iterator:
+        """Yield what is to be encoded: the parts of every text, or an example for every other record of a kind."""
+        source = kind
+        if kind == "prompt" and "prompt" not in kinds_of(self.paths):
+            source = "chat"  # conversations hold prompts, too
+        # Look ahead, mostly a few records, how to divide them. What is wrong with them is said below.
+        ahead = Reader(self.paths, "skip").documents(kind, source) if split != "all" else ()
+        division = Division.of(ahead)
+        for where, document in self.documents(kind, source):
+            if isinstance(document, Path):
+                yield from text_parts(document, split)
+            elif isinstance(document, str):
+                yield TextPart(division.side(document), document)
+            else:
+                for remark in document.remarks:
+                    self.count(remark, where)
+                yield document._replace(split=division.side(document))
+
+
+def text_parts(path: Path, split: str) -> Iterator[TextPart]:
+    """Yield a .txt file in parts; the last tenth of its characters is for validation, unless the split is "all"."""
+    total = sum(map(len, read_text(path)))
+    # Characters before `boundary` are trained on; `at` is where the next part starts.
+    boundary, at = total if split == "all" else max(1, int(0.9 * total)), 0
+    for part in read_text(path):
+        k = max(0, boundary - at)  # the boundary may lie inside this part
+        for side, half, begin, end in (("train", part[:k], 0, boundary), ("val", part[k:], boundary, total)):
+            if half:
+                yield TextPart(side, half, at == begin, at + len(half) == end)
+                at += len(half)
 
 
 def kinds_of(paths: Paths) -> Counter:
@@ -2139,33 +2241,29 @@ def kinds_of(paths: Paths) -> Counter:
 # -- what the tokenizer learns from ------------------------------------------------------------------------------------
 
 
-def texts_in(value: object) -> list[str]:
-    """Return the strings in a record, except the names of its speakers."""
-    if isinstance(value, dict):
-        value = [item for key, item in value.items() if key not in ("role", "from")]
-    if isinstance(value, list):
-        return [text for item in value for text in texts_in(item)]
-    return [value] if isinstance(value, str) else []
-
-
 def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
-    """Yield the texts that a tokenizer learns from: all but validation text, of large data a sample.
+    """Yield the texts that a tokenizer learns from: all that is trained on, of large data a sample.
 
-    The sample consists of whole records, chosen by their content, so that alternating data are sampled evenly.
+    The sample consists of whole records, chosen by their content, so that alternating data are sampled evenly. Names of
+    keys and roles are left out.
     """
     reader = Reader(paths, on_bad_record)
     # Compressed text is about four times as long as its file.
-    size = sum(f.stat().st_size * (4 if f.name.endswith(".gz") else 1) for f in reader.files)
+    size = sum(f.stat().st_size * (1 if f.suffix in (".txt", ".json", ".jsonl") else 4) for f in reader.files)
     every = max(1, round(size / TOKENIZER_BYTES))
+    division = functools.cache(lambda kind: Division.of(Reader(paths, "skip").documents(kind, kind)))
     for path in reader.files:
-        for _, record, form in reader.records(path):
-            texts = texts_in(record)  # of chats and pairs all
-            if form.kind == "text":
-                texts = (part.text for part in reader.text_parts(record["text"], split) if part.split == "train")
+        for where, record, form in reader.records(path):
             if is_plain_text(path):  # every so many of a long text's parts
-                yield from itertools.islice(texts, 0, None, every)
+                parts = (part.text for part in text_parts(path, split) if part.split == "train")
+                yield from itertools.islice(parts, 0, None, every)
             elif zlib.crc32(json.dumps(record).encode()) % every == 0:  # one record in so many
-                yield from texts
+                try:
+                    document = record["text"] if form.kind == "text" else _read_example(form.kind, where, record, form)
+                except (ValueError, TypeError):  # is said when the record is used
+                    continue
+                if split == "all" or division(form.kind).side(document) == "train":
+                    yield from [document] if form.kind == "text" else document.texts()
 
 
 class TokenizerManager:
@@ -2277,11 +2375,11 @@ def encode_data(
     """Return the memory-mapped arrays of a split of the records of a kind, and the split's key.
 
     The splits "train" and "val" divide the data; "all" takes them whole. Val is the last tenth of the characters of
-    one .txt, otherwise the documents, or the prompts, whose content hash says so.
+    each .txt, otherwise the documents, or the first questions, whose content hash says so.
     """
     # 1. The name of the cache folder says from what, by what rules and by what code it was made.
     reader = Reader(paths, on_bad_record)
-    key = reader.key(kind, split == "all", tokenizer.content_hash())
+    key = reader.key(kind, split == "all" or "by the first question", tokenizer.content_hash())
     folder = Path(cache_dir) / f"{key}-{code_hash()}"
     # 2. Train and val are encoded together, in lists of items of about half a million characters (item[1]: the text).
     encode_once(
@@ -2300,8 +2398,8 @@ def encode_data(
     }
     if not len(arrays["ids"]):
         raise UserError(
-            f"{', '.join(map(str, reader.paths))}: the {split} part is empty: there is too little to set "
-            "a tenth of it aside: give validation data of its own with --val-data"
+            f"{', '.join(map(str, reader.paths))}: no validation data: there is only one document, or copies of it, "
+            "which cannot be divided: give more, or validation data of its own with --val-data"
         )
     return arrays, f"{key}-{split}"
 

@@ -1698,7 +1698,7 @@ def test_every_container_gives_the_same_documents(tmp_path, tokenizer):
     assert encode(tmp_path / "t.txt", tokenizer, "all", tmp_path / "cache") == "<|bos|>第一行\n第二行\n<|eos|>"
 
 
-def test_a_lone_text_gives_its_last_tenth_of_characters(tmp_path, tokenizer):
+def test_a_text_gives_its_last_tenth_of_characters(tmp_path, tokenizer):
     text = "".join(f"{i}：你好 hello\n" for i in range(101))
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     cut = int(len(text) * 0.9)
@@ -1759,10 +1759,14 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
         ("a.txt", b"", "a.txt: (?!.*tenth).*(no text|empty)"),
         ("a.jsonl", b'{"text": ""}\n', "a.jsonl: (?!.*tenth).*empty"),
         ("a.csv", b"a", "unknown kind of data file"),
-        ("a.jsonl", b"", "a.jsonl: nothing for this stage, but no records: it takes text"),
+        ("a.jsonl", b"", "a.jsonl: nothing for this stage, which takes text.*: it is empty"),
         ("a.json", b"[" * 100_000, "a.json:1: not JSON"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1:1: not JSON"),
-        ("a.jsonl", b'{"messages": []}\n', "a.jsonl: nothing for this stage, but chat records: it takes text"),
+        (
+            "a.jsonl",
+            b'{"messages": []}\n',
+            "a.jsonl: nothing for this stage, which takes text.*: it holds chat records",
+        ),
         ("a.txt.gz", b"no gzip", "damaged .gz"),
         ("a.txt.gz", gzip.compress(b"abc" * 100, mtime=0)[:-9], "damaged .gz"),
     ],
@@ -1789,6 +1793,90 @@ def test_what_was_left_out_is_said_again_by_a_start_from_the_cache(tmp_path, tok
             m.ConversationDataLoader(tmp_path / "a.jsonl", tokenizer, 1, 99, "all", **options)
     reader = m.Reader(tmp_path / "a.jsonl", "skip")
     assert reader.report() == "" and len(list(reader.items("chat", "all"))) == 2 and reader.counts == {"malformed": 2}
+
+
+def test_a_folder_as_people_have_it(tmp_path, tokenizer):
+    """Hidden copies are not read, links are followed but not round, and each file counts once; the rest is named."""
+    data = tmp_path / "data"
+    write_jsonl(data / "sub/A.JSONL", [{"text": "one"}, {"text": ""}])
+    (data / "B.TXT").write_text("two")
+    (data / "C.Json.GZ").write_bytes(gzip.compress(b'[{"text": "three"}]'))
+    for name in (".hidden.txt", "._x.jsonl", ".ipynb_checkpoints/B-copy.txt", ".git/deep/x.txt"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(b"\xff copy")
+    for name in ("table.csv", "README.md"):
+        (data / name).write_text("no data")
+    for name in ("empty.json", "empty.txt", "blank.jsonl"):
+        (data / name).write_text("")
+    (data / "dataset_info.json").write_text(json.dumps({"splits": {"train": 3}, "features": {}}, indent=2))
+    write_jsonl(tmp_path / "elsewhere/d.jsonl", [{"text": "four"}])
+    (data / "linked").symlink_to(tmp_path / "elsewhere")
+    (data / "sub/round").symlink_to(data)
+    (data / "twice.jsonl").symlink_to(data / "sub/A.JSONL")
+    (data / "gone.txt").symlink_to(data / "nowhere")
+    with pytest.warns(UserWarning) as said:
+        found = encode(data, tokenizer, "all", tmp_path / "c")
+    assert sorted(found.removesuffix("<|eos|>").split("<|eos|>")) == [
+        "<|bos|>four", "<|bos|>one", "<|bos|>three", "<|bos|>two"
+    ]  # fmt: skip
+    first, second = sorted({str(warning.message) for warning in said})
+    assert "passed over 3 files that are not .txt, .json" in first and first.endswith("README.md")
+    assert "4 × file without records, the first at" in second and "1 × empty text, the first at" in second
+    (data / "dataset_info.json").write_text('{"splits": 3}\n{"text": "a"}\n')  # data after all: one is odd
+    with pytest.raises(m.UserError, match="dataset_info.json:1: unknown form"):
+        encode(data, tokenizer, "all", tmp_path / "c")
+    with pytest.raises(m.UserError, match="empty.json: nothing for this stage.*it is empty"):
+        encode([data / "empty.json", data / "B.TXT"], tokenizer, "all", tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(CHATS),
+        json.dumps(CHATS, indent=2),
+        "[" + ",\n".join(map(json.dumps, CHATS)) + "]\n",
+        "\n".join(json.dumps(chat, indent=1) for chat in CHATS),
+        "\n\n".join(map(json.dumps, CHATS)),
+        " ".join(map(json.dumps, CHATS)),
+        "\n".join(json.dumps([chat]) for chat in CHATS),
+    ],
+)
+def test_json_however_it_is_laid_out(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert [record for _, record, _ in m.Reader(tmp_path / name).records(tmp_path / name)] == CHATS
+
+
+def test_json_errors_name_the_line_in_every_layout(tmp_path, tokenizer):
+    objects = [json.dumps({"text": str(i)}, indent=1) for i in range(3)]
+    for name, where in (("a.json", "a.json:5"), ("a.jsonl", "a.jsonl:5:10")):
+        (tmp_path / name).write_text("\n".join(objects).replace('"1"', "oops"))
+        with pytest.raises(m.UserError, match=f"{where}: not JSON"):
+            encode(tmp_path / name, tokenizer, "all", tmp_path / "c")
+        (tmp_path / name).write_text("\n".join(objects).replace('"1"', "1"))
+        with pytest.raises(m.UserError, match=f'{name}:4: "text" must be a string'):
+            encode(tmp_path / name, tokenizer, "all", tmp_path / "c")
+
+
+def test_parquet_holds_the_same_records(tmp_path, tokenizer, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = importlib.import_module("pyarrow").Table.from_pylist
+    records = [chat | {"prompt": None, "text": None} for chat in CHATS]
+    parquet.write_table(table([*records, {"text": "a"}, {"text": "b"}]), tmp_path / "a.PARQUET", row_group_size=2)
+    write_jsonl(tmp_path / "a.jsonl", [*CHATS, {"text": "a"}, {"text": "b"}])
+    options = {"seq_len": 500, "split": "all", "shuffle": False, "cache_dir": tmp_path / "cache"}
+    found = [m.ConversationDataLoader(tmp_path / name, tokenizer, **options) for name in ("a.PARQUET", "a.jsonl")]
+    assert contents(found[0]) == contents(found[1]) and len(found[0].items) == 5
+    assert encode(tmp_path / "a.PARQUET", tokenizer, "all", tmp_path / "c") == "<|bos|>a<|eos|><|bos|>b<|eos|>"
+    parquet.write_table(table([{"text": "a", "n": 1}, {"text": None, "n": 2}]), tmp_path / "b.parquet")
+    with pytest.raises(m.UserError, match=r"b.parquet:2: unknown form of record \(n\)"):
+        encode(tmp_path / "b.parquet", tokenizer, "all", tmp_path / "c")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.PARQUET").read_bytes()[:-9])
+    with pytest.raises(m.UserError, match="b.parquet: damaged .parquet file"):
+        encode(tmp_path / "b.parquet", tokenizer, "all", tmp_path / "c")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(m.UserError, match=r"this needs pyarrow: pip install -e '\.\[data\]'"):
+        encode(tmp_path / "b.parquet", tokenizer, "all", tmp_path / "c")
 
 
 def test_ids_above_65535_take_four_bytes(tmp_path):
@@ -1860,16 +1948,16 @@ def alternating(path: Path, n: int = 2000) -> list[list[str]]:
 def test_a_tokenizer_learns_from_a_sample_of_whole_records(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     said = alternating(path)
-    assert list(m.sample_texts([path], "train", "stop")) == list(itertools.chain(*said))  # small data: all of it
+    assert list(m.sample_texts([path], "all", "stop")) == list(itertools.chain(*said))  # small data: all of it
     monkeypatch.setattr(m, "TOKENIZER_BYTES", path.stat().st_size // 4)
-    sample = list(m.sample_texts([path], "train", "stop"))
+    sample = list(m.sample_texts([path], "all", "stop"))
     pairs = list(map(list, zip(sample[::2], sample[1::2], strict=True)))
     assert all(pair in said for pair in pairs) and len(set(sample)) == len(sample)
     chinese = sum(pair[0].startswith("第") for pair in pairs)
     assert 170 < chinese < 330 and 170 < len(pairs) - chinese < 330  # a fourth of 1000 each
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(reversed(lines)), encoding="utf-8")
-    assert set(m.sample_texts([path], "train", "stop")) == set(sample)  # chosen by content, not by place
+    assert set(m.sample_texts([path], "all", "stop")) == set(sample)  # chosen by content, not by place
 
 
 def test_a_tokenizer_learns_from_every_part_of_a_large_text_in_turn(tmp_path, monkeypatch):
@@ -1887,7 +1975,7 @@ def test_a_tokenizer_never_learns_from_validation_text(tmp_path):
     docs = [f"document {i}" for i in range(300)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": doc} for doc in docs])
     learned = list(m.sample_texts([path], "train", "stop"))
-    assert learned == [doc for doc in docs if not m.in_validation(doc)] and 240 < len(learned) < 300
+    assert learned == [doc for doc in docs if m.hash_share(doc) >= 0.1] and 240 < len(learned) < 300
     assert list(m.sample_texts([path], "all", "stop")) == docs
 
 
@@ -1896,18 +1984,20 @@ def test_a_tokenizer_never_learns_from_validation_text(tmp_path):
     [
         {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]},
         {"conversations": [{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}]},
+        {"prompt": "A", "chosen": "B", "rejected": "C"},
         {
             "prompt": [{"role": "user", "content": "A"}],
             "chosen": [{"role": "assistant", "content": "B"}],
-            "rejected": "",
+            "rejected": "C",
         },
         {"instruction": "A", "input": "", "output": "B", "history": []},
-        {"prompt": "A", "answer": ["B", 3, None]},
+        {"prompt": "A", "completion": "B", "category": "DDDD"},
+        {"prompt": "A", "answer": ["BBBB", 3]},
     ],
 )
 def test_a_tokenizer_learns_no_names_of_roles_or_keys(tmp_path, record):
-    assert list(filter(None, m.texts_in(record))) == ["A", "B"]
     path = write_jsonl(tmp_path / "a.jsonl", [record] * 50)
+    assert Counter(m.sample_texts(path, "all", "stop")).keys() <= {"A", "B", "C"}
     tokenizer = m.TokenizerManager(tmp_path / "cache").get_or_train_tokenizer(path, vocab_size=300)
     assert tokenizer.merges == []
 
@@ -2429,20 +2519,84 @@ def test_a_file_without_records_of_the_kind_is_named(tmp_path, tokenizer):
     options = {"seq_len": 99, "split": "all", "cache_dir": tmp_path / "cache"}
     for cls in LOADERS:
         assert len(cls(tmp_path / "d", tokenizer, **options).items) == 1
-        with pytest.raises(m.UserError, match="c.jsonl: nothing for this stage, but text records: it takes"):
+        with pytest.raises(m.UserError, match="c.jsonl: nothing for this stage, which takes .*: it holds text records"):
             cls([tmp_path / "d/c.jsonl", tmp_path / "d/a.jsonl"], tokenizer, **options)
     assert m.kinds_of(tmp_path / "d") == {"chat": 1, "preference": 1, "text": 1}
 
 
-def in_val(record: dict) -> bool:
-    return m.in_validation(json.dumps(turns(record["prompt"]), ensure_ascii=False))
+def sides(cls, tmp_path, tokenizer, records, **options) -> list[list]:
+    """The first questions on each side, which are disjoint."""
+    loaders = [load(cls, tmp_path, tokenizer, records, split=split, **options) for split in ("train", "val")]
+    found = [[loader.note(i)["messages"][0]["content"] for i in loader.items] for loader in loaders]
+    assert sum(map(len, found)) == len(records) and all(found)
+    return found
 
 
-def test_a_split_without_a_tenth_is_named(tmp_path, tokenizer):
-    """Of two records that both are trained on, none is left to validate on."""
-    records = [record for record in (record_for(m.DPODataLoader, i) for i in range(9)) if not in_val(record)][:2]
-    with pytest.raises(m.UserError, match="the val part is empty: there is too little .*--val-data"):
-        load(m.DPODataLoader, tmp_path, tokenizer, records, split="val")
+@pytest.mark.parametrize("cls", [m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader])
+def test_wherever_there_are_two_documents_one_is_on_each_side(tmp_path, tokenizer, cls):
+    """Whatever their order, and of large data about a tenth."""
+    for n in (2, 3, 5, 300):
+        for start in (0, 10, 20):
+            records = [record_for(cls, start + i) for i in range(n)]
+            found = sides(cls, tmp_path, tokenizer, records)
+            assert len(found[1]) == 1 if n < 4 else len(found[1]) <= max(2, n // 5)
+            assert sorted(sides(cls, tmp_path, tokenizer, records[::-1])[1]) == sorted(found[1])
+    alone = [record_for(cls, 0)] * 3
+    assert len(load(cls, tmp_path, tokenizer, alone, split="train").items) == 3
+    with pytest.raises(m.UserError, match="only one document, or copies of it, .*--val-data"):
+        load(cls, tmp_path, tokenizer, alone, split="val")
+
+
+def test_all_of_whom_lie_below_a_tenth_leave_one_to_train_on(tmp_path, tokenizer):
+    for below in (True, False):
+        texts = [text for text in map(str, range(200)) if (m.hash_share(text) < 0.1) == below][:4]
+        path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+        found = [m.encode_corpus(path, tokenizer, split, tmp_path / "c")[0] for split in ("train", "val")]
+        assert [stream(tokens, tokenizer).count("<|eos|>") for tokens in found] == ([1, 3] if below else [3, 1])
+
+
+def test_pairs_of_one_question_are_divided_by_their_completions(tmp_path, tokenizer):
+    records = [{"prompt": "q", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(300)]
+    found = sides(m.DPODataLoader, tmp_path, tokenizer, records)
+    assert 10 < len(found[1]) < 60
+    without = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
+    assert [len(load(m.DPODataLoader, tmp_path, tokenizer, without, split=s).items) > 0 for s in ("train", "val")]
+
+
+def test_a_question_is_on_one_side_of_all_kinds(tmp_path, tokenizer):
+    """However it is asked: alone, in a longer conversation, with a system prompt, in a pair, or as a prompt."""
+    asked = [f"question {i}" for i in range(100)]
+    kinds = {
+        "chat": [{"messages": turns(q, "a")} for q in asked]
+        + [{"messages": turns(q, "b", "more", "c", system="s")} for q in asked]
+        + [{"instruction": "now", "output": "x", "history": [[q, "y"]]} for q in asked],
+        "preference": [{"prompt": q + "\n", "chosen": "good", "rejected": "bad"} for q in asked],
+        "prompt": [{"prompt": q} for q in asked],
+    }
+    held_out = set()
+    for kind, records in kinds.items():
+        path = write_jsonl(tmp_path / f"{kind}.jsonl", records)
+        cls = next(cls for cls in LOADERS if cls.kind == kind)
+        parts = [cls(path, tokenizer, 1, 200, split, cache_dir=tmp_path / "c") for split in ("train", "val")]
+        train, val = (
+            {next(t["content"] for t in part.note(i)["messages"] if t["role"] == "user").strip() for i in part.items}
+            for part in parts
+        )
+        assert train | val == set(asked) and not train & val
+        held_out |= val
+        learned = "\n".join(m.sample_texts(path, "train", "stop")) + "\n"
+        assert {q for q in asked if q + "\n" in learned} == train
+    assert held_out == {q for q in asked if m.hash_share(q) < 0.1}
+
+
+def test_every_text_file_gives_its_last_tenth(tmp_path, tokenizer):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"{i}" * 100)
+    write_jsonl(tmp_path / "more.jsonl", [{"text": "one document beside them"}])
+    for split, n in (("train", 90), ("val", 10)):
+        assert "<|eos|>".join(f"<|bos|>{str(i) * n}" for i in range(5)) in encode(
+            tmp_path, tokenizer, split, tmp_path / ".c"
+        )
 
 
 @pytest.mark.parametrize("name", ["train.ids", "train.lengths", "train.notes"])
@@ -5934,7 +6088,7 @@ def test_the_snippet_of_the_readme(tmp_path):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(m) == (0, 5)
+    assert doctest.testmod(m) == (0, 6)
 
 
 HACKS = HERE / "README.md"
@@ -6516,16 +6670,16 @@ MISTAKES = [
     data_mistake('{"text": "a\\ud800"}', "a.jsonl:1: an escape"),
     data_mistake("[" * 100_000, "a.jsonl:1:1: not JSON"),
     data_mistake('{"text": ' + "9" * 5000 + "}", "a.jsonl:1:1: not JSON"),
-    data_mistake("", "nothing for this stage, but no records"),
-    data_mistake(" \n\n", "nothing for this stage, but no records"),
+    data_mistake("", "and its kin: it is empty", "sft"),
+    data_mistake(" \n\n", 'nothing for this stage, which takes text: .txt files and {"text": …}: it is empty'),
     data_mistake("a,b", "unknown kind of data file", "pretrain", "a.csv"),
     data_mistake('{"a": 1', "a.json:1: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
     data_mistake('[{"text": "a"},\n\n{"text" 1}]', "a.json:3: not JSON", "pretrain", "a.json"),
     data_mistake('[{"text": "a"}, {"b": 1}]', "a.json[1]: unknown form", "pretrain", "a.json"),
     data_mistake(b"no gzip", "damaged .gz", "pretrain", "a.txt.gz"),
     data_mistake(gzip.compress(b"hello" * 100, mtime=0)[:-9], "damaged .gz", "pretrain", "a.txt.gz"),
-    data_mistake('{"messages": [' + SAY + "," + REPLY + "]}", "nothing for this stage, but chat records"),
-    data_mistake('{"text": "a"}', "nothing for this stage, but text records", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY + "]}", "it holds chat records"),
+    data_mistake('{"text": "a"}', "it holds text records", "sft"),
     data_mistake('{"messages": [' + SAY + "," + SAY + "," + REPLY + "]}", "two user messages", "sft"),
     data_mistake('{"messages": [' + SAY + "]}", "without an assistant message", "sft"),
     data_mistake('{"messages": []}', "without an assistant message", "sft"),
@@ -6541,7 +6695,7 @@ MISTAKES = [
     data_mistake('{"instruction": "a", "output": "b", "history": [["c"]]}', "pairs [question, answer]", "sft"),
     data_mistake('{"prompt": "a", "completion": 4}', "a message must be an object", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "answer": {}}', '"answer" must be a text', "sft"),
-    data_mistake('{"prompt": "a", "chosen": "b"}', "nothing for this stage, but prompt records", "dpo"),
+    data_mistake('{"prompt": "a", "chosen": "b"}', "it holds prompt records", "dpo"),
     data_mistake('{"prompt": "a", "chosen": "b", "rejected": "b"}', '"chosen" must end with a reply', "dpo"),
     data_mistake('{"prompt": "a", "chosen": 3, "rejected": "b"}', "a message must be an object", "reward"),
     data_mistake('{"prompt": "a", "chosen": "b", "rejected": [7]}', "a message must be an object", "dpo"),
