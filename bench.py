@@ -1,4 +1,4 @@
-"""Measure the speed and memory of training and decoding; compare runs; plan a training."""
+"""Measure the speed and memory of training and decoding; compare runs; plan a training; let two forks duel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -118,6 +119,13 @@ def build_parser() -> m.FlagParser:
     traces = "instead: write traces of training and decoding into DIR, and print their operators [profile]"
     mode("--profile", nargs="?", const="profile", metavar="DIR", help=traces)
     mode("--plan", action="store_true", help="instead: predict memory and time of a training")
+    forks = "instead: train the tiny preset here and with the MiniLLM in DIR, and say which one learns better"
+    mode("--duel", metavar="DIR", help=forks)
+    minutes = "--duel: length of each training, its start included [1]"
+    flag("--minutes", type=amount, default=argparse.SUPPRESS, metavar="M", help=minutes)
+    flag("--steps", type=int, metavar="N", help="--duel: compare after so many steps instead of minutes")
+    flag("--seeds", type=int, default=3, metavar="N", help="--duel: trainings of each side on each data set [3]")
+    flag("--data", nargs="+", metavar="PATH", help="--duel: data sets, each a file or directory [the example data]")
     flag("--tokens", type=amount, default=1e8, metavar="N", help="--plan: how many to train on [100M]")
     flag("--gpu-memory", type=amount, metavar="BYTES", help="--plan: the memory there is [this device's]")
     flag("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
@@ -161,8 +169,11 @@ def check_flags(args: argparse.Namespace) -> None:
         limit = m.get_config(name).max_position_embeddings
         if seq_len > limit:
             raise m.UserError(f"--seq-len {seq_len} exceeds the context of --config {name}, {limit}")
-    if args.gpu_memory and not args.plan:
-        raise m.UserError("--gpu-memory belongs to --plan: give that, too")
+    for name, mode in {"gpu_memory": "plan", "minutes": "duel", "steps": "duel", "data": "duel"}.items():
+        if getattr(args, name, None) and not getattr(args, mode):
+            raise m.UserError(f"--{name.replace('_', '-')} belongs to --{mode}: give that, too")
+    if args.duel:
+        check_duel(args)
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
     elif args.json and not Path(args.json).parent.is_dir():
@@ -180,6 +191,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Table]:
     setup.line.say(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
     if args.plan:
         return plan(setup, args.config, args.tokens, args.gpu_memory)
+    if args.duel:
+        return duel(setup, args)
     if args.profile:
         profile(setup, args.config, Path(args.profile))
         return {}
@@ -529,6 +542,94 @@ def qwen3(config: m.MiniGPTConfig) -> nn.Module:
     transformers = m.import_extra("transformers", "test")
     fields = m.hf_config(config) | {"eos_token_id": None}  # it writes on, as ours does
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
+
+
+# -- duel --------------------------------------------------------------------------------------------------------------
+
+SIDES = ("here", "there")
+# Student's t, 99 % two-sided, by the number of pairs less one; the last serves for all larger numbers
+T_99 = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
+
+
+def check_duel(args: argparse.Namespace) -> None:
+    for name in ("train.py", "minillm.py"):
+        if not (Path(args.duel) / name).is_file():
+            raise m.UserError(f"--duel {args.duel}: there is no {name} in it: name a copy of MiniLLM's folder")
+    if args.seeds < 2:
+        raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
+    if args.steps is not None and (args.steps < 1 or "minutes" in args):
+        raise m.UserError("--steps must be 1 or more, and excludes --minutes")
+    m.data_files(args.data or DATA)
+
+
+def duel(setup: Setup, args: argparse.Namespace) -> dict[str, Table]:
+    """Train both sides in turns with equal seeds, data and limits, as processes of their own; tabulate and judge."""
+    folders = {"here": Path(m.__file__).parent, "there": Path(args.duel).absolute()}
+    limit = ["--max-steps", str(args.steps)] if args.steps else ["--minutes", str(getattr(args, "minutes", 1))]
+    table: Table = {}
+    differences, failure = [], ""
+    runs = [(data, seed) for data in args.data or [None] for seed in range(args.seeds)]
+    for k, (data, seed) in enumerate(runs):
+        name, flags = f"seed {seed}", [*limit, "--seed", str(seed)]
+        if data:
+            name, flags = f"{Path(data).stem}, {name}", [*flags, "--data", str(Path(data).absolute())]
+        for side in SIDES if k % 2 == 0 else SIDES[::-1]:  # who goes first changes
+            setup.line.show(f"duel {k + 1} of {len(runs)}: {name}, {side}")
+            try:
+                figures = train_in(folders[side], setup.folder / f"{k}-{side}", flags)
+            except m.UserError as error:
+                if side == "here":
+                    raise
+                failure = f"worse: {error}"
+                break
+            for figure, value in figures.items():
+                table.setdefault(f"{side}: {figure}", {})[name] = Measured(value)
+        if failure:
+            break
+        here, there = (table[f"{side}: bits per byte"][name].value for side in SIDES)
+        differences.append(there / here - 1)
+    table = {column: table[column] for column in sorted(table, key=lambda name: name.split(": ")[1])}
+    words = failure or verdict(differences)
+    setup.line.say(words)
+    return {f"there is {folders['there']}": table, "verdict": {"there": {"it is": words}}}
+
+
+def train_in(folder: Path, out: Path, flags: list[str]) -> dict[str, float]:
+    """Train with the MiniLLM in `folder`; return its figures on all validation data."""
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "train.py", "--out", str(out), *words], cwd=folder, capture_output=True, text=True
+        )
+        if done.returncode:
+            message = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise m.UserError(f"{folder} failed with exit status {done.returncode}: {message}")
+        return done.stdout
+
+    run("--config", "tiny", *flags)
+    run_dir = out / "tiny/pretrain"
+    score = json.loads(run("--stage", "eval", "--init", str(run_dir)).splitlines()[-1])
+    rows = [row for row in m.read_metrics(run_dir) if "tok_per_s" in row]
+    return {
+        "bits per byte": score["bpb"],
+        "steps": rows[-1]["step"],
+        "tok/s": statistics.median(row["tok_per_s"] for row in rows),
+        "peak, MB": rows[-1]["peak_bytes"] / 1e6,
+    }
+
+
+def verdict(differences: list[float]) -> str:
+    """Judge a fork by its relative differences in bits per byte, one a pair of trainings; below 0 is better.
+
+    It is better or worse where Student's t test is 99 % sure.
+    """
+    n, mean = len(differences), statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    words = f"{mean:+.2%} bits per byte (standard error {error:.2%}, {n} pairs)"
+    if abs(mean) > T_99[min(n - 2, len(T_99) - 1)] * error:
+        return f"{'better' if mean < 0 else 'worse'}: {words}"
+    enough = math.ceil((T_99[-1] * error / mean) ** 2 * n) if mean else math.inf  # the error falls with √n
+    return f"not to be told apart: {words}" + (f"; some {enough} pairs would tell" if enough <= 1000 else "")
 
 
 # -- profile -----------------------------------------------------------------------------------------------------------
