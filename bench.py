@@ -124,7 +124,7 @@ def build_parser() -> m.FlagParser:
     minutes = "--duel: length of each training, its start included [1]"
     flag("--minutes", type=amount, default=argparse.SUPPRESS, metavar="M", help=minutes)
     flag("--steps", type=int, metavar="N", help="--duel: compare after so many steps instead of minutes")
-    flag("--seeds", type=int, default=3, metavar="N", help="--duel: trainings of each side on each data set [3]")
+    flag("--seeds", type=int, metavar="N", help="--duel: trainings of each side on each data set [3]")
     flag("--data", nargs="+", metavar="PATH", help="--duel: data sets, each a file or directory [the example data]")
     flag("--tokens", type=amount, default=1e8, metavar="N", help="--plan: how many to train on [100M]")
     flag("--gpu-memory", type=amount, metavar="BYTES", help="--plan: the memory there is [this device's]")
@@ -169,8 +169,8 @@ def check_flags(args: argparse.Namespace) -> None:
         limit = m.get_config(name).max_position_embeddings
         if seq_len > limit:
             raise m.UserError(f"--seq-len {seq_len} exceeds the context of --config {name}, {limit}")
-    for name, mode in {"gpu_memory": "plan", "minutes": "duel", "steps": "duel", "data": "duel"}.items():
-        if getattr(args, name, None) and not getattr(args, mode):
+    for name, mode in {"gpu_memory": "plan", **dict.fromkeys(("minutes", "steps", "seeds", "data"), "duel")}.items():
+        if getattr(args, name, None) is not None and not getattr(args, mode):
             raise m.UserError(f"--{name.replace('_', '-')} belongs to --{mode}: give that, too")
     if args.duel:
         check_duel(args)
@@ -555,6 +555,7 @@ def check_duel(args: argparse.Namespace) -> None:
     for name in ("train.py", "minillm.py"):
         if not (Path(args.duel) / name).is_file():
             raise m.UserError(f"--duel {args.duel}: there is no {name} in it: name a copy of MiniLLM's folder")
+    args.seeds = 3 if args.seeds is None else args.seeds
     if args.seeds < 2:
         raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
     if args.steps is not None and (args.steps < 1 or "minutes" in args):
@@ -623,13 +624,16 @@ def verdict(differences: list[float]) -> str:
 
     It is better or worse where Student's t test is 99 % sure.
     """
-    n, mean = len(differences), statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(n)
-    words = f"{mean:+.2%} bits per byte (standard error {error:.2%}, {n} pairs)"
-    if abs(mean) > T_99[min(n - 2, len(T_99) - 1)] * error:
+    n, mean, deviation = len(differences), statistics.mean(differences), statistics.stdev(differences)
+
+    def is_sure(pairs: int) -> bool:
+        return abs(mean) > T_99[min(pairs - 2, len(T_99) - 1)] * deviation / math.sqrt(pairs)
+
+    words = f"{mean:+.2%} bits per byte (standard error {deviation / math.sqrt(n):.2%}, {n} pairs)"
+    if is_sure(n):
         return f"{'better' if mean < 0 else 'worse'}: {words}"
-    enough = math.ceil((T_99[-1] * error / mean) ** 2 * n) if mean else math.inf  # the error falls with √n
-    return f"not to be told apart: {words}" + (f"; some {enough} pairs would tell" if enough <= 1000 else "")
+    enough = next(filter(is_sure, range(n + 1, 1000)), None)
+    return f"not to be told apart: {words}" + (f"; {enough} such pairs would tell" if enough else "")
 
 
 # -- profile -----------------------------------------------------------------------------------------------------------
@@ -742,7 +746,7 @@ def headlines(tables: dict[str, Table]) -> dict[str, Table]:
 def show(cell: Measured | str) -> str:
     if isinstance(cell, str):
         return cell
-    number = f"{cell.value:,.0f}" if cell.value >= 100 else f"{cell.value:.3g}"
+    number = f"{cell.value:,.0f}" if cell.value >= 100 else f"{cell.value:.4g}"
     return number + (f" ±{cell.spread:.0%}" if cell.spread else "")
 
 

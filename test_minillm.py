@@ -6451,6 +6451,13 @@ def test_bench_names_absent_peers(quick_bench, capsys, monkeypatch, part, packag
         (["--baseline", "{cell}"], "does not hold figures"),
         (["--json", "{other}"], "does not hold figures"),
         (["--json", "/nowhere/figures.json"], "no directory /nowhere"),
+        (["--duel", "/nowhere"], "there is no train.py in it"),
+        (["--duel", ".", "--seeds", "1"], "--seeds 1"),
+        (["--duel", ".", "--steps", "0"], "--steps must be 1 or more"),
+        (["--duel", ".", "--steps", "5", "--minutes", "1"], "excludes --minutes"),
+        (["--duel", ".", "--data", "/nowhere"], "/nowhere"),
+        (["--seeds", "4"], "--seeds belongs to --duel"),
+        (["--minutes", "1"], "--minutes belongs to --duel"),
     ],
 )
 def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
@@ -6461,6 +6468,46 @@ def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
     assert bench.main([names.get(word, word) for word in argv]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err and (tmp_path / "other.txt").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([0.0, 0.0, 0.0], "not to be told apart: +0.00%"),
+        ([-0.010, -0.011, -0.012], "better: -1.10% bits per byte (standard error 0.06%, 3 pairs)"),
+        ([0.010, 0.011, 0.012], "worse: +1.10%"),
+        # t = 2 / 0.577 = 3.46 of 9.92 that it takes; 3.25 · 0.577 / 2 squared, times 3, is 2.6
+        (
+            [0.01, 0.02, 0.03],
+            "not to be told apart: +2.00% bits per byte (standard error 0.58%, 3 pairs); some 3 pairs",
+        ),
+        ([0.01, -0.01, 0.001], "not to be told apart"),
+        ([0.02, 0.03], "not to be told apart"),  # of two pairs t must reach 63.7; here it is 5
+    ],
+)
+def test_bench_judges_a_duel(differences, words):
+    assert bench.verdict(differences).startswith(words)
+
+
+@pytest.mark.slow
+def test_bench_lets_forks_duel(tmp_path, capsys):
+    here = Path(m.__file__).parent
+    fork = tmp_path / "fork"
+    fork.mkdir()
+    for name in ("minillm.py", "train.py"):
+        shutil.copy(here / name, fork)
+    shutil.copytree(here / "data", fork / "data")
+    argv = ["--duel", str(fork), "--steps", "3", "--seeds", "2", "--json", str(tmp_path / "duel.json")]
+    assert bench.main(argv) == 0
+    assert "not to be told apart: +0.00%" in capsys.readouterr().out  # equal steps, equal bits
+    table = json.loads((tmp_path / "duel.json").read_text())["tables"][f"there is {fork}"]
+    assert table["here: bits per byte"] == table["there: bits per byte"] and list(table["here: steps"]) == [
+        "seed 0",
+        "seed 1",
+    ]
+    (fork / "train.py").write_text("raise SystemExit('it does not even start')")
+    assert bench.main(argv) == 0
+    assert f"worse: {fork} failed with exit status 1: it does not even start" in capsys.readouterr().out
 
 
 def test_bench_without_enough_memory(capsys, monkeypatch):
