@@ -6476,11 +6476,8 @@ def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
         ([0.0, 0.0, 0.0], "not to be told apart: +0.00%"),
         ([-0.010, -0.011, -0.012], "better: -1.10% bits per byte (standard error 0.06%, 3 pairs)"),
         ([0.010, 0.011, 0.012], "worse: +1.10%"),
-        # t = 2 / 0.577 = 3.46 of 9.92 that it takes; 3.25 · 0.577 / 2 squared, times 3, is 2.6
-        (
-            [0.01, 0.02, 0.03],
-            "not to be told apart: +2.00% bits per byte (standard error 0.58%, 3 pairs); some 3 pairs",
-        ),
+        # t = 2 / 0.58 = 3.5 of 9.92; six pairs need 4.03, and have 2 / (1 / √6) = 4.9
+        ([0.01, 0.02, 0.03], "not to be told apart: +2.00% bits per byte (standard error 0.58%, 3 pairs); 6 such"),
         ([0.01, -0.01, 0.001], "not to be told apart"),
         ([0.02, 0.03], "not to be told apart"),  # of two pairs t must reach 63.7; here it is 5
     ],
