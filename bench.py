@@ -75,6 +75,10 @@ class Setup:
     def dtype(self) -> torch.dtype:
         return m.pick_dtype(self.options.get("dtype", "auto"), self.device)
 
+    def peak(self) -> float:
+        n = 8192 if self.device.type == "cuda" else 1024
+        return m.matmul_peak(self.device, self.options.get("dtype", "auto"), n)
+
     @property
     def new_tokens(self) -> int:
         return 32 if self.quick else 200
@@ -198,7 +202,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Table]:
         return {}
     if args.peers:
         return peers(setup, args.only)
-    gflops = m.matmul_peak(setup.device, setup.dtype) / 1e9
+    gflops = setup.peak() / 1e9
     machine = {"matrix product, GFLOP/s": Measured(gflops), "reading memory, GB/s": bandwidth(setup)}
     tables: dict[str, Table] = {"machine": {"": machine}, "presets": {}}
     for name in args.config:
@@ -329,7 +333,7 @@ def measure_train(setup: Setup, name: str) -> Rows:
     config, train = m.get_config(name), setup.train_config(name)
     rows, T = setup.rows(train), train.seq_len
     setup.line.show(f"{name}: training")
-    trainers, peak = timed_trainers(setup, config, train), m.matmul_peak(setup.device, setup.dtype)
+    trainers, peak = timed_trainers(setup, config, train), setup.peak()
     model = trainers["eager"].model
     result: Rows = {
         "parameters, M": Measured(model.num_params() / 1e6),

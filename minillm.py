@@ -389,9 +389,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     B, H, T, D = q.shape
     K = k.shape[1]
+    short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 512
+    if short_on_cpu or q.device.type == "mps":
+        return attend_by_products(q, k, v, mask)
     if T == 1:  # the H / K heads of a group become the queries of one kv head: no copies of k and v
         return F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, mask).view(B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the same as `attend`, with all scores (B K, H/K T, S) in memory at once.
+
+    In bfloat16 on a CPU two products are faster than the fused kernel, as long as the scores are small. On MPS several
+    versions of torch have fused kernels that are wrong.
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
+        scores = bias.view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
+        q, k, v = q.reshape(B * K, -1, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+        scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
 
 
 class KVCache:
@@ -962,7 +982,9 @@ def grpo_advantages(rewards: Tensor, group_size: int, kind: str = "dr_grpo") -> 
 class MemoryConfig:
     """The part of the training options that trades time for memory."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16/float16 on CUDA, else float32
+    dtype: Literal["auto", "float32", "float32_onednn", "bfloat16", "float16"] = (
+        "auto"  # of products; auto: the fastest
+    )
     accumulation_steps: int = 1  # batches whose gradients are summed before one update
     gradient_checkpointing: bool = False  # keep only each block's input and recompute the rest in backward
     auto_micro_batch: bool = True  # when memory runs out, go on with smaller micro-batches of the same total
@@ -1034,13 +1056,13 @@ def learning_rate_at(step: int, progress: float, config: TrainConfig) -> float:
     return rate * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else rate
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5, half: bool = False) -> Tensor:
     """Push the singular values of each matrix of (n, rows, cols) to about 1 by Muon's Newton-Schulz iteration.
 
-    In bfloat16 on a GPU; in float32 elsewhere, since CPUs without bf16 units are many times slower in it.
+    In bfloat16 on a GPU or with `half`; CPUs without bf16 units are many times slower in it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's quintic: steepest at 0, lands in [0.7, 1.2]
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if half or matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the shorter side is the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values in [0, 1]
@@ -1064,8 +1086,11 @@ class Muon(torch.optim.Optimizer):
     rows of the matrices that its weights consist of, one below the other; each is orthogonalized by itself.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, groups: list[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, half: bool = False
+    ):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.half = half  # orthogonalize in bfloat16
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -1081,7 +1106,7 @@ class Muon(torch.optim.Optimizer):
                 for matrix, target in pairs:
                     matrices[matrix.shape].append((matrix, target, group["lr"]))
         for shape, items in matrices.items():  # equal shapes go through the iteration together
-            updates = orthogonalize(torch.stack([matrix for matrix, _, _ in items]))
+            updates = orthogonalize(torch.stack([matrix for matrix, _, _ in items]), half=self.half)
             for update, (_, target, lr) in zip(updates, items, strict=True):
                 target.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
@@ -1115,7 +1140,8 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     for p in matrices:
         by_stack[stacked.get(id(p), (p.shape[-2],))].append(p)
     groups = [{"params": params, "stacked": list(rows)} for rows, params in by_stack.items()]
-    return [adamw, Muon(groups, config.learning_rate, config.momentum, config.weight_decay)]
+    half = config.dtype == "bfloat16"
+    return [adamw, Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half)]
 
 
 # -- device, precision, memory -----------------------------------------------------------------------------------------
@@ -1136,27 +1162,50 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; auto is bfloat16 (float16 on older GPUs) on CUDA, float32 elsewhere."""
+    """Return the dtype called `name`; auto is bfloat16 (float16 on older GPUs) on CUDA, float32 elsewhere."""
     if name != "auto":
-        return getattr(torch, name)
+        return getattr(torch, name.removesuffix("_onednn"))
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a large matrix product, in a fraction of a second.
+def fastest_dtype(device: torch.device) -> str:
+    """Return the name of the dtype whose matrix products are fastest here, measured in a tenth of a second.
 
-    On a CPU in float32, since other types may be emulated.
+    float32_onednn is float32 by oneDNN's kernels instead of MKL's. bfloat16 rounds, so it has to be clearly faster.
     """
-    n = 8192 if device.type == "cuda" else 1024
-    dtype = torch.float32 if device.type == "cpu" else dtype
-    a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
+    if device.type == "cuda":
+        return str(pick_dtype("auto", device)).removeprefix("torch.")
+    names = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
+    speed = {name: matmul_peak(device, name, 512) for name in names}
+    x = torch.rand(64, 64)
+    with onednn_products(True):
+        is_exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5)  # processors with AMX round
+    best = "float32_onednn" if is_exact and speed.get("float32_onednn", 0) > 1.1 * speed["float32"] else "float32"
+    return "bfloat16" if speed["bfloat16"] > 1.5 * speed[best] else best
+
+
+@contextlib.contextmanager
+def onednn_products(enabled: bool) -> Iterator[None]:
+    """Let oneDNN compute float32 products inside the block; for single rows, as in decoding, it is slower than MKL."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if enabled else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
+    """Measure the floating-point operations per second of an n x n matrix product, in a fraction of a second."""
+    a, b = torch.ones(2, n, n, device=device, dtype=pick_dtype(dtype, device))
     seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
+    with onednn_products(dtype == "float32_onednn"):
+        for _ in range(10):
+            start = time.perf_counter()
+            (a @ b)[0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds)
 
 
@@ -3495,7 +3544,8 @@ class Trainer:
         """One optimizer step on the gradient of Σ loss / Σ count over `batches`, whatever their sizes."""
         # 1 accumulate: from here on the gradients are complete
         self.trained.train()
-        metrics = self._accumulate_in_memory(batches)
+        with onednn_products(self.config.dtype == "float32_onednn"):
+            metrics = self._accumulate_in_memory(batches)
         # 2 clip; an optimizer whose module has no gradient yet (PPO's policy in the critic's warm-up) stays out
         optimizers = [
             optimizer
@@ -3821,7 +3871,7 @@ class Trainer:
 
             self.writer = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step_count + 1)
         # 3 what `mfu` is a share of
-        self.peak_flops = matmul_peak(self.device, self.dtype)
+        self.peak_flops = matmul_peak(self.device, self.config.dtype, 8192 if self.device.type == "cuda" else 1024)
 
     def config_dict(self) -> dict:
         """Return what config.json and a checkpoint say of a run."""

@@ -73,6 +73,7 @@ import train
 # ======================================================================================================================
 
 HERE = Path(__file__).parent
+FASTEST_DTYPE = m.fastest_dtype  # `quick_measurements` replaces it
 TEXTS = [
     "你好，世界！小模型也能训练。",
     "Hello, world! It's a small model; don't panic.",
@@ -148,6 +149,7 @@ def tokenizer() -> m.BPETokenizer:
 def quick_measurements() -> None:
     """What each run measures and reads anew takes longer than the tests themselves."""
     m.matmul_peak, inspect.getsource = functools.cache(m.matmul_peak), functools.cache(inspect.getsource)
+    m.fastest_dtype = lambda device: "float32"  # the same path on every machine
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -562,6 +564,30 @@ def test_the_first_loss_is_that_of_guessing():
         model, ids = m.MiniGPT(config), random_ids(2, 32, config.vocab_size)
         loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         assert loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 7, 7), (2, 4, 4, 1, 9), (2, 4, 1, 3, 8), (3, 4, 4, 6, 6), (1, 1, 1, 5, 5)])
+def test_attention_by_products_is_attention(sizes, dtype, tolerance):
+    """Also its gradients; relative to float64."""
+    B, H, K, T, S = sizes
+    inputs = [torch.randn(B, n, length, 16, dtype=torch.float64) for n, length in ((H, T), (K, S), (K, S))]
+    mask = None if T in (1, S) else (torch.rand(B, 1, T, S) > 0.4) | torch.eye(T, S).bool()
+    results = []
+    for attend, kind in ((m.attend, torch.float64), (m.attend_by_products, dtype)):
+        q, k, v = (x.to(kind, copy=True).requires_grad_() for x in inputs)
+        out = attend(q, k, v, mask)
+        (out * torch.arange(16)).sum().backward()
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for exact, near in zip(*results, strict=True):
+        assert (exact - near).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_bfloat16_attention_on_a_cpu_sees_no_later_token():
+    q, k, v = (torch.randn(1, 2, 6, 8).bfloat16() for _ in range(3))
+    before = m.attend(q, k, v, None)
+    k[:, :, 4:], v[:, :, 4:] = 9.0, 9.0
+    assert torch.equal(m.attend(q, k, v, None)[:, :, :4], before[:, :, :4])
 
 
 def test_grouped_query_attention_with_all_heads_is_plain_attention():
@@ -1151,6 +1177,39 @@ def test_devices_and_dtypes_are_picked_by_name():
         m.pick_device("gpu")
     with pytest.raises(m.UserError, match="device 'meta' is not possible: it must be auto, cpu"):
         m.pick_device("meta")
+
+
+@pytest.mark.parametrize(
+    ("speeds", "name"),
+    [
+        ({"float32": 100, "float32_onednn": 105, "bfloat16": 140}, "float32"),
+        ({"float32": 100, "float32_onednn": 115, "bfloat16": 140}, "float32_onednn"),
+        ({"float32": 100, "float32_onednn": 115, "bfloat16": 180}, "bfloat16"),
+    ],
+)
+def test_the_fastest_dtype_is_measured(monkeypatch, speeds, name):
+    """Worked example: oneDNN has to be 1.1 times as fast as MKL, bfloat16 1.5 times as fast as the better one."""
+    monkeypatch.setattr(m, "matmul_peak", lambda device, dtype, n: speeds[dtype])
+    monkeypatch.setattr(torch, "allclose", lambda *_, **__: True)  # of a processor whose oneDNN does not round
+    assert FASTEST_DTYPE(torch.device("cpu")) == name
+    if name == "float32_onednn":
+        monkeypatch.setattr(torch, "allclose", lambda *_, **__: False)
+        assert FASTEST_DTYPE(torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32_onednn", "bfloat16"])
+def test_every_dtype_trains_like_float32(tokenizer, dtype):
+    """The products' kernels differ; master weights, losses and what they learn do not."""
+    losses = {}
+    for name in ("float32", dtype):
+        torch.manual_seed(0)
+        trainer = m.PreTrainer(m.MiniGPT(shape()), tokenizer, config=m.TrainConfig(dtype=name, max_steps=30))
+        batch = lm_batch(4, 16)
+        losses[name] = [trainer.step([batch])["loss"] for _ in range(30)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert torch.get_float32_matmul_precision() == "highest"  # set around training only
+    tolerance = 1e-4 if dtype == "float32_onednn" else 0.05
+    assert losses[dtype] == pytest.approx(losses["float32"], rel=tolerance) and losses[dtype][-1] < losses[dtype][0] - 1
 
 
 def test_running_out_of_memory_is_recognised():
