@@ -64,7 +64,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -1645,12 +1645,16 @@ TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from about so much text at mo
 # -- files and processes -----------------------------------------------------------------------------------------------
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a name beside `path`, so that renaming is atomic; random, as containers have processes of equal ids."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_write(path: AnyPath) -> Iterator[typing.BinaryIO]:
     """Open a file for writing bytes; it appears under `path` complete and on the disk, or not at all."""
     path = Path(path)
-    # Written beside its place, so that the rename is atomic.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1704,18 +1708,19 @@ def parallel_map(fn: Callable, items: Iterable) -> Iterator:
     """`map(fn, items)` over the machine's cores, in order, with few items in flight: memory stays flat.
 
     Children are forked: they inherit `fn` and never import the caller's `__main__` again. Where there is no fork
-    (Windows), with one core, or for fewer than four items, everything runs in this process.
+    (Windows, a daemonic process), with one core, or for fewer than four items, everything runs in this process.
     """
     items = iter(items)
     # Look at a few items first: starting processes costs more than so little work.
     first = list(itertools.islice(items, 4))
     items = itertools.chain(first, items)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(first) < 4 or workers < 2 or not hasattr(os, "fork"):
+    if len(first) < 4 or workers < 2 or not hasattr(os, "fork") or current_process().daemon:
         yield from map(fn, items)
         return
     try:
-        with warnings.catch_warnings(), ProcessPoolExecutor(workers, get_context("fork"), _start_child, (fn,)) as pool:
+        start = workers, get_context("fork"), _start_child, (fn, os.getpid())
+        with warnings.catch_warnings(), ProcessPoolExecutor(*start) as pool:
             warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use none
             for wave in batched(items, lambda _: 1, 8 * workers):  # so many are in flight
                 yield from pool.map(_run_child, wave)
@@ -1725,10 +1730,18 @@ def parallel_map(fn: Callable, items: Iterable) -> Iterator:
         ) from error
 
 
-def _start_child(fn):
+def _start_child(fn, parent):
     global _child_function  # of a forked child; a closure could not be sent through the pool's queue
     _child_function = fn
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent):
+    """End this process once its parent is gone, even if it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run_child(item):
@@ -2330,13 +2343,22 @@ class TokenizerManager:
         """
         key = Reader(data_path, on_bad_record).key(vocab_size, split, code_hash())
         path = self.cache_dir / f"tokenizer-{key}.json"
-        if path.exists():  # trained before
-            return BPETokenizer.load(path)
-        tokenizer = BPETokenizer(vocab_size)
-        tokenizer.train(sample_texts(data_path, split, on_bad_record))
+        if tokenizer := self._trained_before(path):
+            return tokenizer
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
+        with locked(self.cache_dir, wait=True):
+            if (tokenizer := self._trained_before(path)) is None:
+                tokenizer = BPETokenizer(vocab_size)
+                tokenizer.train(sample_texts(data_path, split, on_bad_record))
+                tokenizer.save(path)
         return tokenizer
+
+    def _trained_before(self, path):
+        try:
+            return BPETokenizer.load(path) if path.exists() else None
+        except UserError as error:
+            warnings.warn(f"{path} is damaged: training the tokenizer again ({error})", stacklevel=3)
+            return None
 
 
 # -- the cache: everything is encoded once, into folders of plain arrays -----------------------------------------------
@@ -2345,34 +2367,40 @@ class TokenizerManager:
 def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable, report: Callable[[], str] = str):
     """Fill `folder` in parallel, unless it exists: `encode` turns a list of items into {file name: bytes to append}.
 
-    The folder appears complete or not at all. Two processes may do the same work; the first one's result stays.
+    The folder appears complete or not at all. A second process with the same work waits for the first one's result.
     `report()`, once the items are read, is what to tell about them: later users of the folder read it there.
     """
-    if folder.is_dir():
-        if _file_sizes(folder) == json.loads((folder / "sizes").read_text()):
+    if _is_whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(folder)
+    with locked(folder.parent, wait=True):
+        if _is_whole(folder):
             return
-        warnings.warn(f"{folder} is damaged: encoding the data again", stacklevel=4)
-        shutil.rmtree(folder)
-    # A name of its own for each writer.
-    temporary = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        for encoded in parallel_map(encode, batched(items, size)):
-            for name, values in encoded.items():
-                with open(temporary / name, "ab") as file:  # appends
-                    file.write(values)
-        (temporary / "report").write_text(report(), encoding="utf-8")
-        (temporary / "sizes").write_text(json.dumps(_file_sizes(temporary)))
-        for path in temporary.iterdir():  # on the disk before the folder gets its name
-            with open(path, "ab") as file:
-                os.fsync(file.fileno())
+        if folder.exists():
+            warnings.warn(f"{folder} is damaged: encoding the data again", stacklevel=4)
+            shutil.rmtree(folder)
+        temporary.mkdir()
         try:
+            for encoded in parallel_map(encode, batched(items, size)):
+                for name, values in encoded.items():
+                    with open(temporary / name, "ab") as file:  # appends
+                        file.write(values)
+            (temporary / "report").write_text(report(), encoding="utf-8")
+            (temporary / "sizes").write_text(json.dumps(_file_sizes(temporary)))
+            for path in temporary.iterdir():  # on the disk before the folder gets its name
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
             os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_whole(folder):
+    try:
+        return _file_sizes(folder) == json.loads((folder / "sizes").read_text())
+    except (OSError, ValueError):  # absent, or cut short
+        return False
 
 
 def _file_sizes(folder):
@@ -3256,21 +3284,27 @@ def fingerprint(module: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory, so that no second process trains in it; the lock ends with the process, however it ends."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder, so that no other process or thread writes there; the lock ends with the process, however it ends.
+
+    Temporary files of writers that were killed are removed. If the folder is in use, wait, or raise a UserError.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    directory = os.open(run_dir, os.O_RDONLY)  # the lock is on the directory: nothing to leave behind
+    directory = os.open(folder, os.O_RDONLY)  # the lock is on the directory: nothing to leave behind
     try:
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{run_dir} is in use by another process: wait for it, or take another --out") from None
+            raise UserError(f"{folder} is in use by another process: wait for it, or take another --out") from None
+        for dead in folder.glob(".*.tmp"):
+            shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
         yield
     finally:
+        fcntl.flock(directory, fcntl.LOCK_UN)  # though a child may still have the directory open
         os.close(directory)
 
 
@@ -5020,7 +5054,7 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
     tensors = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in hf_tensors(model).items()}
     generation = {name: config[name] for name in TOKEN_IDS}
     # everything is written into a directory aside, and moved when it is complete
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside = temporary_beside(folder)
     try:
         aside.mkdir(parents=True)
         if tokenizer is not None:

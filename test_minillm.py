@@ -46,7 +46,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import unicodedata
@@ -2115,7 +2114,9 @@ def test_a_cache_folder_is_complete_or_absent(tmp_path, error):
         m.encode_once(tmp_path / "deep/folder", items, len, fails_late)
     assert not list((tmp_path / "deep").iterdir())
     (tmp_path / "deep/.folder.0123.tmp").mkdir()  # of a process that was killed
+    (tmp_path / "deep/.tokenizer.json.4567.tmp").touch()
     m.encode_once(tmp_path / "deep/folder", items, len, encode)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
     contents = {f.name: f.read_bytes() for f in (tmp_path / "deep/folder").iterdir()}
     assert json.loads(contents.pop("sizes")) == {"a": sum(map(len, items)), "b": 2, "report": 0}
     assert contents == {"a": b"".join(items), "b": b"xx", "report": b""}
@@ -2133,17 +2134,19 @@ def test_a_cache_folder_that_cannot_be_moved_into_place_is_an_error(tmp_path, mo
 
 
 def test_two_encoders_at_once_do_not_damage_the_cache(tmp_path, tokenizer):
-    """Both do the work, the first result stays, and both read it."""
-    both = threading.Barrier(2, timeout=20)
+    """One does the work; the other waits for it, and both read it."""
+    times = []
 
     def encode(batch):
-        both.wait()
+        times.append(len(batch))
+        time.sleep(0.1)
         return {"a": b"".join(batch)}
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: m.encode_once(tmp_path / "folder", [b"x" * 600_000, b"y"], len, encode), range(2)))
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and times == [1, 1]
     assert (tmp_path / "folder/a").read_bytes() == b"x" * 600_000 + b"y"
+    (tmp_path / "folder").rename(tmp_path / "aside")
     path = write_jsonl(tmp_path / "a.jsonl", CHATS)
     with ThreadPoolExecutor(4) as pool:
         options = {"split": "all", "seq_len": 500, "shuffle": False, "cache_dir": tmp_path / "cache"}
@@ -2160,6 +2163,91 @@ def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkey
     with pytest.raises(m.UserError, match="encodes the data was killed"):
         m.encode_corpus(path, tokenizer, "train", tmp_path / "cache")
     assert forks and not list((tmp_path / "cache").iterdir())
+
+
+ENCODE = """
+import pathlib, sys, minillm as m
+path, cache = map(pathlib.Path, sys.argv[1:])
+tokens, _ = m.encode_corpus(path, m.BPETokenizer(), "all", cache)
+print(len(tokens), int(tokens.long().sum()))
+"""
+
+
+def encoder(path: Path, cache: Path, *before: str) -> subprocess.Popen:
+    """A process that encodes a file, and prints the number of tokens and their sum."""
+    command = [*before, sys.executable, "-c", ENCODE, str(path), str(cache)]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("before", [[], ["unshare", "-Urpf"]], ids=["plain", "namespaces"])
+def test_two_processes_encode_into_one_cache(tmp_path, before):
+    """Also where both have process id 1, as in containers."""
+    if before and (
+        not shutil.which("unshare") or subprocess.run([*before, "true"], stderr=subprocess.DEVNULL).returncode
+    ):
+        pytest.skip("no namespaces here")
+    texts = [f"{i} words " * 70_000 for i in range(5)]  # for each of them a task of its own
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    expected = sum(len(text) + 2 for text in texts), sum(sum(text.encode()) + 5 * len(text) + 1 + 2 for text in texts)
+    both = [encoder(path, tmp_path / "cache", *before) for _ in range(2)]
+    assert [tuple(map(int, process.communicate(timeout=60)[0].split())) for process in both] == [expected] * 2
+    assert only_folder(tmp_path / "cache").is_dir()
+
+
+def processes() -> dict[int, int]:
+    """All running processes and their parents, as Linux lists them."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_encoders_end_with_their_parent(tmp_path, number):
+    """And what they left is removed by the next start."""
+    path = big_text(tmp_path / "big.txt")
+    path.write_bytes(path.read_bytes() * 10)
+    parent = encoder(path, tmp_path / "cache")
+    wait_for(lambda: any((tmp_path / "cache").glob(".*.tmp/train.ids")))
+    young = {pid for pid, above in processes().items() if above == parent.pid}
+    parent.send_signal(number)
+    parent.wait()
+    assert young
+    wait_for(lambda: not young & processes().keys(), 5)
+    assert any((tmp_path / "cache").glob(".*.tmp"))
+    path.write_bytes(b"other data")
+    assert encoder(path, tmp_path / "cache").communicate(timeout=60)[0].split()[0] == "12"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_daemonic_process_encodes_by_itself(tmp_path):
+    path = big_text(tmp_path / "big.txt")
+    pool = "import multiprocessing\ndef encode():\n    " + ENCODE.strip().replace("\n", "\n    ")
+    code = f"{pool}\nmultiprocessing.get_context('fork').Pool(1).apply(encode)"
+    words = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
+    out = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    assert int(out.split()[0]) == len(path.read_bytes()) + 2
+
+
+def test_a_damaged_tokenizer_is_trained_again(tmp_path, corpus):
+    manager = m.TokenizerManager(tmp_path / "cache")
+    first = manager.get_or_train_tokenizer(corpus, 300)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.warns(UserWarning, match="tokenizer-.*.json is damaged: training the tokenizer again"):
+        assert manager.get_or_train_tokenizer(corpus, 300).to_json() == first.to_json()
+    assert manager.get_or_train_tokenizer(corpus, 300).to_json() == first.to_json()
 
 
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, tokenizer, monkeypatch):

@@ -8,6 +8,7 @@ STARTED = time.monotonic()  # before torch is imported: --minutes count from her
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import shlex
 import shutil
@@ -78,7 +79,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         args = parse(argv)
         args.started = time.monotonic() if started is None else started
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"train.py: warning: {message}", file=sys.stderr)
+            warn_once = functools.cache(lambda text: print(f"train.py: warning: {text}", file=sys.stderr))
+            warnings.showwarning = lambda message, *_, **__: warn_once(str(message))
             if args.plot:
                 import sample
 
