@@ -1561,7 +1561,11 @@ class BPETokenizer:
         These are its contents and the token that ends the turn. Generation starts at a reply, so it is encoded apart.
         """
         kinds = [
-            TEXT if message["role"] != "assistant" else TRAINED if i >= first else REPLY
+            TEXT
+            if message["role"] != "assistant"
+            else TRAINED
+            if i >= first and message.get("trained", True)
+            else REPLY
             for i, message in enumerate(messages)
         ]
         return self._encode_pieces(self._chat_pieces(messages, kinds, False))
@@ -1843,23 +1847,39 @@ def read_text(path: Path, chunk_chars: int = 1 << 20) -> Iterator[str]:
 
 
 class Form(NamedTuple):
-    """A form of record: the keys that it is recognised by, and who speaks in each."""
+    """A form of record, known by its keys. In a conversation the first is the user's, the second the assistant's."""
 
     kind: str  # text, chat, preference or prompt
-    roles: dict[str, str]
+    first: str
+    second: str = ""
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key in (self.first, self.second) if key]
 
 
 FORMS = (  # the first one whose keys a record has
-    # kind, and {key: who speaks there when it is only a text}
-    Form("preference", {"chosen": "assistant", "rejected": "assistant"}),
-    Form("chat", {"messages": "user"}),
-    Form("chat", {"conversations": "user"}),  # MiniMind's, and with {from, value} ShareGPT's
-    Form("chat", {"instruction": "user", "output": "assistant"}),  # Alpaca's, with "input" and "history" if it has them
-    Form("chat", {"prompt": "user", "completion": "assistant"}),
-    Form("chat", {"input": "user", "output": "assistant"}),
-    Form("prompt", {"prompt": "user"}),
-    Form("text", {"text": ""}),
+    Form("preference", "chosen", "rejected"),  # with a question as in a chat
+    Form("chat", "prompt", "completion"),
+    Form("chat", "prompt", "response"),
+    Form("chat", "messages"),
+    Form("chat", "conversations"),  # MiniMind's, and with {from, value} ShareGPT's
+    Form("chat", "instruction", "output"),  # Alpaca's
+    Form("chat", "instruction", "response"),  # Dolly's
+    Form("chat", "question", "response"),
+    Form("chat", "question", "answer"),
+    Form("chat", "problem", "solution"),
+    Form("chat", "query", "response"),
+    Form("chat", "input", "output"),
+    Form("prompt", "prompt"),
+    Form("text", "text"),
 )
+MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
+# Further keys of records and of messages. One that is nowhere is counted and named, or refused if it means no text.
+RECORD_KEYS = ("system", "history", "tools", "answer", "gt", "category")
+MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls")
+SWITCHES = ("trained", "train", "loss", "weight")  # of a message: 0 or false if it is not to be learned from
+NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
 
 # Descriptions of what a stage takes, for error messages.
 KINDS = {
@@ -1869,7 +1889,7 @@ KINDS = {
     "prompt": '{"prompt"} records, or conversations where no file has any',
 }
 
-Messages = list[dict]  # each {"role", "content"}
+Messages = list[dict]  # each {"role", "content"}, and "trained": False if it is not to be learned from
 # How speakers are spelled, and the template's name for each.
 ROLES = {
     "system": "system",
@@ -1880,91 +1900,183 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+# Qwen's system prompt for tools; each is one line of JSON.
+TOOLS_PROMPT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
 
 
 def form_of(record: object) -> Form | None:
     """Return the form of a record, by its content; None if it has none of the FORMS."""
     forms = FORMS if isinstance(record, dict) else ()
-    return next((form for form in forms if form.roles.keys() <= record.keys()), None)
+    return next((form for form in forms if all(key in record for key in form.keys)), None)
 
 
-def as_messages(value: object, role: str) -> Messages:
+def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
     """Return a text said by `role`, a message, or a list of them, as [{"role", "content"}, …].
 
-    A message is {role, content} or {from, value}. Raises ValueError for anything else.
+    A message is {role, content} or {from, value}. Two of a user or an assistant in a row are joined by a blank line,
+    which is noted in `remarks`, as are keys that are not read. Raises ValueError for anything else.
     """
     messages = []
     for item in value if isinstance(value, list) else [value]:
         item = {"role": role, "content": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise ValueError(f"a message must be an object with role and content, not {type(item).__name__}")
-        # ShareGPT writes from and value.
-        speaker, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if str(speaker) not in ROLES or not isinstance(content, str):
+        try:
+            message = {"role": ROLES[item.get("role", item.get("from"))], "content": _content(item)}
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"a message needs a role (or from), one of {', '.join(ROLES)}, and a content (or value) "
-                f"of type string: found {str(item)[:80]}"
-            )
-        messages.append({"role": ROLES[speaker], "content": content})
-    return messages
-
-
-def _with_system(record, messages):
-    """Put the record's own system prompt, if it has one, before its messages; check the order of roles."""
-    messages = as_messages(record.get("system") or [], "system") + messages
-    for before, message in itertools.pairwise(messages):  # a system message may be the first
-        role = message["role"]
-        if role == "system":
+                f"a message needs a role (or from), one of {', '.join(ROLES)}, and a content (or value) of type string "
+                f"or of parts with a text; tools and tool_calls are objects with a name and arguments: found "
+                f"{str(item)[:200]}"
+            ) from error
+        remarks += [f"unknown key {key!r} of a message" for key in _unknown_keys(item, (*MESSAGE_KEYS, *SWITCHES))]
+        for key in SWITCHES:
+            if item.get(key) not in (None, 0, 1):
+                raise ValueError(f'"{key}" of a message must be 0 (false) or 1 (true), not {item[key]!r}')
+            if item.get(key) == 0:
+                message["trained"] = False
+        before = messages[-1] if messages else {"role": None}
+        if message["role"] == before["role"] != "tool":  # several tools may answer one message
+            message["content"] = f"{before['content']}\n\n{message['content']}"
+            messages[-1] = before | message
+            remarks.append(f"two {message['role']} messages in a row, joined")
+        elif message["role"] == "system" and messages:
             raise ValueError("a system message may only come first")
-        if role == before["role"] != "tool":  # several tools may answer one message
-            raise ValueError(f"roles out of order: two {role} messages one after the other")
+        else:
+            messages.append(message)
     return messages
 
 
-def _chat_messages(record, form):
+def _unknown_keys(item, known):
+    """Return the keys that are not read; raises ValueError for one that means more than text."""
+    unknown = [key for key, value in item.items() if key not in known and value not in (None, "", [], {})]
+    for key in unknown:
+        if key in NO_TEXT:
+            raise ValueError(f'"{key}" is not supported: a model reads and writes text only')
+    return unknown
+
+
+def _content(message):
+    """Return the content of a message with its thoughts, tool calls and tools, spelled as in Qwen's templates."""
+    content, thought = message.get("content", message.get("value")), message.get("reasoning_content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    calls, tools = (_parsed(message.get(key) or []) for key in ("tool_calls", "tools"))
+    blocks = [content] if content or not (calls or tools) else []
+    for call in calls:
+        call = call.get("function", call)
+        call = {"name": call["name"], "arguments": _parsed(call["arguments"])}
+        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+    if tools:
+        lines = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
+        blocks.append("\n" * bool(content) + TOOLS_PROMPT.format(lines))
+    return f"<think>\n{thought}\n</think>\n\n" * bool(thought) + "\n".join(blocks)
+
+
+def _parsed(value):
+    return json.loads(value) if isinstance(value, str) else value  # some write JSON into texts
+
+
+def _question(record, key):
+    """Return what the user says under a key, with the texts it refers to."""
+    more = [record[other] for other in MORE_KEYS if other != key and record.get(other)]
+    texts = [record[key] or "", *more]
+    if more and not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'"{key}" and "input" or "context" must be strings')
+    return "\n".join(filter(None, texts)) if more else record[key]
+
+
+def _whole(record, messages, remarks):
+    """Put the record's system prompt, tools and history before its messages."""
+    history = record.get("history") or []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError('"history" must be a list of pairs [question, answer]')
+    before = as_messages(record.get("system") or [], "system", remarks)
+    for question, reply in history:
+        before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
+    messages = as_messages(before + messages, "", remarks)
+    if tools := record.get("tools"):
+        system = messages.pop(0) if messages and messages[0]["role"] == "system" else {"role": "system", "content": ""}
+        messages = as_messages(system | {"tools": tools}, "", remarks) + messages
+    return messages
+
+
+def _chat_messages(record, form, kind, remarks):
     """Return (prompt, conversations) of a chat or prompt record: what comes before the last reply, and the whole."""
-    spoken = [(record[key], role) for key, role in form.roles.items()]
-    if "output" in form.roles:  # Alpaca's: the user's text is instruction and input; pairs may come before it
-        texts = [record.get("instruction") or "", record.get("input") or ""]
-        history = record.get("history") or []
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError('"instruction" and "input" must be strings')
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise ValueError('"history" must be a list of pairs [question, answer]')
-        pairs = [*history, ["\n".join(filter(None, texts)), record["output"]]]
-        # [(text, role), …] in the order of speaking
-        spoken = [turn for pair in pairs for turn in zip(pair, ("user", "assistant"), strict=True)]
-    messages = _with_system(record, [message for value, role in spoken for message in as_messages(value, role)])
+    messages = as_messages(_question(record, form.first), "user", remarks)
+    if form.second:  # an answer may be a number, or one of several
+        reply = _answers(record)[:1] if form.second == "answer" else record[form.second]
+        messages += as_messages(reply, "assistant", remarks)
+    messages = _whole(record, messages, remarks)
     if form.kind == "prompt":  # all of it waits for a reply
         return messages, []
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
         raise ValueError("a conversation without an assistant message holds nothing to train on")
-    return messages[: replies[-1]], [messages]
+    if kind == "prompt":
+        return messages[: replies[-1]], []
+    for i in replies:
+        if not messages[i]["content"].strip():  # it would teach to end at once
+            messages[i]["trained"] = False
+            remarks.append("empty reply, not trained")
+    trained = [i for i in replies if messages[i].get("trained", True)]
+    if not trained or record.get("label") is False:  # KTO's mark
+        raise LeftOut("no reply to learn from: empty, or marked as bad")
+    return messages[: trained[-1]], [messages[: trained[-1] + 1]]
 
 
-def _preference_messages(record):
-    """Return (prompt, conversations) of a preference record: the chosen and the rejected one begin with the prompt."""
-    prompt, sides = record.get("prompt") or [], [record["chosen"], record["rejected"]]
+def _preference_messages(record, question, remarks):
+    """Return (prompt, conversations) of a pair: the chosen and the rejected one begin with the prompt."""
+    prompt, sides = question, [record["chosen"], record["rejected"]]
     # 1. Texts may repeat the prompt, or be whole transcripts, as Anthropic's are.
     if all(isinstance(side, str) for side in sides):
         if isinstance(prompt, str) and all(side.startswith(prompt) and side != prompt for side in sides):
             sides = [side[len(prompt) :] for side in sides]
         elif not prompt and all(re.match(r"\s*Human: ", side) for side in sides):
             sides = map(_transcript_messages, sides)
-    prompt = as_messages(prompt, "user")
-    chosen, rejected = (as_messages(side, "assistant") for side in sides)
+    prompt = as_messages(prompt, "user", remarks)
+    chosen, rejected = (as_messages(side, "assistant", remarks) for side in sides)
     # 2. Messages that both sides begin with belong to the prompt, or are its repetition.
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1
     shared, completions = chosen[:n], {"chosen": chosen[n:], "rejected": rejected[n:]}
-    prompt = shared if shared[: len(prompt)] == prompt else prompt + shared
+    prompt = _whole(record, shared if shared[: len(prompt)] == prompt else prompt + shared, remarks)
     # 3. What is left is compared, so each side needs a reply of its own.
+    said = [[message["content"].split() for message in side] for side in completions.values()]
+    if said[0] == said[1]:
+        raise LeftOut("both sides alike")
     for name, side in completions.items():
-        if not side or side[-1]["role"] != "assistant":
-            raise ValueError(f'"{name}" must end with a reply of the assistant that the other side does not share')
-    return _with_system(record, prompt), [_with_system(record, prompt + side) for side in completions.values()]
+        if not side or side[-1]["role"] != "assistant" or prompt and side[0]["role"] == prompt[-1]["role"]:
+            raise ValueError(
+                f'"{name}" must end with a reply of the assistant that the other side does not share, and go on where '
+                "the prompt ends"
+            )
+        if not side[-1]["content"].strip() or not side[-1].get("trained", True):
+            raise LeftOut("no reply to learn from: empty, or marked as bad")
+    return prompt, [as_messages(prompt + side, "", remarks) for side in completions.values()]
+
+
+def _refuse_questions(record, unknown, conversation):
+    """Raise ValueError for a text in a pair that may be its question, or a part of it, and was not read."""
+    is_asked = any(message["role"] == "user" for message in conversation)
+    asks = [*MORE_KEYS, *(form.first for form in FORMS)]
+    for key in unknown:
+        text = isinstance(record[key], str) and key not in ("id", "source")
+        if text and key in asks or not is_asked and (text or isinstance(record[key], list)):
+            raise ValueError(f'"{key}" may be a question, but is not read: put it into "prompt", or remove it')
 
 
 def _transcript_messages(text):
@@ -1973,13 +2085,13 @@ def _transcript_messages(text):
     return [{"role": speaker.lower(), "content": content.strip()} for speaker, content in turns]
 
 
-def _checkable_answer(record):
-    """Return the record's "answer" or "gt", "" without one; of a list of answers each is right, one a line."""
+def _answers(record):
+    """Return the record's "answer" or "gt" as a list of texts, each of which is right; empty without one."""
     answer = record.get("answer", record.get("gt"))
     answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
     if not all(type(one) in (str, int, float) for one in answers):  # a bool is an int, but no answer
         raise ValueError(f'"answer" must be a text, a number or a list of them, not {str(answer)[:80]}')
-    return "\n".join(map(str, answers))
+    return list(map(str, answers))
 
 
 def answer_matches(reply: str, answer: str) -> bool:
@@ -2057,10 +2169,16 @@ class Example(NamedTuple):
 
 def _read_example(kind, where, record, form):
     """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
+    key = form.first
+    if kind == "preference":  # its question is under a key of any chat
+        key = next((other.first for other in FORMS if other.kind == "chat" and record.get(other.first)), "")
+    unknown = _unknown_keys(record, (*RECORD_KEYS, *form.keys, *((key, *MORE_KEYS) if key else ())))
+    remarks = [f"unknown key {key!r}" for key in unknown]
     if kind == "preference":
-        prompt, conversations = _preference_messages(record)
+        prompt, conversations = _preference_messages(record, _question(record, key) if key else [], remarks)
+        _refuse_questions(record, unknown, conversations[0])
     else:
-        prompt, conversations = _chat_messages(record, form)
+        prompt, conversations = _chat_messages(record, form, kind, remarks)
     if kind == "prompt":
         conversations = [prompt]
         if not prompt or prompt[-1]["role"] == "assistant":
@@ -2068,10 +2186,12 @@ def _read_example(kind, where, record, form):
     category = record.get("category")
     note = {
         "messages": prompt,
-        "answer": _checkable_answer(record) if kind != "preference" else "",
+        "answer": "\n".join(_answers(record)) if kind != "preference" else "",
         "category": "" if category is None else str(category),
     }
-    return Example("train", conversations, 0 if kind == "chat" else len(prompt), note, where)
+    return Example(
+        "train", conversations, 0 if kind == "chat" else len(prompt), note, where, tuple(dict.fromkeys(remarks))
+    )
 
 
 def json_values(text: str) -> Iterator[tuple[int, object]]:
@@ -2214,7 +2334,7 @@ class Reader:
             form = form_of(record)
             if form is None:
                 keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
-                forms = "; ".join("+".join(form.roles) for form in FORMS)
+                forms = "; ".join("+".join(form.keys) for form in FORMS)
                 problem = f"unknown form of record ({keys}): allowed are objects with {forms}"
             elif form.kind == "text" and not isinstance(record["text"], (str, Path)):
                 problem = f'"text" must be a string, not {type(record["text"]).__name__}'
@@ -3093,7 +3213,7 @@ class TextGenerator:
     def _prompt_ids(self, prompt):
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special_tokens=True)
-        return self.tokenizer.apply_chat_template(as_messages(prompt, "user"), add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(as_messages(prompt, "user", []), add_generation_prompt=True)
 
     def _text(self, ids):
         return self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")  # the last character may be unfinished

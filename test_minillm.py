@@ -185,7 +185,7 @@ CHATS = [
     {"messages": turns("小猫吃什么？", "吃鱼。", "小狗呢？", "吃骨头 🦴。", system="你是助手。")},
     {"messages": turns("2 + 2?", "4")},
     {"messages": turns("a" * 30, "b" * 40, "c", "d")},
-    {"messages": turns("ok?", "")},
+    {"messages": turns("ok?", "!")},
 ]
 
 
@@ -1697,15 +1697,16 @@ def test_blocks_of_pretraining_by_hand(tmp_path, bytes_only):
 
 def test_a_packed_row_by_hand(tmp_path, bytes_only):
     """Worked example: two conversations of 22 and 23 tokens lie in one row of 50; the third begins the next row."""
-    records = [{"messages": turns("a", "b")}, {"messages": turns("a", "cd")}, {"messages": turns("", "")}]
+    records = [{"messages": turns("a", "b")}, {"messages": turns("a", "cd")}, {"messages": turns("", "b")}]
     loader = load(m.ConversationDataLoader, tmp_path, bytes_only, records, seq_len=50)
-    assert loader.lengths == [22, 23, 20]
+    assert loader.lengths == [22, 23, 21]
     (batch,) = loader
     assert batch["input_ids"].shape == (2, 45)
-    assert batch["segments"].tolist() == [[1] * 22 + [2] * 23, [1] * 20 + [0] * 25]
-    assert batch["position_ids"].tolist() == [[*range(22), *range(23)], [*range(20)] + [0] * 25]
+    assert batch["segments"].tolist() == [[1] * 22 + [2] * 23, [1] * 21 + [0] * 24]
+    assert batch["position_ids"].tolist() == [[*range(22), *range(23)], [*range(21)] + [0] * 24]
     b, c, d = byte_ids("bcd")
-    assert batch["labels"].tolist() == [[-100] * 20 + [b, 4] + [-100] * 20 + [c, d, 4], [-100] * 19 + [4] + [-100] * 25]
+    first, second = [-100] * 20 + [b, 4] + [-100] * 20 + [c, d, 4], [-100] * 19 + [b, 4] + [-100] * 24
+    assert batch["labels"].tolist() == [first, second]
     assert batch["input_ids"][0].tolist() == [*loader.sequence(0)[0], *loader.sequence(1)[0]]
 
 
@@ -2445,7 +2446,15 @@ def test_record_loaders_have_exact_cursors(tmp_path, tokenizer, cls, options):
         ({"instruction": "a", "output": "b"}, "chat"),
         ({"input": "a", "output": "b"}, "chat"),
         ({"prompt": "a", "completion": "b"}, "chat"),
+        ({"prompt": "a", "response": "b"}, "chat"),
+        ({"instruction": "a", "context": "b", "response": "c"}, "chat"),
+        ({"question": "a", "answer": "b"}, "chat"),
+        ({"question": "a", "response": "b"}, "chat"),
+        ({"problem": "a", "solution": "b", "answer": 3}, "chat"),
+        ({"query": "a", "response": "b"}, "chat"),
         ({"prompt": "a"}, "prompt"),
+        ({"prompt": "a", "answer": "b"}, "prompt"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "preference"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
         ({"messages": [], "chosen": "b", "rejected": "c"}, "preference"),
         ({"prompt": "a", "chosen": "b"}, "prompt"),
@@ -2496,6 +2505,15 @@ TOOL = {
         ({"prompt": WITH_SYSTEM["messages"][:2], "completion": PLAIN["messages"][1:]}, WITH_SYSTEM),
         ({"prompt": "小猫吃什么？", "completion": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
         ({"input": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
+        ({"prompt": "小猫吃什么？", "response": "吃鱼。"}, PLAIN),
+        ({"query": "小猫吃什么？", "response": "吃鱼。", "context": ""}, PLAIN),
+        ({"problem": "小猫吃什么？", "solution": "吃鱼。"}, PLAIN),
+        ({"instruction": "回答", "context": "小猫？", "response": "鱼"}, {"messages": turns("回答\n小猫？", "鱼")}),
+        ({"question": "回答", "input": "小猫？", "context": "猫", "response": "鱼"},
+         {"messages": turns("回答\n小猫？\n猫", "鱼")}),
+        ({"messages": PLAIN["messages"], "history": [["你好", "你好！"]], "system": "你是助手。"}, LONG),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "小猫吃"}, {"text": "什么？"}]},
+                       PLAIN["messages"][1] | {"weight": 1, "tool_calls": None, "images": []}]}, PLAIN),
     ],
 )  # fmt: skip
 def test_every_form_of_conversation(tmp_path, tokenizer, record, plain):
@@ -2538,6 +2556,20 @@ BEFORE = turns("你好", "你好！", ASK)
         ({"chosen": f"\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
           "rejected": f"\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: {ASK}\n\nAssistant: {BAD}"}, BEFORE),
         ({"system": "你是助手。", "prompt": ASK, "chosen": GOOD, "rejected": BAD}, turns(ASK, system="你是助手。")),
+        ({"conversations": [{"from": "human", "value": ASK}], "chosen": {"from": "gpt", "value": GOOD},
+          "rejected": {"from": "gpt", "value": BAD}}, [USER]),
+        ({"messages": BEFORE, "chosen": GOOD, "rejected": BAD}, BEFORE),
+        ({"instruction": "回答", "input": ASK, "chosen": GOOD, "rejected": BAD}, turns("回答\n" + ASK)),
+        ({"instruction": ASK, "input": "", "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"question": ASK, "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"question": "回答", "context": ASK, "chosen": CHOSEN, "rejected": REJECTED}, turns("回答\n" + ASK)),
+        ({"query": ASK, "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"input": ASK, "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"prompt": ASK, "messages": [USER, CHOSEN], "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, [USER]),
+        ({"system": "你是助手。", "history": [["你好", "你好！"]], "question": ASK, "chosen": GOOD, "rejected": BAD},
+         turns("你好", "你好！", ASK, system="你是助手。")),
+        ({"chosen": f"Human: 你好\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
+          "rejected": f"Human: 你好\n\nHuman: {ASK}\n\nAssistant: {BAD}"}, turns("你好\n\n" + ASK)),
     ],
 )  # fmt: skip
 def test_every_form_of_preference(tmp_path, tokenizer, record, prompt):
@@ -2615,6 +2647,7 @@ def test_messages_and_answers_are_kept_as_they_are(tmp_path, tokenizer):
 
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+REPLY_OFF = {"role": "assistant", "content": "wrong"}
 LOADERS = (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader)
 
 
@@ -2626,22 +2659,48 @@ LOADERS = (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader)
         (m.ConversationDataLoader, {"messages": [{"role": "user", "content": 3}, CHOSEN]}, "of type string"),
         (m.ConversationDataLoader, {"messages": [[USER]]}, "must be an object"),
         (m.ConversationDataLoader, {"messages": None}, "must be an object"),
-        (m.ConversationDataLoader, {"messages": [USER, USER, CHOSEN]}, "two user messages"),
-        (m.ConversationDataLoader, {"messages": [USER, CHOSEN, CHOSEN]}, "two assistant messages"),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"images": ["a.png"]}]}, '"images" is not supported'),
+        (
+            m.ConversationDataLoader,
+            {"messages": [USER, CHOSEN | {"function_call": {}, "audio": "a"}]},
+            '"audio" is not',
+        ),
+        (m.ConversationDataLoader, PLAIN | {"videos": ["a.mp4"]}, '"videos" is not supported'),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"weight": 0.5}]}, '"weight" of a message must be 0'),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"train": "no"}]}, '"train" of a message must be 0'),
+        (
+            m.ConversationDataLoader,
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHOSEN]},
+            "parts with",
+        ),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"tool_calls": [{"id": "x"}]}]}, "name and arguments"),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"tool_calls": "[{"}]}, "name and arguments"),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"content": None}]}, "of type string"),
+        (m.ConversationDataLoader, PLAIN | {"tools": [3]}, "name and arguments"),
+        (m.ConversationDataLoader, {"question": "a", "answer": []}, "without an assistant message"),
         (m.ConversationDataLoader, {"messages": [USER, {"role": "system", "content": "s"}, CHOSEN]}, "only come first"),
         (m.ConversationDataLoader, {"messages": [USER]}, "without an assistant message"),
         (m.ConversationDataLoader, {"messages": []}, "without an assistant message"),
         (m.ConversationDataLoader, {"instruction": "a", "output": "b", "history": [["a"]]}, '"history" must be'),
-        (m.ConversationDataLoader, {"instruction": 3, "output": "b"}, '"instruction" and "input" must be'),
+        (m.ConversationDataLoader, {"instruction": 3, "input": "a", "output": "b"}, '"instruction" and "input"'),
         (m.ConversationDataLoader, PLAIN | {"answer": {"a": 1}}, '"answer" must be'),
         (m.PromptDataLoader, {"prompt": ASK, "answer": True}, '"answer" must be'),
         (m.PromptDataLoader, {"prompt": ASK, "gt": [["a"]]}, '"answer" must be'),
         (m.PromptDataLoader, {"prompt": [USER, CHOSEN]}, "must end with a message to reply to"),
         (m.PromptDataLoader, {"prompt": []}, "must end with a message to reply to"),
-        (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, '"chosen" must end with'),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": [USER], "rejected": BAD}, '"chosen" must end with'),
+        (
+            m.DPODataLoader,
+            {"prompt": ASK, "chosen": GOOD, "rejected": [USER, REJECTED, USER]},
+            '"rejected" must end with',
+        ),
+        (m.DPODataLoader, {"context": ASK, "chosen": GOOD, "rejected": BAD}, '"context" may be a question'),
+        (m.DPODataLoader, {"ask": ASK, "chosen": GOOD, "rejected": BAD}, '"ask" may be a question'),
+        (m.DPODataLoader, {"turns": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, '"turns" may be a question'),
+        (m.DPODataLoader, {"prompt": ASK, "query": "b", "chosen": GOOD, "rejected": BAD}, '"query" may be a question'),
         (m.DPODataLoader, {"prompt": ASK, "chosen": [CHOSEN], "rejected": []}, '"rejected" must end with'),
         (m.DPODataLoader, {"prompt": ASK, "chosen": 3, "rejected": GOOD}, "must be an object"),
-        (m.DPODataLoader, {"prompt": [USER, USER], "chosen": GOOD, "rejected": BAD}, "two user messages"),
+        (m.DPODataLoader, {"prompt": [USER, CHOSEN], "chosen": GOOD, "rejected": BAD}, "go on where the prompt ends"),
     ],
 )
 def test_bad_records_of_conversations(tmp_path, tokenizer, cls, record, message):
@@ -2652,6 +2711,134 @@ def test_bad_records_of_conversations(tmp_path, tokenizer, cls, record, message)
     with pytest.warns(UserWarning, match="2 × malformed, the first at .*records.jsonl:2: "):
         loader = load(cls, tmp_path, tokenizer, [good, record, good, record], on_bad_record="skip")
     assert len(loader.items) == 2
+
+
+def trained_texts(loader) -> list[str]:
+    """What is learned of each record; | stands for an end of turn."""
+    sequences = [loader.sequence(i) for i in loader.items]
+    return [loader.tokenizer.decode(ids[flags], False).replace("<|im_end|>", "|") for ids, flags in sequences]
+
+
+@pytest.mark.parametrize(
+    ("record", "trained", "remark"),
+    [
+        ({"messages": [*turns("a", "b", "c"), REPLY_OFF | {"weight": 0}]}, "b|", ""),
+        ({"messages": [USER, REPLY_OFF | {"train": False}, USER, CHOSEN]}, GOOD + "|", ""),
+        ({"messages": [USER, REPLY_OFF | {"loss": 0}, USER, CHOSEN | {"weight": 1}]}, GOOD + "|", ""),
+        ({"messages": turns("a", " ", "c", "d")}, "d|", "empty reply, not trained"),
+        ({"messages": turns("a", "b", "c", "\n")}, "b|", "empty reply, not trained"),
+        ({"messages": [USER, USER, *turns("", "b", "", "")[1::2], CHOSEN]}, "b\n\n\n\n" + GOOD + "|", "two assistant"),
+        ({"messages": [USER, CHOSEN], "id": 1, "label": True}, GOOD + "|", "unknown key 'label'"),
+        ({"messages": [USER | {"name": "Tom", "id": None}, CHOSEN]}, GOOD + "|", "unknown key 'name' of a message"),
+        ({"messages": turns(ASK, GOOD, system="a"), "system": "b"}, GOOD + "|", "two system messages"),
+    ],
+)
+def test_what_of_a_conversation_is_trained(tmp_path, tokenizer, record, trained, remark):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        loader = load(m.ConversationDataLoader, tmp_path, tokenizer, [PLAIN, record])
+    assert trained_texts(loader) == ["吃鱼。|", trained]
+    said = "".join(str(warning.message) for warning in found)
+    assert f"1 × {remark}" in said and "records.jsonl:2" in said if remark else not said
+
+
+THINK = "<think>\n想\n</think>\n\n"
+CALL = '<tool_call>\n{"name": "find", "arguments": {"q": "鱼"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"content": "b", "reasoning_content": "想"}, THINK + "b"),
+        ({"content": None, "tool_calls": [{"function": {"name": "find", "arguments": '{"q": "鱼"}'}}]}, CALL),
+        ({"content": "", "tool_calls": '[{"name": "find", "arguments": {"q": "鱼"}}]'}, CALL),
+        (
+            {"content": "b", "reasoning_content": "想", "tool_calls": [{"name": "find", "arguments": {"q": "鱼"}}] * 2},
+            f"{THINK}b\n{CALL}\n{CALL}",
+        ),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]}, "a b"),
+    ],
+)
+def test_thoughts_and_tool_calls_are_spelled_as_qwen_does(message, content):
+    remarks = []
+    assert m.as_messages(message | {"role": "assistant"}, "", remarks) == [{"role": "assistant", "content": content}]
+    assert not remarks
+    auto = pytest.importorskip("jinja2").Template(QWEN3_CALLS)  # the part of Qwen3's template about them
+    if "tool_calls" in message and isinstance(message["tool_calls"], list):
+        calls = [call.get("function", call) for call in message["tool_calls"]]
+        assert content.removeprefix(THINK) == auto.render(content=message["content"] or "", tool_calls=calls)
+
+
+QWEN3_CALLS = """{{- content }}
+{%- for tool_call in tool_calls %}
+    {%- if (loop.first and content) or (not loop.first) %}{{- '\\n' }}{%- endif %}
+    {{- '<tool_call>\\n{"name": "' }}{{- tool_call.name }}{{- '", "arguments": ' }}
+    {%- if tool_call.arguments is string %}{{- tool_call.arguments }}{%- else %}{"q": "鱼"}{%- endif %}
+    {{- '}\\n</tool_call>' }}
+{%- endfor %}"""
+
+
+def test_tools_stand_in_the_system_prompt(tmp_path, tokenizer):
+    tool = {"type": "function", "function": {"name": "find", "parameters": {}}}
+    records = [{"messages": turns(ASK, GOOD, system=system), "tools": [tool, tool]} for system in ("", "你是助手。")]
+    records.append({"messages": turns(ASK, GOOD, system="你是助手。"), "tools": json.dumps([tool, tool])})
+    records.append({"prompt": ASK, "completion": GOOD, "system": "你是助手。", "tools": [tool, tool]})
+    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=2000)
+    systems = [loader.note(i)["messages"][0] for i in loader.items]
+    line = json.dumps(tool, ensure_ascii=False)
+    assert [message["role"] for message in systems] == ["system"] * 4
+    assert (
+        systems[0]["content"].startswith("# Tools\n\nYou may call")
+        and f"<tools>\n{line}\n{line}\n</tools>" in (systems[0]["content"])
+    )
+    assert systems[1]["content"] == "你是助手。\n\n" + systems[0]["content"] == systems[2]["content"]
+    assert systems[3] == systems[1] and trained_texts(loader) == [GOOD + "|"] * 4
+
+
+@pytest.mark.parametrize(
+    ("cls", "record", "reason"),
+    [
+        (m.ConversationDataLoader, {"instruction": "a", "output": ""}, "no reply to learn from"),
+        (m.ConversationDataLoader, {"messages": turns("a", " \n", "b", "\t")}, "no reply to learn from"),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"weight": 0}]}, "no reply to learn from"),
+        (m.ConversationDataLoader, {"prompt": "a", "completion": "b", "label": False}, "no reply to learn from"),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, "both sides alike"),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": "a  b", "rejected": " a b\n"}, "both sides alike"),
+        (m.DPODataLoader, {"chosen": [USER, CHOSEN], "rejected": [USER, CHOSEN]}, "both sides alike"),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": ""}, "no reply to learn from"),
+        (m.DPODataLoader, {"prompt": ASK, "chosen": CHOSEN | {"weight": 0}, "rejected": BAD}, "no reply to learn from"),
+    ],
+)
+def test_records_that_teach_nothing_are_left_out_and_counted(tmp_path, tokenizer, cls, record, reason):
+    good = PAIR if cls is m.DPODataLoader else PLAIN
+    with pytest.warns(UserWarning, match=f"2 × {reason}.*records.jsonl:2"):
+        assert len(load(cls, tmp_path, tokenizer, [good, record, good, record]).items) == 2
+
+
+def test_an_empty_reply_is_still_a_prompt(tmp_path, tokenizer):
+    records = [{"messages": turns("a", "b", "c", "")}, {"instruction": "d", "output": ""}]
+    loader = load(m.PromptDataLoader, tmp_path, tokenizer, records)
+    assert [loader.note(i)["messages"] for i in loader.items] == [turns("a", "b", "c"), turns("d")]
+
+
+def test_questions_with_answers_are_conversations_that_can_be_checked(tmp_path, tokenizer):
+    records = [
+        {"question": ASK, "answer": "鱼"},
+        {"question": ASK, "answer": 3},
+        {"question": ASK, "answer": ["a", "b"]},
+    ]
+    records.append({"problem": ASK, "solution": "1 + 2 = 3", "answer": 3})
+    loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records)
+    assert trained_texts(loader) == ["鱼|", "3|", "a|", "1 + 2 = 3|"]
+    assert [loader.note(i)["answer"] for i in loader.items] == ["鱼", "3", "a\nb", "3"]
+    asked = load(m.PromptDataLoader, tmp_path, tokenizer, [*records, {"prompt": ASK, "answer": "x"}], "mixed.jsonl")
+    assert asked.collate(asked.items)["answers"] == ["x"]  # a prompt with its answer is a record of its own kind
+
+
+def test_the_allowed_forms_are_those_of_the_table(tmp_path, tokenizer):
+    with pytest.raises(m.UserError) as caught:
+        load(m.ConversationDataLoader, tmp_path, tokenizer, [{"q": 1}])
+    assert all("+".join(form.keys) in str(caught.value) for form in m.FORMS) and "question+answer" in str(caught.value)
 
 
 def test_records_that_are_all_bad_are_no_matter_of_the_split(tmp_path, tokenizer):
@@ -6871,7 +7058,22 @@ MISTAKES = [
     data_mistake(gzip.compress(b"hello" * 100, mtime=0)[:-9], "damaged .gz", "pretrain", "a.txt.gz"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + "]}", "it holds chat records"),
     data_mistake('{"text": "a"}', "it holds text records", "sft"),
-    data_mistake('{"messages": [' + SAY + "," + SAY + "," + REPLY + "]}", "two user messages", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "images": ["a.png"]}]}', '"images" is not', "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "weight": 0.5}]}', '"weight" of a message', "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "loss": "no"}]}', '"loss" of a message', "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "function_call": {"name": "f"}}]}', "is not", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "tool_calls": [{}]}]}', "name and arguments", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "tool_calls": "{"}]}', "name and arguments", "sft"),
+    data_mistake('{"messages": [{"role": "user", "content": [{"image": "a"}]}]}', "parts with a text", "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY + '], "audio": "a.wav"}', '"audio" is not supported', "sft"),
+    data_mistake('{"messages": [' + SAY + "," + REPLY + '], "tools": [1]}', "name and arguments", "sft"),
+    data_mistake('{"instruction": "a", "output": " "}', "1 × no reply to learn from: empty", "sft"),
+    data_mistake('{"prompt": "a", "completion": "b", "label": false}', "1 × no reply to learn from", "sft"),
+    data_mistake('{"question": "a", "answer": {}}', '"answer" must be a text', "sft"),
+    data_mistake('{"context": "a", "chosen": "b", "rejected": "c"}', '"context" may be a question', "dpo"),
+    data_mistake('{"prompt": "a", "query": "q", "chosen": "b", "rejected": "c"}', '"query" may be a question', "dpo"),
+    data_mistake('{"question": ["a", 3], "chosen": "b", "rejected": "c"}', "a message must be an object", "dpo"),
+    data_mistake('{"prompt": "a", "chosen": "b c", "rejected": " b c"}', "1 × both sides alike", "reward"),
     data_mistake('{"messages": [' + SAY + "]}", "without an assistant message", "sft"),
     data_mistake('{"messages": []}', "without an assistant message", "sft"),
     data_mistake('{"messages": 3}', "a message must be an object", "sft"),
@@ -6881,13 +7083,13 @@ MISTAKES = [
     data_mistake('{"messages": [{"role": "user", "content": 3}]}', "of type string", "sft"),
     data_mistake('{"messages": [' + SAY + ', {"role": "system", "content": "s"}]}', "may only come first", "sft"),
     data_mistake('{"conversations": [{"from": "gpt", "value": null}]}', "of type string", "sft"),
-    data_mistake('{"instruction": 3, "output": "b"}', '"instruction" and "input" must be strings', "sft"),
+    data_mistake('{"instruction": 3, "input": "a", "output": "b"}', '"instruction" and "input"', "sft"),
     data_mistake('{"instruction": "a", "output": null}', "a message must be an object", "sft"),
     data_mistake('{"instruction": "a", "output": "b", "history": [["c"]]}', "pairs [question, answer]", "sft"),
     data_mistake('{"prompt": "a", "completion": 4}', "a message must be an object", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "answer": {}}', '"answer" must be a text', "sft"),
     data_mistake('{"prompt": "a", "chosen": "b"}', "it holds prompt records", "dpo"),
-    data_mistake('{"prompt": "a", "chosen": "b", "rejected": "b"}', '"chosen" must end with a reply', "dpo"),
+    data_mistake('{"prompt": "a", "chosen": "b", "rejected": "b"}', "1 × both sides alike", "dpo"),
     data_mistake('{"prompt": "a", "chosen": 3, "rejected": "b"}', "a message must be an object", "reward"),
     data_mistake('{"prompt": "a", "chosen": "b", "rejected": [7]}', "a message must be an object", "dpo"),
     data_mistake('{"chosen": [' + SAY + '], "rejected": "b"}', '"chosen" must end with a reply', "dpo"),
