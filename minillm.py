@@ -1480,7 +1480,14 @@ class BPETokenizer:
         word_counts = Counter()
         for counts in parallel_map(count_words, batched(texts, len)):
             word_counts.update(counts)
-        self._set_merges(learn_merges(word_counts, self.requested_size - FIRST_MERGE))
+        most = self.requested_size - FIRST_MERGE
+        self._set_merges(learn_merges(word_counts, most))
+        if len(self.merges) < most / 2:
+            warnings.warn(
+                f"only {len(self.merges)} of {most} merges were learned, as no other pair occurs twice: the data are "
+                "too small or too uniform for this vocab_size",
+                stacklevel=2,
+            )
 
     def _set_merges(self, merges, pattern=None):
         """Set the vocabulary. For speed, encoding works on strings: token i is the character chr(i)."""
@@ -2594,10 +2601,11 @@ def encode_data(
         name: _memory_map(folder / f"{part}.{name}", dtype) for name, (_, dtype) in _array_types(tokenizer).items()
     }
     if not len(arrays["ids"]):
-        raise UserError(
-            f"{', '.join(map(str, reader.paths))}: no validation data: there is only one document, or copies of it, "
-            "which cannot be divided: give more, or validation data of its own with --val-data"
-        )
+        problem = "nothing to train on"
+        if split == "val":
+            problem = "no validation data: there is only one document, or copies of it, which cannot be divided: give "
+            problem += "more, or validation data of its own with --val-data"
+        raise UserError(f"{', '.join(map(str, reader.paths))}: {problem}")
     return arrays, f"{key}-{split}"
 
 
@@ -2835,29 +2843,33 @@ class ConversationDataLoader(RecordDataLoader):
         super().__init__(*args, **options)
 
     def select_items(self) -> list[int]:
-        full = self.lengths
-        self.lengths = [max(self._reply_ends(i), default=self.seq_len) for i in range(len(full))]  # what a row takes
-        items = [i for i, n in enumerate(self.lengths) if self.sequence(i)[1][:n].any()]  # a part of a reply at least
-        long = [i for i, n in enumerate(full) if n > self.seq_len]
-        truncated = sum(map(self.is_truncated, long))
-        if long:
+        # 1. Find the last token of each reply: a trained one before one that is not, or at a conversation's end.
+        trained, ends = self.arrays["trained"], torch.tensor(self.ends)
+        goes_on = F.pad(trained[1:], (0, 1))
+        goes_on[ends[1:] - 1] = False
+        last = (trained & ~goes_on).nonzero().flatten()
+        # 2. A row takes a conversation up to the end of its last reply that ends within `seq_len`.
+        chat = torch.searchsorted(ends, last, right=True) - 1
+        length = last + 1 - ends[chat]
+        fits, full = length <= self.seq_len, torch.tensor(self.lengths)
+        kept = torch.zeros_like(full).scatter_reduce(0, chat[fits], length[fits], "amax")
+        self.truncated = kept == 0
+        self.lengths = kept.where(~self.truncated, self.seq_len).tolist()
+        # 3. Of a truncated conversation a part of a reply must be left.
+        items = [i for i, n in enumerate(kept.tolist()) if n or self.sequence(i)[1][: self.seq_len].any()]
+        if long := int((full > self.seq_len).sum()):
+            truncated = int(self.truncated[full > self.seq_len].sum())
             warnings.warn(
-                f"of {len(full)} conversations {len(long)} exceed {self.seq_len} tokens: "
-                f"{len(long) - truncated} lose turns at their end, {truncated} are truncated and lack their "
+                f"of {len(full)} conversations {long} exceed {self.seq_len} tokens: "
+                f"{long - truncated} lose turns at their end, {truncated} are truncated and lack their "
                 f"end-of-turn, {len(full) - len(items)} of which hold nothing to train on and are left out",
                 stacklevel=5,
             )
         return items
 
-    def _reply_ends(self, i):
-        """Return how many tokens conversation i has up to the end of each reply that ends within `seq_len`."""
-        trained = self.sequence(i)[1]
-        last = trained & ~F.pad(trained[1:], (0, 1))  # a trained token before one that is not
-        return (1 + last[: self.seq_len].nonzero()).flatten().tolist()
-
     def is_truncated(self, i: int) -> bool:
         """Return whether conversation i stops inside its first reply."""
-        return not self._reply_ends(i)
+        return bool(self.truncated[i])
 
     def _take(self, order):
         """Return the conversations of each row of the next batch: each goes into the first row with room for it."""
@@ -2889,13 +2901,17 @@ class DPODataLoader(RecordDataLoader):
     reference_logprobs: Tensor | None = None
 
     @functools.cached_property
+    def category_of(self) -> dict[int, str]:
+        return {i: self.note(i)["category"] for i in self.items}
+
+    @functools.cached_property
     def categories(self) -> list[str]:
-        return sorted({self.note(i)["category"] for i in self.items})
+        return sorted(set(self.category_of.values()))
 
     def collate(self, items: list[int]) -> Batch:
         batch = _pad_right([[self.sequence(i, side)] for i in items for side in (0, 1)], self.tokenizer.pad_id)
         input_ids, labels, _, segments = (value.view(len(items), 2, -1) for value in batch.values())  # (B, 2, T)
-        category = torch.tensor([self.categories.index(self.note(i)["category"]) for i in items])
+        category = torch.tensor([self.categories.index(self.category_of[i]) for i in items])
         # A row holds one sequence, so its segments are 1, and 0 for padding: an attention mask.
         batch = {"input_ids": input_ids, "labels": labels, "attention_mask": segments, "category": category}
         if self.reference_logprobs is not None:

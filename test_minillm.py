@@ -2019,6 +2019,14 @@ def test_a_tokenizer_learns_from_a_sample_of_whole_records(tmp_path, monkeypatch
     assert set(m.sample_texts([path], "all", "stop")) == set(sample)  # chosen by content, not by place
 
 
+def test_far_fewer_merges_than_asked_for_are_said():
+    with pytest.warns(UserWarning, match="only 2 of 739 merges were learned.*too small or too uniform"):
+        m.BPETokenizer(1000).train(["abc"] * 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        m.BPETokenizer(264).train(["abc"] * 9)  # two of three
+
+
 def test_a_tokenizer_learns_from_every_part_of_a_large_text_in_turn(tmp_path, monkeypatch):
     text = "".join(f"{i} word\n" for i in range(200_000))
     (tmp_path / "a.txt").write_text(text)
