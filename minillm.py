@@ -991,9 +991,7 @@ def grpo_advantages(rewards: Tensor, group_size: int, kind: str = "dr_grpo") -> 
 class MemoryConfig:
     """The part of the training options that trades time for memory."""
 
-    dtype: Literal["auto", "float32", "float32_onednn", "bfloat16", "float16"] = (
-        "auto"  # of products; auto: the fastest
-    )
+    dtype: Literal["auto", "float32", "float32_onednn", "bfloat16", "float16"] = "auto"  # of products; auto: fastest
     accumulation_steps: int = 1  # batches whose gradients are summed before one update
     gradient_checkpointing: bool = False  # keep only each block's input and recompute the rest in backward
     auto_micro_batch: bool = True  # when memory runs out, go on with smaller micro-batches of the same total
@@ -3328,7 +3326,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a file system without locks
             fcntl.flock(directory, fcntl.LOCK_UN)  # though a child may still have the directory open
         os.close(directory)
 
