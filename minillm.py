@@ -36,6 +36,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -748,7 +749,9 @@ class LoRALinear(nn.Module):
     def merged(self) -> Linear:
         """Return the same map as one matrix."""
         merged = Linear(self.weight.shape[1], *self.out_features).to(self.weight)
-        merged.weight.copy_(self.weight + self.scale * self.lora_b @ self.lora_a)
+        merged.weight.copy_(self.weight)
+        for column, row in zip(self.lora_b.T, self.lora_a, strict=True):  # one by one: the same bits on every machine
+            merged.weight.add_(self.scale * column[:, None] * row)
         return merged
 
 
@@ -762,6 +765,12 @@ def add_lora(model: MiniGPT, rank: int, alpha: float) -> None:
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, Linear) and not name.endswith("gate"):
             model.layers.set_submodule(name, LoRALinear(module, rank, alpha))
+
+
+def trained_weights(module: nn.Module) -> Batch:
+    """Return the part of a module's state dict that is trained."""
+    weights = module.state_dict()
+    return {name: weights[name] for name, p in module.named_parameters() if p.requires_grad}
 
 
 def merge_lora(model: MiniGPT) -> None:
@@ -982,9 +991,7 @@ def grpo_advantages(rewards: Tensor, group_size: int, kind: str = "dr_grpo") -> 
 class MemoryConfig:
     """The part of the training options that trades time for memory."""
 
-    dtype: Literal["auto", "float32", "float32_onednn", "bfloat16", "float16"] = (
-        "auto"  # of products; auto: the fastest
-    )
+    dtype: Literal["auto", "float32", "float32_onednn", "bfloat16", "float16"] = "auto"  # of products; auto: fastest
     accumulation_steps: int = 1  # batches whose gradients are summed before one update
     gradient_checkpointing: bool = False  # keep only each block's input and recompute the rest in backward
     auto_micro_batch: bool = True  # when memory runs out, go on with smaller micro-batches of the same total
@@ -994,7 +1001,7 @@ class MemoryConfig:
 
 @dataclass
 class TrainConfig(MemoryConfig):
-    """Every option of training. `max_steps` or `minutes` ends a run; with both, whichever comes first."""
+    """Every option of training. `max_steps`, `epochs` or `minutes` ends a run; of several, whichever comes first."""
 
     batch_size: int = 16  # rows, pairs or prompts of a batch
     packing: bool = True  # several conversations in a row, which cannot see each other; off: one conversation a row
@@ -1011,6 +1018,7 @@ class TrainConfig(MemoryConfig):
     momentum: float = 0.95  # Muon's momentum
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0 is off
     max_steps: int = 0  # end after so many updates; 0 is no limit
+    epochs: float = 0.0  # end after so many passes over the data, 0.5 is half a one; 0 is no limit
     minutes: float = 0.0  # end so many minutes after the process started; 0 is no limit
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 250  # steps between evaluations, each with a sample; 0 is only at the end
@@ -1027,8 +1035,8 @@ class TrainConfig(MemoryConfig):
     def __post_init__(self):
         ranges = {
             "[1, inf)": "batch_size seq_len accumulation_steps log_every eval_tokens eval_prompts reply_tokens",
-            "[0, inf)": "warmup_steps max_steps minutes eval_every save_every sample_tokens weight_decay grad_clip "
-            "min_learning_rate lora_rank",
+            "[0, inf)": "warmup_steps max_steps epochs minutes eval_every save_every sample_tokens weight_decay "
+            "grad_clip min_learning_rate lora_rank",
             "(0, inf)": "learning_rate lora_alpha",
             "(0, 1]": "decay_fraction",
             "[0, 1)": "beta1 beta2 momentum",
@@ -1210,36 +1218,43 @@ def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    words = ("not enough memory", "can't allocate memory")  # of torch's allocator on a CPU
+    # messages of torch's allocator on a CPU, of MPS, and of cuBLAS and cuDNN
+    words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
+def compile_error(what: str, error: Exception) -> UserError:
+    """Return the one message that says why torch.compile fails."""
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(f"{what} cannot be compiled here (on a CPU it takes a C++ compiler): {reason}")
+
+
 class MemoryMonitor:
-    """Memory in use, in bytes: that of torch on a CUDA or MPS device; on the CPU the process's resident memory."""
+    """Memory in use, in bytes: that of torch on a CUDA or MPS device, else the process's; 0 is unknown."""
 
     def __init__(self, device: Device = "cpu"):
-        self.device = torch.device(device)
-        self.highest = 0
+        self.device, self.highest = torch.device(device), 0
 
     def current_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        if self.device.type == "mps":
-            return torch.mps.driver_allocated_memory()
-        return self._of_process("VmRSS")
+        return torch.mps.driver_allocated_memory() if self.device.type == "mps" else self._of_process("VmRSS")
 
     def peak_bytes(self) -> int:
-        """Return the most so far; MPS keeps no record, so there it is the most at any call of this method."""
+        """Return the most so far; where the system keeps no record, the most at any call of this method."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        self.highest = max(self.highest, self.current_bytes())
-        return self.highest if self.device.type == "mps" else self._of_process("VmHWM")
+        recorded = self._of_process("VmHWM") if self.device.type == "cpu" else 0
+        self.highest = max(self.highest, self.current_bytes(), recorded)
+        return self.highest
 
     def _of_process(self, field):
         try:
             with open("/proc/self/status") as file:  # not getrusage: its peak includes the parent's before exec
-                return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-        except FileNotFoundError:
+                return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 0)
+        except OSError:
+            if sys.platform != "darwin":
+                return 0
             import resource  # macOS counts in bytes and knows only the peak
 
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -2693,6 +2708,11 @@ class BatchLoader:
     def rewind(self):
         self.epoch = self.index = 0  # index: items of this epoch that have been given out
 
+    @property
+    def passes(self) -> float:
+        """How often the data have been gone through: whole epochs, and the part of the one being iterated."""
+        return self.epoch + self.index / self.size
+
     def _epoch_generator(self):
         """Return this epoch's random generator."""
         return torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
@@ -2703,6 +2723,7 @@ class BatchLoader:
 
     def __iter__(self):
         order = self.order()  # of the whole epoch; the cursor may stand in its middle
+        self.size = max(1, len(order))
         while self.index < len(order):
             yield self.collate(self._take(order))
         self.epoch, self.index = self.epoch + 1, 0
@@ -3328,10 +3349,7 @@ def compile_decode_step(model: MiniGPT) -> Callable:
             with torch._inductor.config.patch(freezing=on_cpu):
                 return compiled(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(
-                "decoding cannot be compiled here (on a CPU it takes a C++ compiler): "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
+            raise compile_error("decoding", error) from error
 
     return step
 
@@ -3359,6 +3377,7 @@ def length_of_stop_prefix(text: str, stops: list[str] | None) -> int:
 # 8 Runs: a run directory holds checkpoint.pt, config.json, tokenizer.json and metrics.jsonl.
 # ======================================================================================================================
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 FORMAT = 2  # of checkpoints; those of format 1 can be used, but not resumed
 
 
@@ -3412,10 +3431,10 @@ def load_checkpoint(path: AnyPath, repair: bool = False) -> dict:
     raise UserError(f"no checkpoint can be read: {'; '.join(problems)}")
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Return a hash of a module's weights."""
-    buffer = io.BytesIO()  # torch.save writes equal tensors as equal bytes
-    torch.save({name: tensor.cpu() for name, tensor in module.state_dict().items()}, buffer)
+def fingerprint(module: nn.Module, without: Iterable[str] = ()) -> str:
+    """Return a hash of a module's weights, but for those named in `without`."""
+    buffer, weights = io.BytesIO(), module.state_dict()  # torch.save writes equal tensors as equal bytes
+    torch.save({name: tensor.cpu() for name, tensor in weights.items() if name not in without}, buffer)
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
@@ -3434,19 +3453,26 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process: wait for it, or take another --out") from None
-        for dead in folder.glob(".*.tmp"):
-            shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
+            for dead in folder.glob(".*.tmp"):
+                shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
+                problem = f"{folder} is in use by another process: wait for it, or take another --out"
+                raise UserError(problem) from None
+            warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
     finally:
-        fcntl.flock(directory, fcntl.LOCK_UN)  # though a child may still have the directory open
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(directory, fcntl.LOCK_UN)  # though a child may still have the directory open
         os.close(directory)
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are appended; a second one interrupts at once."""
+    """A list of the signals caught so far that ask for an end (Ctrl-C, a closed terminal, a cluster's warning …).
+
+    A second one interrupts at once. One that the parent process has set to be ignored, as nohup does, stays ignored.
+    """
     caught: list[int] = []
 
     def _note(number, _):
@@ -3455,7 +3481,8 @@ def catch_signals() -> Iterator[list[int]]:
         caught.append(number)
 
     in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    numbers = [getattr(signal, name) for name in SIGNALS if in_main and hasattr(signal, name)]  # Windows has fewer
+    before = {number: signal.signal(number, _note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield caught
     finally:  # the handlers that were there
@@ -3465,7 +3492,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 def holds_run(run_dir: AnyPath) -> bool:
     """Return whether there is a checkpoint to go on from."""
-    return any((Path(run_dir) / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+    return any((Path(run_dir) / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt", "best.pt"))
 
 
 def run_config(run_dir: AnyPath) -> dict:
@@ -3507,9 +3534,12 @@ def read_metrics(run_dir: AnyPath) -> list[dict]:
     return rows
 
 
-def load_run(run_dir: AnyPath, device: Device = "cpu") -> tuple[MiniGPT, BPETokenizer, dict]:
+def load_run(
+    run_dir: AnyPath, device: Device = "cpu", which: Literal["best", "last"] = "best"
+) -> tuple[MiniGPT, BPETokenizer, dict]:
     """Return the model (in eval mode; LoRA merged), the tokenizer and the whole checkpoint of a run directory.
 
+    which: "best" takes best.pt, the weights of the best evaluation so far, where there is one; "last" checkpoint.pt.
     A Hugging Face directory is read likewise; its checkpoint has only "config" and "step".
     """
     run_dir, config = Path(run_dir), run_config(run_dir)
@@ -3518,13 +3548,17 @@ def load_run(run_dir: AnyPath, device: Device = "cpu") -> tuple[MiniGPT, BPEToke
         model = MiniGPT.from_pretrained(run_dir).to(device)
         check_vocabulary(model, tokenizer)
         return model, tokenizer, {"config": config, "step": 0}
-    state = load_checkpoint(path)
+    state = _best_state(run_dir, config, tokenizer) if which == "best" else None
+    state = state or load_checkpoint(path)
     try:  # 1 build the module of the right kind, 2 fill it, 3 see that the tokenizer belongs to it
         config = state["config"]
         model = (RewardModel if config["stage"] == "reward" else MiniGPT)(MiniGPTConfig(**config["model"]))
         if rank := config["train"].get("lora_rank", 0):
             add_lora(model, rank, config["train"]["lora_alpha"])
-        model.load_state_dict(state["model"])
+        weights = state["model"]
+        if base := state.get("base", {}).get("model"):
+            weights = _base_weights(path, config, base, weights) | weights
+        model.load_state_dict(weights)
         if state["tokenizer_hash"] != tokenizer.content_hash():
             raise UserError(f"{run_dir / 'tokenizer.json'} is not the tokenizer that the checkpoint was trained with")
     except (KeyError, TypeError, RuntimeError) as error:  # undamaged, but not what a run of today's code writes
@@ -3533,6 +3567,39 @@ def load_run(run_dir: AnyPath, device: Device = "cpu") -> tuple[MiniGPT, BPEToke
         config[part] = {name: value for name, value in config.get(part, {}).items() if hasattr(cls, name)}
     merge_lora(model)  # a plain model from here on
     return model.to(device).eval(), tokenizer, state
+
+
+def _best_state(run_dir, config, tokenizer):
+    """Return the checkpoint in best.pt; None, with a warning, if it is damaged or of another run."""
+    path = run_dir / "best.pt"
+    if not path.exists():
+        return None
+    try:
+        state = load_checkpoint(path)
+        saved = state["config"]["stage"], state["config"]["model"], state["tokenizer_hash"]
+        if saved == (config["stage"], config["model"], tokenizer.content_hash()):
+            return state
+        problem = f"{path} is not of this run"
+    except (UserError, KeyError, TypeError) as error:
+        problem = str(error)
+    warnings.warn(f"{problem}: taking the last weights, in checkpoint.pt, instead", stacklevel=3)
+    return None
+
+
+def _base_weights(path, config, expected, trained):
+    """Return the weights that LoRA left as they were, from the run that it started from."""
+    parent = config["parent"]
+    for which in ("best", "last"):  # whichever it started from
+        try:
+            model = load_run(parent, which=which)[0]
+        except UserError as error:
+            raise UserError(f"{path} holds only what LoRA trained, and its base cannot be read: {error}") from error
+        if config["stage"] == "reward" and not isinstance(model, RewardModel):
+            model = RewardModel(model)
+        add_lora(model, config["train"]["lora_rank"], config["train"]["lora_alpha"])
+        if fingerprint(model, trained) == expected:
+            return model.state_dict()
+    raise UserError(f"{path} holds only what LoRA trained, and its base {parent} has changed since: restore that")
 
 
 def newest_run(out: AnyPath = "out") -> Path:
@@ -3608,7 +3675,17 @@ def describe(result: dict[str, float], names: Iterable[str] = tuple(FIGURES)) ->
 
 
 Metrics = dict[str, float]  # what is measured in a step or an evaluation, by name
-RANDOM_STATES = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # who has get_rng_state and set_rng_state
+# options that may not change when a run is resumed: they are part of what its weights, moments and best evaluation
+# mean. The shape, the tokenizer, other models' fingerprints and the loaders' `fixed` are compared likewise; the rest
+# (rates, limits, precision, memory, coefficients) may change from one step to the next.
+FIXED_OPTIONS = ("lora_rank", "lora_alpha", "optimizer", "dpo_beta", "dpo_kind", "gamma")
+
+
+def split_rows(batch: Batch, parts: int) -> list[Batch]:
+    """Return a batch in so many parts, or fewer where it has too few rows."""
+    B = len(batch["input_ids"])
+    rows = -(-B // parts)  # rounded up
+    return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, B, rows)]
 
 
 class Trainer:
@@ -3616,14 +3693,27 @@ class Trainer:
 
     config: TrainConfig. train_data, val_data: iterables of batches; `fit` repeats train_data as often as it takes, and
     one with `state_dict` is resumed where it stood. run_dir: where `fit` keeps checkpoints and metrics. started: the
-    time.monotonic() from which `minutes` count. Precision, compilation and memory follow the config.
+    time.monotonic() from which `minutes` count. rl_config: the options of preferences and rewards. Precision,
+    compilation and memory follow the config.
     """
 
     stage = ""
-    counters = ("step_count", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
+    counters = (
+        "step_count",
+        "tokens_seen",
+        "skipped",
+        "skipped_in_row",
+        "micro_splits",
+        "best",
+        "best_figures",
+        "epochs_done",
+    )
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation
+    best_figures: Metrics = {}  # of that evaluation, and its "step"
+    epochs_done = 0.0  # passes over the data
+    base: dict[str, str] = {}  # of a LoRA run's checkpoints
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
     part_names: dict = {}  # of the loss
 
@@ -3638,9 +3728,11 @@ class Trainer:
         val_data: Iterable | None = None,
         run_dir: AnyPath | None = None,
         started: float | None = None,
+        rl_config: RLHFConfig | None = None,
     ):
         check_vocabulary(model, tokenizer)
-        self.model, self.tokenizer, self.config = model, tokenizer, config or TrainConfig()
+        self.model, self.tokenizer = model, tokenizer
+        self.config, self.rl = config or TrainConfig(), rl_config or RLHFConfig()
         self.train_data, self.val_data = train_data, val_data
         self.run_dir = run_dir and Path(run_dir)
         self.device = pick_device(str(device))
@@ -3649,7 +3741,8 @@ class Trainer:
         # what is trained, and with what: {"model": module}, {"model.AdamW": optimizer}
         self.trained, self.optimizers = nn.ModuleDict(), {}
         self.train_module("model", model)
-        self.configs = {"model": model.config, "train": self.config}  # go into config.json and checkpoints
+        # go into config.json and checkpoints
+        self.configs = {"model": model.config, "train": self.config, "rl": self.rl}
         self.origin: dict[str, str] = {}  # the runs that this one starts from, likewise
         self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
         self.started = started or time.monotonic()
@@ -3715,7 +3808,10 @@ class Trainer:
         # 1 accumulate: from here on the gradients are complete
         self.trained.train()
         with onednn_products(self.config.dtype == "float32_onednn"):
-            metrics = self._accumulate_in_memory(batches)
+            metrics = self.in_memory(
+                lambda parts: self._accumulate([micro for batch in batches for micro in split_rows(batch, parts)]),
+                max(len(batch["input_ids"]) for batch in batches),
+            )
         # 2 clip; an optimizer whose module has no gradient yet (PPO's policy in the critic's warm-up) stays out
         optimizers = [
             optimizer
@@ -3750,32 +3846,41 @@ class Trainer:
             )
         return metrics | {"grad_norm": norms[0] if is_finite else math.nan, "lr": rate}
 
-    def _accumulate_in_memory(self, batches):
-        """`_accumulate` in as many micro-batches as memory needs: twice as many each time when it runs out."""
+    def in_memory(self, fn: Callable[[int], typing.Any], rows: int) -> typing.Any:
+        """Return fn(parts), which computes `rows` rows in so many parts, twice as many whenever memory runs out."""
         while True:
-            micro_batches = []
-            for batch in batches:
-                B = len(batch["input_ids"])
-                rows = -(-B // self.micro_splits)  # rounded up
-                micro_batches += [
-                    {name: value[i : i + rows] for name, value in batch.items()} for i in range(0, B, rows)
-                ]
             try:
-                return self._accumulate(micro_batches)
+                return fn(self.micro_splits)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or not self.config.auto_micro_batch:
+                is_full = is_out_of_memory(error)
+                if not (self.config.auto_micro_batch if is_full else self._stops_compiling(error)):
                     raise
             # outside of except, where the error no longer holds on to the tensors of the failed attempt
             self.trained.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()  # nothing without CUDA
-            rows = max(len(micro["input_ids"]) for micro in micro_batches)
-            if rows <= 1:
-                raise UserError(
-                    "out of memory with one row at a time: try a smaller --seq-len or model, "
-                    "--gradient-checkpointing, or --optimizer adamw"
-                )
-            self.micro_splits *= 2
-            self.line.say(f"out of memory: going on with micro-batches of {-(-rows // 2)} rows, the same batch in all")
+            if is_full:
+                self._split_more(rows)
+
+    def _split_more(self, rows):
+        if self.micro_splits >= rows:
+            raise UserError(
+                "out of memory with one row at a time: try a smaller --seq-len or model, "
+                "--gradient-checkpointing, or --optimizer adamw"
+            )
+        self.micro_splits *= 2
+        rows = -(-rows // self.micro_splits)
+        self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
+
+    def _stops_compiling(self, error):
+        """Return whether the error is one of torch.compile, and training can go on without it."""
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            return False
+        if self.config.compile == "on":
+            raise compile_error("training", error) from error
+        self.line.say(f"{compile_error('training', error)}: going on without --compile")
+        for module in self.trained.modules():
+            module._compiled_call_impl = None
+        return True
 
     def _accumulate(self, micro_batches):
         """Sum the gradients of Σ loss / Σ count over all micro-batches; return that mean, its parts' and the count."""
@@ -3818,43 +3923,86 @@ class Trainer:
         return total / count
 
     def fit(self) -> Metrics:
-        """Train until max_steps or minutes, evaluate, save. Ctrl-C or SIGTERM end it after the step, with a checkpoint.
+        """Train until max_steps, epochs or minutes, evaluate, save. A signal ends it after the step, with a checkpoint.
 
-        Returns the last evaluation (empty without val_data) and, if it was interrupted, {"signal": number} too.
+        Returns the last evaluation (empty without val_data) and, if it was interrupted, {"signal": number} too. An
+        error ends it with a checkpoint of the steps before.
         """
-        config, evaluation = self.config, {}
         self._check_can_fit()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with locked(self.run_dir), catch_signals() as caught:
             self._start_run()
-            if self.step_count == 0 and self.stage != "pretrain":
-                evaluation = self._evaluate_and_save()  # what the parent's model can do already
-            batches, window = self._endless_batches(), []
-            is_over, is_stopped = False, bool(caught)
-            while not is_over and not is_stopped:
-                start = time.monotonic()
-                metrics = self.step(list(itertools.islice(batches, config.accumulation_steps)))
-                self.tokens_seen += metrics["tokens"]
-                window.append(metrics | {"seconds": time.monotonic() - start})
-                if self.step_count % config.log_every == 0 or self.step_count == 1:
-                    self._log_window(window, evaluation)
-                    window = []
-                # the one place that asks the clock and the user; a later signal ends the run after the next step
-                is_over, is_stopped = self.progress() >= 1, bool(caught)
-                if is_over or not is_stopped and self.step_count % (config.eval_every or math.inf) == 0:
-                    evaluation = self._evaluate_and_save()
-                elif is_stopped or self.step_count % (config.save_every or math.inf) == 0:
+            first = self.step_count
+            try:
+                evaluation = self._train(caught)
+            except (UserError, RuntimeError):
+                if self.step_count > first:
                     self.save_checkpoint(self.run_dir / "checkpoint.pt")
+                raise
         return evaluation | ({"signal": caught[0]} if caught else {})
 
+    def _train(self, caught):
+        """The loop of `fit`, until the run is over or a signal is caught."""
+        config, evaluation = self.config, {}
+        if self.step_count == 0 and self.stage != "pretrain":
+            evaluation = self._evaluate_and_save()  # what the parent's model can do already
+        batches, window = self._endless_batches(), []
+        is_over, is_stopped = False, bool(caught)
+        while not is_over and not is_stopped:
+            start, before = time.monotonic(), self.epochs_done
+            metrics = self.step(list(itertools.islice(batches, config.accumulation_steps)))
+            self.tokens_seen, self.epochs_done = self.tokens_seen + metrics["tokens"], self._count_epochs()
+            window.append(metrics | {"seconds": time.monotonic() - start})
+            if self.step_count % config.log_every == 0 or self.step_count == 1:
+                self._log_window(window, evaluation)
+                window = []
+            # the one place that asks the clock and the user; a later signal ends the run after the next step
+            is_over, is_stopped = self.progress() >= 1, bool(caught)
+            if is_over or not is_stopped and self._is_evaluation_due(before):
+                evaluation = self._evaluate_and_save()
+            elif is_stopped or self.step_count % (config.save_every or math.inf) == 0:
+                self.save_checkpoint(self.run_dir / "checkpoint.pt")
+        if is_over:
+            self._say_best(evaluation)
+        return evaluation
+
+    def _is_evaluation_due(self, before):
+        """Return whether to evaluate after this step, in which `epochs_done` moved on from `before`."""
+        every, now = self.config.eval_every, self.epochs_done
+        ends_epoch = self.config.epochs and int(now) > int(before)
+        # a run of epochs that are shorter than eval_every is evaluated after each
+        return self.step_count % (every or math.inf) == 0 or ends_epoch and self.step_count < every * now
+
+    def _say_best(self, last):
+        """Say which evaluation was the best, and warn where training has gone on for too long."""
+        if not self.best_figures:
+            return
+        if self.best_figures["step"] == self.step_count:
+            self.line.say(f"best: the last evaluation, of step {self.step_count}")
+            return
+        text = (
+            f"the best evaluation was that of step {self.best_figures['step']} ({describe(self.best_figures)}): "
+            "later stages, sample.py, eval and export take its weights, best.pt"
+        )
+        if self.quality(last) >= self.best - 0.02 * abs(self.best):  # as good
+            self.line.say(text)
+        else:
+            warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=3)
+
     def _check_can_fit(self):
-        has_end = self.config.max_steps or self.config.minutes
-        if self.train_data is None or self.run_dir is None or not has_end:
-            raise UserError("fit() needs train_data and run_dir, and an end of the run: max_steps or minutes")
+        limits = self.config.max_steps or self.config.minutes or self.config.epochs
+        if self.train_data is None or self.run_dir is None or not limits:
+            raise UserError("fit() needs train_data and run_dir, and an end of the run: max_steps, epochs or minutes")
+        if (
+            self.config.epochs
+            and not isinstance(self.train_data, BatchLoader)
+            and not hasattr(self.train_data, "__len__")
+        ):
+            raise UserError("epochs need train_data with a length: give max_steps or minutes instead")
         if self.progress() >= 1:  # of a resumed run
             raise UserError(
-                f"there is no time left to train: {self.elapsed_s():.0f} s have passed, {self.step_count} "
-                "steps are done: give a larger --max-steps or --minutes"
+                f"the run is over: {self.step_count} steps, {self.epochs_done:.3g} epochs and {self.elapsed_s():.0f} s "
+                "are done: give a larger --max-steps, --epochs or --minutes"
             )
 
     def _endless_batches(self):
@@ -3874,10 +4022,21 @@ class Trainer:
         """Return the seconds from the start to the end of training that `minutes` allow: infinity without."""
         return (self.config.minutes or math.inf) * 60 - self.final_s
 
+    def _count_epochs(self):
+        """Return how often the data have been gone through."""
+        if isinstance(self.train_data, BatchLoader):
+            return self.train_data.passes
+        batches = len(self.train_data) if hasattr(self.train_data, "__len__") else math.inf
+        return self.step_count * self.config.accumulation_steps / batches
+
+    def work_done(self) -> float:
+        """Return how much of max_steps or epochs is done, whichever is further: 0 … 1."""
+        config = self.config
+        return max(self.step_count / (config.max_steps or math.inf), self.epochs_done / (config.epochs or math.inf))
+
     def progress(self) -> float:
-        """Return how much of the run is over, 0 … 1: by steps or by the clock, whichever is further."""
-        by_steps = self.step_count / (self.config.max_steps or math.inf)
-        return max(by_steps, self.elapsed_s() / max(self.budget_s(), 1e-3))
+        """Return how much of the run is over, 0 … 1: by steps, by epochs or by the clock, whichever is further."""
+        return max(self.work_done(), self.elapsed_s() / max(self.budget_s(), 1e-3))
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -3895,7 +4054,11 @@ class Trainer:
         sums, counts = Counter(), Counter()
         with eval_mode(self.trained), self.autocast():
             for batch in self.held_out(max_tokens):
-                for name, figure in self.measure(self._to_device(batch)).items():
+                parts = self.in_memory(
+                    lambda n, batch=batch: [self.measure(self._to_device(part)) for part in split_rows(batch, n)],
+                    len(batch["input_ids"]),
+                )
+                for name, figure in itertools.chain(*(figures.items() for figures in parts)):
                     value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
                     sums[name] += float(value)
                     counts[name] += count
@@ -3947,7 +4110,8 @@ class Trainer:
     def replies(self, prompts: list[list[int]]) -> list[str]:
         """Return greedy replies to chats that end in a generation prompt."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, do_sample=False)
-        return TextGenerator(self.model, self.tokenizer).continue_rows(prompts, settings)
+        generator = TextGenerator(self.model, self.tokenizer)
+        return self.in_memory(lambda parts: generator.continue_rows(prompts, settings, 128 // parts), 128)
 
     def _evaluate_and_save(self):
         """Evaluate on the first `eval_tokens`; after a step also save, keep the best and show a sample.
@@ -3955,16 +4119,16 @@ class Trainer:
         Returns the evaluation, empty without validation data.
         """
         # 1 evaluate
-        start, result, quality, path = time.monotonic(), {}, -math.inf, self.run_dir / "checkpoint.pt"
+        start, result, path = time.monotonic(), {}, self.run_dir / "checkpoint.pt"
         if self.val_data is not None:
             result = self.evaluate(self.config.eval_tokens)
-            quality = self.quality(result)
             self._log({f"val_{name}": value for name, value in result.items()})
             self.line.say(f"step {self.step_count}: validation {describe(result)}")
         if self.step_count == 0:  # nothing to save yet
             return result
-        # 2 save, and keep a copy of the best
-        is_best, self.best = quality > self.best, max(self.best, quality)  # a NaN is never the best
+        # 2 save, and keep a copy of the best; a NaN is never the best
+        if is_best := bool(result) and self.quality(result) > self.best:
+            self.best, self.best_figures = self.quality(result), result | {"step": self.step_count}
         self.save_checkpoint(path)
         if is_best:
             with atomic_write(self.run_dir / "best.pt") as out, open(path, "rb") as file:
@@ -3979,12 +4143,15 @@ class Trainer:
 
     def _log_window(self, window, evaluation):
         """Log and show the means of the steps since the last time."""
-        # 1 the row: a figure's mean is over the steps that have it
+        # 1 the row: a figure's mean is over the steps that have it, and where it is finite
         sums, steps = Counter(), Counter()
         for metrics in window:
-            sums.update(metrics)
-            steps.update(metrics.keys())
-        row = {name: total / steps[name] for name, total in sums.items() if name != "count"}
+            for name, value in metrics.items():
+                is_finite = math.isfinite(value)
+                sums[name] += value if is_finite else 0
+                steps[name] += is_finite
+        row = {name: total / steps[name] if steps[name] else math.nan for name, total in sums.items()}
+        del row["count"]
         step_s = row.pop("seconds")
         # of the learning rate the last one; speeds are sums over sums
         row |= {
@@ -3996,14 +4163,16 @@ class Trainer:
         if not evaluation and self.val_data is not None:  # not measured yet: evaluating is a third of training
             self.final_s = min(self.config.eval_tokens / (2.5 * row["tok_per_s"]) + 2.0, 6.0 * self.config.minutes)
         # 2 the line, with what ends first: the steps or the time
-        steps_left = (self.config.max_steps or math.inf) - self.step_count
+        done = self.work_done()
+        steps_left = self.step_count / done - self.step_count if done else math.inf
         eta = max(0, round(min(steps_left * step_s, self.budget_s() - self.elapsed_s())))
         val = f" | val {describe(evaluation, [headline(self.stage, evaluation)])}" if evaluation else ""
+        used = self.monitor.current_bytes(), self.monitor.peak_bytes()
+        current, peak = (f"{size / 1e9:.2f}" if size else "?" for size in used)  # 0 is unknown
         self.line.show(
             f"step {self.step_count:>5} {min(self.progress(), 1):>4.0%} | eta {eta // 60}:{eta % 60:02} | "
             f"{describe(row, FIGURES | self.part_names)}{val} | {row['tok_per_s'] / 1e3:.1f}k tok/s | "
-            f"mfu {row['mfu']:.0%} | {self.monitor.current_bytes() / 1e9:.2f} GB "
-            f"(peak {self.monitor.peak_bytes() / 1e9:.2f})"
+            f"mfu {row['mfu']:.0%} | {current} GB (peak {peak})"
         )
 
     def _log(self, row):
@@ -4058,8 +4227,28 @@ class Trainer:
         """Return what is saved by its state_dict, if it has one, by the name in a checkpoint."""
         return {**self.trained, "scaler": self.scaler, "data": self.train_data}
 
+    def _base(self):
+        """Return the fingerprints of the weights that LoRA leaves as another run has them, by module; else {}."""
+        if not self.config.lora_rank or "parent" not in self.origin:
+            return {}
+        return {name: fingerprint(module, trained_weights(module)) for name, module in self.trained.items()}
+
+    def _random_states(self):
+        """Return who draws random numbers: the CPU's generator and the device's."""
+        generators = {"cpu": torch.default_generator}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
+        if self.device.type == "mps":
+            generators["mps"] = torch.mps._get_default_mps_generator()
+        return generators
+
     def save_checkpoint(self, path: AnyPath) -> None:
-        """Save everything that going on needs: weights, moments, scaler, cursor, random states, counters, configs."""
+        """Save everything that going on needs: weights, moments, scaler, cursor, random states, counters, configs.
+
+        Of a LoRA run that starts from another run's weights, these are left out; their fingerprint is in "base".
+        """
+        base = self.base = self.base or self._base()
+        parts = {name: getattr(part, "state_dict", lambda: None)() for name, part in self._parts().items()}
         save_checkpoint(
             path,
             {
@@ -4069,9 +4258,11 @@ class Trainer:
                 "config": self.config_dict(),
                 "tokenizer_hash": self.tokenizer.content_hash(),
                 "extra": self.extra_state(),
-                **{name: getattr(part, "state_dict", lambda: None)() for name, part in self._parts().items()},
+                **parts,
+                **{name: trained_weights(self.trained[name]) for name in base},
+                "base": base,
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "rng": {name: RANDOM_STATES[name].get_rng_state() for name in ("cpu", self.device.type)},
+                "rng": {name: generator.get_state() for name, generator in self._random_states().items()},
                 "counters": {name: getattr(self, name) for name in self.counters},
                 "elapsed_s": self.elapsed_s(),
             },
@@ -4083,6 +4274,8 @@ class Trainer:
         state = load_checkpoint(path, repair=True)
         self._check_belongs(path, state)
         # 2 weights, cursor, moments
+        for name in state.get("base", {}):
+            state[name] = self.trained[name].state_dict() | state[name]
         for name, part in self._parts().items():
             if state[name]:  # None for a disabled scaler, or data without a cursor
                 part.load_state_dict(state[name])
@@ -4091,8 +4284,9 @@ class Trainer:
         # 3 counters, clock, random states
         vars(self).update(state["counters"])
         self.started -= state["elapsed_s"]  # the time before counts as well
-        for name in state["rng"].keys() & {"cpu", self.device.type}:
-            RANDOM_STATES[name].set_rng_state(state["rng"][name])
+        for name, generator in self._random_states().items():
+            if name in state["rng"]:
+                generator.set_state(state["rng"][name])
 
     def _check_belongs(self, path, state):
         """Raise UserError unless a checkpoint can be resumed by this trainer."""
@@ -4108,9 +4302,13 @@ class Trainer:
             raise UserError(f"{path} holds a model of another shape: build it with {saved['model']}")
         if state["tokenizer_hash"] != self.tokenizer.content_hash():
             raise UserError(f"{path} was trained with another tokenizer")
-        for name in ("lora_rank", "optimizer"):
-            if saved["train"][name] != now["train"][name]:
-                raise UserError(f"{path} was trained with --{name.replace('_', '-')} {saved['train'][name]}")
+        before, options = (config["train"] | config.get("rl", {}) for config in (saved, now))
+        for name in FIXED_OPTIONS:
+            if before.get(name, options[name]) != options[name]:
+                raise UserError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}: give that")
+        for name, mark in state.get("base", {}).items():
+            if fingerprint(self.trained[name], state[name]) != mark:
+                raise UserError(f"{path} holds only what LoRA trained, and its base has changed since: restore that")
         for name, mark in self.extra_state().items():
             if state["extra"].get(name) != mark:
                 raise UserError(f"the {name} is not the one that this run started with: give that")
@@ -4229,10 +4427,10 @@ def remove_dropout(model: nn.Module) -> None:
 
 
 def completion_logprobs(model: MiniGPT, batch: Batch) -> Tensor:
-    """Return log-probabilities (B, 2) of the completions of a batch of pairs, summed over their tokens."""
-    ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))  # (2 B, T)
+    """Return log-probabilities of completions, summed over tokens: (B, 2) for pairs (B, 2, T), (B,) for rows (B, T)."""
+    ids, labels, mask = (batch[name].flatten(0, -2) for name in ("input_ids", "labels", "attention_mask"))  # (2 B, T)
     hidden, _ = model.hidden_states(ids[:, :-1], token_mask=mask[:, :-1])
-    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(-1, 2)
+    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(batch["labels"].shape[:-1])
 
 
 def pair_figures(scores: Tensor, batch: Batch, categories: list[str]) -> Figures:
@@ -4250,10 +4448,9 @@ def pair_figures(scores: Tensor, batch: Batch, categories: list[str]) -> Figures
 class PairTrainer(Trainer):
     """Base of the trainers on preference pairs: the loss counts pairs."""
 
-    def __init__(self, *args, rl_config: RLHFConfig | None = None, **options):
-        super().__init__(*args, **options)
-        self.rl = self.configs["rl"] = rl_config or RLHFConfig()
-        self.categories = getattr(self.val_data, "categories", [])
+    @property
+    def categories(self) -> list[str]:
+        return getattr(self.val_data, "categories", [])
 
     def count(self, batch: Batch) -> int:
         return len(batch["input_ids"])
@@ -4282,7 +4479,14 @@ class DPOTrainer(PairTrainer):
         logprobs = torch.zeros(len(loader.lengths), 2)
         by_length = sorted(loader.items, key=loader.lengths.__getitem__)  # little padding
         for items in batched(by_length, lambda _: 1, loader.batch_size):
-            logprobs[items] = self.reference_logprobs(self._to_device(loader.collate(items))).cpu()
+            batch = loader.collate(items)
+            parts = self.in_memory(
+                lambda n, batch=batch: [
+                    self.reference_logprobs(self._to_device(part)).cpu() for part in split_rows(batch, n)
+                ],
+                len(items),
+            )
+            logprobs[items] = torch.cat(parts)
         loader.reference_logprobs = logprobs
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -4401,15 +4605,6 @@ def select_rows(batch: Batch, rows: Tensor) -> Batch:
     }
 
 
-def by_length_groups(fn: Callable, batch: Batch) -> Tensor:
-    """Return fn(batch), (N,) or (N, T - 1), computed in groups of rows of similar length."""
-    groups, width = length_groups(batch["last"]), batch["mask"].shape[1]  # rows (n,) of each group; T - 1
-    results = [fn(select_rows(batch, rows)) for rows in groups]
-    # groups are narrower than the batch: pad their columns
-    results = [F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in results]
-    return torch.cat(results)[torch.cat(groups).argsort()]  # back into the order of the batch
-
-
 def check_stage(stage: str, config: TrainConfig, shape: MiniGPTConfig) -> None:
     """Raise UserError unless a model of that shape can go through a stage with such options."""
     context = f"max_position_embeddings={shape.max_position_embeddings}"
@@ -4434,20 +4629,11 @@ class RLTrainer(Trainer):
     (log-probabilities, values, rewards) is about token j + 1.
     """
 
-    def __init__(
-        self,
-        model: MiniGPT,
-        *args,
-        reward: Reward,
-        reference: MiniGPT | None = None,
-        rl_config: RLHFConfig | None = None,
-        **options,
-    ):
+    def __init__(self, model: MiniGPT, *args, reward: Reward, reference: MiniGPT | None = None, **options):
         self.reference = frozen_copy(reference or model)  # before super().__init__, which adds LoRA to the policy
         super().__init__(model, *args, **options)
         self.reference.to(self.device)
         self.reward = frozen_copy(reward).to(self.device) if isinstance(reward, RewardModel) else reward
-        self.rl = self.configs["rl"] = rl_config or RLHFConfig()
         check_stage(self.stage, self.config, model.config)
         remove_dropout(self.trained)  # otherwise the ratio would not be 1 at the first update
 
@@ -4470,6 +4656,17 @@ class RLTrainer(Trainer):
         labels = ids[:, 1:].where(batch["mask"], -100)  # the reply, not the prompt
         return token_logprobs(hidden, model.output_weight[: self.tokenizer.vocab_size], labels, self.rl.temperature)
 
+    def by_length_groups(self, fn: Callable, batch: Batch) -> Tensor:
+        """Return fn(batch), (N,) or (N, T - 1), computed in groups of rows of similar length."""
+        return self.in_memory(lambda parts: self._in_groups(fn, batch, 64 // parts), 64)
+
+    def _in_groups(self, fn, batch, size):
+        groups, width = length_groups(batch["last"], size=size), batch["mask"].shape[1]  # (n,) each; T - 1
+        results = [fn(select_rows(batch, rows)) for rows in groups]
+        # groups are narrower than the batch: pad their columns
+        results = [F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in results]
+        return torch.cat(results)[torch.cat(groups).argsort()]  # back into the order of the batch
+
     # -- the rollout ---------------------------------------------------------------------------------------------------
 
     def sample_replies(self, prompts: dict, random: torch.Generator | None) -> tuple[list[Tensor], Tensor]:
@@ -4478,8 +4675,9 @@ class RLTrainer(Trainer):
         rows = [
             ids[mask.bool()].tolist() for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
         ]
+        generator = TextGenerator(self.model, self.tokenizer)
         with self.autocast():
-            replies = TextGenerator(self.model, self.tokenizer).continue_ids(rows, settings, 64, random)
+            replies = self.in_memory(lambda parts: generator.continue_ids(rows, settings, 64 // parts, random), 64)
         ended = torch.tensor([reply[-1] in self.tokenizer.stop_ids for reply in replies], device=self.device)  # (N,)
         return [torch.tensor(row + reply, device=self.device) for row, reply in zip(rows, replies, strict=True)], ended
 
@@ -4507,7 +4705,7 @@ class RLTrainer(Trainer):
         replies = [self.tokenizer.decode(text[n:]) for text, n in zip(texts, begins.tolist(), strict=True)]
         with eval_mode(self.model), self.autocast():
             logprobs, reference = (
-                by_length_groups(functools.partial(self.logprobs, model), batch)
+                self.by_length_groups(functools.partial(self.logprobs, model), batch)
                 for model in (self.model, self.reference)
             )
             scores = self._score(batch, prompts, replies)
@@ -4532,7 +4730,7 @@ class RLTrainer(Trainer):
     def _score(self, batch, prompts, replies):
         """Return the score of each reply, (N,)."""
         if isinstance(self.reward, RewardModel):
-            return by_length_groups(lambda rows: self.reward(rows["input_ids"], rows["token_mask"]), batch)
+            return self.by_length_groups(lambda rows: self.reward(rows["input_ids"], rows["token_mask"]), batch)
         try:
             scores = list(map(self.reward, prompts["messages"], replies, prompts["answers"]))
         except UserError:
@@ -4640,7 +4838,7 @@ class PPOTrainer(RLTrainer):
     def experience(self, prompts: dict) -> Rollout:
         batch, stats = self.rollout(prompts)
         with eval_mode(self.critic), self.autocast():
-            batch["values"] = by_length_groups(self.values, batch)
+            batch["values"] = self.by_length_groups(self.values, batch)
         # 1 rewards: the KL penalty at every token, the score at the last
         rewards = -self.rl.kl_coef * batch["kl"]
         rewards.scatter_add_(1, batch["last"][:, None], batch["scores"][:, None])
@@ -4858,8 +5056,6 @@ def make_trainer(
             )
     # 2 what only some trainers take
     cls = STAGES[stage].trainer
-    if issubclass(cls, (PairTrainer, RLTrainer)):
-        options["rl_config"] = rl
     if issubclass(cls, (DPOTrainer, RLTrainer)):
         options["reference"] = reference
     if issubclass(cls, RLTrainer):
@@ -4867,7 +5063,7 @@ def make_trainer(
     # 3 a reward model begins as the language model with a head
     if stage == "reward" and not isinstance(model, RewardModel):
         model = RewardModel(model)
-    return cls(model, tokenizer, config=config, **options)
+    return cls(model, tokenizer, config=config, rl_config=rl, **options)
 
 
 class RLHFPipeline:

@@ -28,6 +28,7 @@ import contextlib
 import copy
 import dataclasses
 import doctest
+import errno
 import functools
 import gzip
 import hashlib
@@ -1216,6 +1217,40 @@ def test_running_out_of_memory_is_recognised():
         torch.empty(1 << 60)
     assert m.is_out_of_memory(caught.value) and m.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not m.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MPS backend out of memory (MPS allocated: 5.0 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
+)
+def test_running_out_of_memory_is_recognised_on_every_device(message):
+    assert m.is_out_of_memory(RuntimeError(message))
+
+
+def test_memory_that_the_system_does_not_tell_is_shown_as_unknown(tmp_path, tokenizer, monkeypatch, capsys):
+    """Sandboxes lack lines of /proc/self/status, Windows all of it and the module resource."""
+    plain = open
+    for status in ("Name: x\nVmRSS:  2000 kB\n", "Name: x\n", None):
+
+        def fake(path, *args, status=status, **options):
+            if str(path) != "/proc/self/status":
+                return plain(path, *args, **options)
+            if status is None:
+                raise FileNotFoundError(path)
+            return io.StringIO(status)
+
+        monkeypatch.setattr("builtins.open", fake)
+        monkeypatch.setitem(sys.modules, "resource", None)
+        monitor, known = m.MemoryMonitor(), bool(status and "VmRSS" in status)
+        assert monitor.current_bytes() == monitor.peak_bytes() == 2048000 * known
+        config = m.TrainConfig(max_steps=1, sample_tokens=0)
+        trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / str(status)[-9:-4]).fit()
+        assert ("| 0.00 GB (peak 0.00)" if known else "| ? GB (peak ?)") in capsys.readouterr().out
 
 
 def test_the_monitor_agrees_with_the_operating_system():
@@ -3421,6 +3456,83 @@ def test_the_first_signal_is_noted_and_the_second_interrupts():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_each_signal_that_asks_for_an_end_is_noted(name):
+    with m.catch_signals() as caught:
+        signal.raise_signal(getattr(signal, name))
+    assert caught == [getattr(signal, name)]
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with m.catch_signals() as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert caught == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP", "EINPROGRESS"])
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(getattr(errno, number), "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked.*no locks here"), m.locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def overfitted(tmp_path, tokenizer) -> Path:
+    """A run whose best evaluation was at step 2 of 4, as it said."""
+    losses = iter([3.0, 2.0, 2.5, 4.0])
+
+    class Measured(m.PreTrainer):
+        def measure(self, batch):
+            return super().measure(batch) | {"loss": (next(losses), 1)}
+
+    config = m.TrainConfig(max_steps=4, eval_every=1, warmup_steps=0, sample_tokens=0)
+    data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path / "overfitted"}
+    says = r"become worse, in the end loss 4\.0000.*the best evaluation was that of step 2 \(loss 2\.0000"
+    with pytest.warns(UserWarning, match=says):
+        Measured(random_model(shape()), tokenizer, config=config, **data).fit()
+    return tmp_path / "overfitted"
+
+
+def test_a_run_is_its_best_evaluation_unless_the_last_is_wanted(overfitted):
+    for which, name, step in (("best", "best.pt", 2), ("last", "checkpoint.pt", 4)):
+        model, _, state = m.load_run(overfitted, which=which)
+        assert state["step"] == step and same(
+            dict(model.state_dict()), dict(m.load_checkpoint(overfitted / name)["model"])
+        )
+    assert m.load_run(overfitted)[2]["step"] == 2
+    trainer = trainer_for(m.BPETokenizer.load(overfitted / "tokenizer.json"), m.TrainConfig())
+    trainer.load_checkpoint(overfitted / "checkpoint.pt")
+    assert (trainer.step_count, trainer.best, trainer.best_figures["step"]) == (4, -2.0, 2)
+
+
+def test_a_best_that_is_damaged_or_of_another_run_is_not_taken(overfitted, tmp_path):
+    best, content = overfitted / "best.pt", (overfitted / "best.pt").read_bytes()
+    best.write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=r"best.pt is damaged.*taking the last weights, in checkpoint.pt"):
+        assert m.load_run(overfitted)[2]["step"] == 4
+    state = m.load_checkpoint(overfitted / "checkpoint.pt")
+    for changed in ({"tokenizer_hash": "0"}, {"config": state["config"] | {"stage": "sft"}}):
+        m.save_checkpoint(best, state | changed)
+        with pytest.warns(UserWarning, match=r"best.pt is not of this run: taking the last"):
+            assert m.load_run(overfitted)[2]["step"] == 4
+    for path in overfitted.glob("checkpoint*.pt"):
+        path.unlink()
+    with pytest.raises(m.UserError, match="holds a run already"):  # with a best.pt that a new run might leave behind
+        trainer_for(
+            m.BPETokenizer.load(overfitted / "tokenizer.json"),
+            m.TrainConfig(max_steps=1),
+            train_data=[lm_batch(2, 8)],
+            run_dir=overfitted,
+        ).fit()
+
+
 def test_a_fingerprint_is_of_the_weights():
     """Worked example: equal weights, equal fingerprints; one weight moves by one unit in the last place, another."""
     model, twin = random_model(shape()), random_model(shape())
@@ -3530,6 +3642,7 @@ def test_checkpoints_run_no_code(tmp_path):
 
 def test_a_whole_checkpoint_of_something_else_is_one_message(trained_runs, tmp_path):
     shutil.copytree(trained_runs / "pretrain", tmp_path / "run")
+    (tmp_path / "run/best.pt").unlink()
     state = m.load_checkpoint(tmp_path / "run/checkpoint.pt")
     shrunk = state["model"] | {"norm.weight": torch.ones(3)}
     for changed in ({"step": 1}, state | {"config": {}}, state | {"model": {}}, state | {"model": shrunk}):
@@ -3827,6 +3940,84 @@ def test_the_time_that_is_left_by_hand(tmp_path, tokenizer, monkeypatch, capsys)
     assert shown == [("1", "0:20"), ("2", "0:10"), ("3", "0:00"), ("4", "0:20"), ("5", "0:10"), ("6", "0:00")]
 
 
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 2.5])
+def test_epochs_end_a_run_by_hand(tmp_path, tokenizer, corpus, epochs):
+    """Worked example: of a plain list of 4 batches, 2 a step, and of a loader with 6 batches, 1 a step."""
+    loader = m.PretrainDataLoader(corpus, tokenizer, 8, 32, "all", cache_dir=tmp_path / "cache")
+    loader.tokens = loader.tokens[: 32 * 48 + 32]  # 48 blocks whatever the offset
+    for data, accumulation, steps in (
+        ([lm_batch(2, 8)] * 4, 2, {0.5: 1, 1.0: 2, 2.5: 5}),
+        (loader, 1, {0.5: 3, 1.0: 6, 2.5: 15}),
+    ):
+        config = m.TrainConfig(
+            epochs=epochs,
+            accumulation_steps=accumulation,
+            warmup_steps=0,
+            sample_tokens=0,
+            log_every=1,
+            schedule="wsd",
+            decay_fraction=1.0,
+        )
+        run_dir = tmp_path / str(accumulation)
+        trainer = trainer_for(tokenizer, config, train_data=data, run_dir=run_dir)
+        trainer.fit()
+        assert trainer.step_count == steps[epochs] and trainer.progress() == 1
+        rates = [row["lr"] for row in m.read_metrics(run_dir)]
+        assert rates == pytest.approx([3e-3 * (1 - k / steps[epochs]) for k in range(steps[epochs])])  # a straight line
+        with pytest.raises(m.UserError, match=f"the run is over: {steps[epochs]} steps, {epochs:.3g} epochs"):
+            trainer.fit()
+
+
+def test_the_first_limit_that_is_reached_ends_a_run(tmp_path, tokenizer):
+    for limits, steps in (({"epochs": 1.0, "max_steps": 2}, 2), ({"epochs": 1.0, "max_steps": 9}, 4)):
+        config = m.TrainConfig(**limits, warmup_steps=0, sample_tokens=0)
+        trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)] * 4, run_dir=tmp_path / str(steps))
+        trainer.fit()
+        assert trainer.step_count == steps
+
+
+def test_epochs_of_a_resumed_run_go_on(tmp_path, tokenizer, corpus):
+    steps = []
+    for epochs in (1.0, 2.0):
+        loader = m.PretrainDataLoader(corpus, tokenizer, 8, 32, "all", cache_dir=tmp_path / "cache")
+        config = m.TrainConfig(epochs=epochs, warmup_steps=0, sample_tokens=0)
+        trainer = trainer_for(tokenizer, config, train_data=loader, run_dir=tmp_path / "run")
+        if epochs > 1:
+            trainer.load_checkpoint(tmp_path / "run/checkpoint.pt")
+            assert trainer.epochs_done == 1
+        trainer.fit()
+        steps.append(trainer.step_count)
+    assert steps[1] in range(2 * steps[0] - 1, 2 * steps[0] + 2)
+
+
+def test_epochs_of_data_without_a_length_are_refused(tmp_path, tokenizer):
+    class Stream:
+        def __iter__(self):
+            return iter([lm_batch(2, 8)])
+
+    trainer = trainer_for(tokenizer, m.TrainConfig(epochs=1.0), train_data=Stream(), run_dir=tmp_path / "run")
+    with pytest.raises(m.UserError, match="epochs need train_data with a length"):
+        trainer.fit()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("eval_every", "limits", "steps"),
+    [
+        (250, {"epochs": 3.0}, [4, 8, 12]),
+        (250, {"max_steps": 12}, [12]),
+        (0, {"epochs": 3.0}, [12]),
+        (3, {"epochs": 2.0}, [3, 6, 8]),
+    ],
+)
+def test_short_epochs_end_in_an_evaluation_by_hand(tmp_path, tokenizer, eval_every, limits, steps):
+    data = [lm_batch(2, 8)] * 4
+    config = m.TrainConfig(**limits, eval_every=eval_every, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=data, val_data=data, run_dir=tmp_path)
+    trainer.fit()
+    assert [row["step"] for row in m.read_metrics(tmp_path) if "val_loss" in row] == steps
+
+
 def test_exact_match_by_hand(tmp_path, tokenizer, monkeypatch):
     """Worked example: of five chats the first has no answer to check, the third no room for a reply.
 
@@ -3948,6 +4139,90 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, m
 
 def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
+
+
+def cramped(fn, limit: int):
+    """`fn`, which runs out of memory on more rows than `limit`."""
+
+    def limited(rows, *args, **options):
+        if len(rows["input_ids"] if isinstance(rows, dict) else rows) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fn(rows, *args, **options)
+
+    return limited
+
+
+def test_out_of_memory_splits_evaluations_rollouts_and_scoring(tmp_path, tokenizer, monkeypatch, capsys):
+    batches = [lm_batch(6, 20, seed=k, ragged=True) for k in range(2)]
+    trainers = [trainer_for(tokenizer, val_data=batches) for _ in range(2)]
+    trainers[1].measure = cramped(trainers[1].measure, 2)
+    calm, pressed = (trainer.evaluate() for trainer in trainers)
+    assert pressed == pytest.approx(calm, rel=1e-6) and trainers[1].micro_splits == 4
+    pairs_data = load(m.DPODataLoader, tmp_path, tokenizer, pairs(), batch_size=6)
+    calm = m.DPOTrainer(random_model(shape()), tokenizer, train_data=pairs_data)
+    expected, pairs_data.reference_logprobs = pairs_data.reference_logprobs, None
+    calm.reference_logprobs = cramped(calm.reference_logprobs, 2)
+    calm.cache_reference(pairs_data)
+    torch.testing.assert_close(pairs_data.reference_logprobs, expected)
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: 1.0)
+    plain = m.TextGenerator.sample_generate
+    monkeypatch.setattr(
+        m.TextGenerator,
+        "sample_generate",
+        lambda self, ids, *args: cramped(functools.partial(plain, self), 2)(ids, *args),
+    )
+    trainer.reference.hidden_states = cramped(trainer.reference.hidden_states, 2)
+    experience = trainer.rollout(prompt_batch(tokenizer, ["a", "b", "c", "d", "e"]))[0]
+    assert len(experience["input_ids"]) == 5 and trainer.micro_splits == 32
+    assert "out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["evaluate", "update"])
+def test_an_error_costs_no_step_that_was_done(tmp_path, tokenizer, monkeypatch, where):
+    config = m.TrainConfig(max_steps=9, eval_every=3, save_every=0, auto_micro_batch=False, sample_tokens=0)
+    data = [lm_batch(2, 8)]
+    trainer = trainer_for(tokenizer, config, train_data=data, val_data=data, run_dir=tmp_path)
+    plain = getattr(trainer, where)
+
+    def full(*args):
+        if trainer.step_count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*args)
+
+    monkeypatch.setattr(trainer, where, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit()
+    state = m.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] == 3 and same(dict(state["model"]), dict(trainer.model.state_dict()))
+
+
+def test_training_that_cannot_be_compiled(tokenizer, monkeypatch, capsys):
+    """--compile on is one error; auto, which only CUDA has, says it and goes on."""
+
+    def fail(*_, **__):
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    trainer, plain = (trainer_for(tokenizer, m.TrainConfig(compile=mode, warmup_steps=0)) for mode in ("on", "off"))
+    for act in (trainer.evaluate, lambda: trainer.step([lm_batch(2, 8)])):
+        trainer.val_data = [lm_batch(2, 8)]
+        with pytest.raises(m.UserError, match=r"training cannot be compiled here .*C\+\+ compiler"):
+            act()
+    trainer.config.compile = "auto"
+    assert trainer.step([lm_batch(2, 8)])["loss"] == plain.step([lm_batch(2, 8)])["loss"]
+    assert "cannot be compiled" in capsys.readouterr().out
+
+
+def test_steps_that_are_not_finite_are_left_out_of_the_means_by_hand(tmp_path, tokenizer):
+    """Worked example: of losses 1, NaN and 3 the mean is 2; of NaN alone there is none."""
+    losses = iter([5.0, 1.0, math.nan, 3.0, math.nan])
+    config = m.TrainConfig(max_steps=5, log_every=4, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path)
+    plain = trainer.step
+    trainer.step = lambda batches: plain(batches) | {"loss": next(losses)}
+    trainer.fit()
+    rows = m.read_metrics(tmp_path)
+    assert [row["loss"] for row in rows] == [5.0, 2.0]
 
 
 def test_float16_with_the_scaler_skips_overflow_and_learns(tokenizer):
@@ -4080,6 +4355,34 @@ def test_a_resumed_run_keeps_its_optimizer(tmp_path, tokenizer):
             changed.load_checkpoint(path)
         assert changed.step_count == 0 and all(map(torch.equal, weights, changed.model.parameters()))
         trainer_for(tokenizer, m.TrainConfig(optimizer=saved, learning_rate=1e-5)).load_checkpoint(path)  # may change
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "values"),
+    [
+        ("sft", "lora_alpha", (4.0, 8.0)),
+        ("sft", "lora_rank", (2, 4)),
+        ("dpo", "dpo_beta", (0.1, 0.2)),
+        ("dpo", "dpo_kind", ("sigmoid", "ipo")),
+        ("ppo", "gamma", (1.0, 0.9)),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_weights_mean(tmp_path, trained_runs, stage, flag, values):
+    """Everything else, like the learning rate and the precision, may change."""
+    runs = []
+    for k, value in enumerate(values):
+        changes = {"lora_rank": 2} | ({flag: value} if "lora" in flag else {})
+        more = {"learning_rate": 1e-4, "dtype": "bfloat16"} if k else {}
+        trainer = stage_trainer(trained_runs, stage, tmp_path / "run", config=stage_config(**changes, **more))
+        if hasattr(trainer.rl, flag):
+            setattr(trainer.rl, flag, value)
+        runs.append(trainer)
+    runs[0].save_checkpoint(tmp_path / "checkpoint.pt")
+    with pytest.raises(m.UserError, match=f"was trained with --{flag.replace('_', '-')} {values[0]}: give that"):
+        runs[1].load_checkpoint(tmp_path / "checkpoint.pt")
+    setattr(runs[1].rl if hasattr(runs[1].rl, flag) else runs[1].config, flag, values[0])
+    if flag != "lora_rank":
+        runs[1].load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_an_evaluation_that_is_not_finite_does_not_end_the_best_for_good(tmp_path, tokenizer):
@@ -4283,6 +4586,61 @@ def test_lora_trains_its_own_and_a_run_of_it_is_a_plain_model(tmp_path, tokenize
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_checkpoint_of_lora_holds_what_lora_trains(tmp_path, trained_runs, stage):
+    config = stage_config(lora_rank=2, max_steps=2, learning_rate=0.05)
+    parent = tmp_path / "parent"
+    shutil.copytree(trained_runs / "pretrain", parent)
+    origin = {"parent": str(parent)}
+
+    def trainer_from(parent: Path, **options) -> m.Trainer:
+        trainer = stage_trainer(trained_runs, stage, tmp_path / stage, parent, config, **options)
+        trainer.origin = origin
+        return trainer
+
+    trainer = trainer_from(parent)
+    trainer.fit()
+    # 1 it is small, and the run is the whole model
+    path = tmp_path / stage / "checkpoint.pt"
+    state = m.load_checkpoint(path)
+    assert all("lora_" in name or name == "score.weight" for name in state["model"])
+    whole = tmp_path / "whole.pt"
+    trainer.origin, trainer.base = {}, {}
+    trainer.save_checkpoint(whole)
+    assert path.stat().st_size < 0.7 * whole.stat().st_size
+    model = m.load_run(tmp_path / stage, which="last")[0]
+    merged = copy.deepcopy(trainer.model).eval()
+    m.merge_lora(merged)
+    assert same(dict(model.state_dict()), dict(merged.state_dict()))
+    # 2 it is resumed from its base and from whole weights
+    again = trainer_from(parent, resume=True)
+    assert same(dict(again.trained.state_dict()), dict(trainer.trained.state_dict()))
+    # 3 a base that has changed or is missing is one error, in both ways
+    for file in ("best.pt", "checkpoint.pt"):
+        changed = m.load_checkpoint(parent / file)
+        changed["model"]["norm.weight"] += 1
+        m.save_checkpoint(parent / file, changed)
+        if file == "best.pt":
+            assert same(dict(m.load_run(tmp_path / stage, which="last")[0].state_dict()), dict(model.state_dict()))
+    with pytest.raises(m.UserError, match="its base .* has changed since"):
+        m.load_run(tmp_path / stage)
+    with pytest.raises(m.UserError, match="is not the one that this run started with|its base has changed since"):
+        stage_trainer(trained_runs, stage, tmp_path / stage, parent, config, resume=True)
+    shutil.rmtree(parent)
+    with pytest.raises(m.UserError, match="holds only what LoRA trained, and its base cannot be read"):
+        m.load_run(tmp_path / stage)
+
+
+def test_a_merged_model_has_the_same_bits_whatever_the_order_of_sums():
+    torch.manual_seed(0)
+    layer = m.LoRALinear(m.Linear(40, 50), 3, 6.0)
+    torch.nn.init.normal_(layer.lora_b)
+    expected = layer.weight.clone()
+    for r in range(3):
+        expected = expected + (layer.scale * layer.lora_b[:, r])[:, None] * layer.lora_a[r]
+    assert torch.equal(layer.merged().weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -4792,6 +5150,7 @@ def test_every_stage_resumes_bit_for_bit(tmp_path, trained_runs, stage):
 def test_a_parent_that_has_changed_is_refused(tmp_path, trained_runs, stage):
     parent = tmp_path / "parent"
     shutil.copytree(trained_runs / "pretrain", parent)
+    (parent / "best.pt").unlink()
     stage_trainer(trained_runs, stage, tmp_path / stage, parent, stage_config(max_steps=1)).fit()
     state = m.load_checkpoint(parent / "checkpoint.pt")
     state["model"]["norm.weight"] += 1e-3
@@ -5895,7 +6254,7 @@ def test_sample_continues_prompts(pretraining, capsys):
     ("more", "message"),
     [
         ([], "holds a run already"),
-        (["--resume"], "no time left to train"),
+        (["--resume"], "the run is over: 6 steps"),
         (["--resume", "--hidden-size", "64"], "hidden_size=64 (there 32)"),
         (["--overwrite", "--data", "/no/such"], "/no/such"),
         (["--resume", "--max-steps", "9", "--seed", "5"], "seed=5"),

@@ -228,7 +228,7 @@ def train(args) -> int:
     check_flags(args)
     device, run_dir, saved = m.pick_device(args.device), args.runs / args.stage, {}
     if is_resumed := can_resume(run_dir, args):
-        saved = m.load_run(run_dir)[2]["config"]
+        saved = m.load_run(run_dir, which="last")[2]["config"]
         config = train_config(args, m.TrainConfig(**saved["train"]))
         rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]) if saved.get("rl") else None)
     parent = find_parent(args, saved, run_dir)
