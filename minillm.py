@@ -2131,11 +2131,6 @@ def answer_matches(reply: str, answer: str) -> bool:
     return False
 
 
-def hash_share(text: str) -> float:
-    """Return a number in [0, 1) that only the text decides; hashes spread evenly."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
-
-
 class TextPart(NamedTuple):
     """A part of a document, or all of it."""
 
@@ -2189,6 +2184,19 @@ class Example(NamedTuple):
         return {"ids": ids, "trained": trained, "lengths": lengths, "notes": note, "note_lengths": [len(note)]}
 
 
+def read_document(kind: str, where: str, record: dict, form: Form) -> str | Path | Example:
+    """Return a record as a document of a kind: a text, the path of a .txt, or an Example; ValueError for a bad one."""
+    if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False, default=str)):
+        raise ValueError("an escape \\ud800 … \\udfff without its other half is no character")
+    if kind == "text":
+        if not isinstance(record["text"], (str, Path)):
+            raise ValueError(f'"text" must be a string, not {type(record["text"]).__name__}')
+        if not record["text"]:
+            raise LeftOut("empty text")
+        return record["text"]
+    return _read_example(kind, where, record, form)
+
+
 def _read_example(kind, where, record, form):
     """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
     key = form.first
@@ -2234,42 +2242,35 @@ def without_nulls(value: dict) -> dict:
     return {key: item for key, item in value.items() if item is not None}
 
 
-class Division(NamedTuple):
-    """How documents are divided: those whose hash lies below a number are for validation, whatever their order."""
+def hash_shares(document: str | Example) -> tuple[float, float]:
+    """Return numbers in [0, 1) that only a document's first question and all of it decide; hashes spread evenly."""
+    texts = [document] * 2
+    if isinstance(document, Example):
+        asked = [message["content"].strip() for message in document.conversations[0] if message["role"] == "user"]
+        texts = [json.dumps(document.conversations)] * 2
+        texts[0] = asked[0] if asked else texts[1]
+    return tuple(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8 for text in texts)
 
-    part: int = 0  # whose hash it is: 0 of the first question, 1 of the whole document
-    below: float = 0.0  # 0: all are trained on
 
-    @staticmethod
-    def shares(document: str | Example) -> tuple[float, float]:
-        """Return the hashes, in [0, 1), of a document's first question and of all of it.
+def divide(documents: Iterable) -> Callable[[str | Example], str]:
+    """Return the function that says on which side a document is, "train" or "val", whatever the documents' order.
 
-        The question decides for chats, pairs and prompts alike, so that none is on both sides.
-        """
-        if isinstance(document, str):
-            return (hash_share(document),) * 2
-        whole = hash_share(json.dumps(document.conversations))
-        asked = [message["content"] for message in document.conversations[0] if message["role"] == "user"]
-        return hash_share(asked[0].strip()) if asked else whole, whole
-
-    @classmethod
-    def of(cls, documents: Iterable) -> Division:
-        """Return the one that sets about a tenth aside, and of two different documents at least one on each side."""
-        low, high = (1.0, 1.0), (0.0, 0.0)
-        for _, document in documents:
-            shares = (0.0, 1.0) if isinstance(document, Path) else cls.shares(document)  # a .txt gives to both sides
-            low, high = tuple(map(min, low, shares)), tuple(map(max, high, shares))
-            if low[0] < 0.1 <= high[0]:  # mostly soon
-                return cls(0, 0.1)
-        part = int(low[0] == high[0])  # the same question everywhere: what follows it decides
-        low, high = low[part], high[part]
-        if low >= high:  # one document, or copies of it
-            return cls()
-        # All lie on one side of 0.1: the lowest alone is for validation, or the highest alone is trained on.
-        return cls(part, 0.1 if low < 0.1 <= high else high if high < 0.1 else math.nextafter(low, 1))
-
-    def side(self, document: str | Example) -> str:
-        return "val" if self.shares(document)[self.part] < self.below else "train"
+    Those of the tenth of all hashes are for validation. The first question's hash decides, for chats, pairs and prompts
+    alike, so that no question is on both sides. Of two different documents at least one is on each side.
+    """
+    questions, whole, part, below = set(), set(), 0, 0.1
+    for document in documents:
+        if isinstance(document, Path):  # a .txt gives to both sides
+            break
+        for shares, share in zip((questions, whole), hash_shares(document), strict=True):
+            shares.add(share)
+        if min(questions) < 0.1 <= max(questions):  # mostly soon
+            break
+    else:  # All are on one side, or ask the same: the lowest tenth, at least one, is for validation, unless it is all.
+        part = int(len(questions) == 1)
+        ranked = sorted(whole if part else questions)
+        below = ranked[max(1, len(ranked) // 10)] if len(ranked) > 1 else 0.0
+    return lambda document: "val" if hash_shares(document)[part] < below else "train"
 
 
 class Reader:
@@ -2280,7 +2281,7 @@ class Reader:
 
     def __init__(self, paths: Paths, on_bad_record: str = "stop"):
         self.paths, self.files, self.on_bad_record = path_list(paths), data_files(paths), on_bad_record
-        self.counts, self.first_places = Counter(), {}
+        self.counts, self.first_places, self.kinds = Counter(), {}, defaultdict(Counter)
 
     def key(self, *rules: object) -> str:
         """Return a name for the content of the files and the `rules` that it is read by."""
@@ -2353,74 +2354,74 @@ class Reader:
             values = [(str(path), {"text": path})] if next(read_text(path), "") else []
         is_data, stranger = path in self.paths or self.on_bad_record == "skip", None
         for where, record in values:
-            form = form_of(record)
-            if form is None:
-                keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
-                forms = "; ".join("+".join(form.keys) for form in FORMS)
-                problem = f"unknown form of record ({keys}): allowed are objects with {forms}"
-            elif form.kind == "text" and not isinstance(record["text"], (str, Path)):
-                problem = f'"text" must be a string, not {type(record["text"]).__name__}'
-            elif re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False, default=str)):
-                problem = "an escape \\ud800 … \\udfff without its other half is no character"
-            else:
-                problem = None
-            if form is None and not is_data:  # it stops the reading once there is a record beside it
-                stranger = stranger or (where, problem)
-            elif problem or stranger:
-                self._skip(*stranger or (where, problem))
-            else:
-                is_data = True
+            if form := form_of(record):
+                if stranger:  # it is data, after all
+                    self._skip(*stranger)
+                is_data, stranger = True, None
+                self.kinds[path][form.kind] += 1
                 yield where, record, form
+                continue
+            keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
+            forms = "; ".join("+".join(form.keys) for form in FORMS)
+            stranger = stranger or (where, f"unknown form of record ({keys}): allowed are objects with {forms}")
+            if is_data:
+                self._skip(*stranger)
+                stranger = None
         if not is_data:
             self.count("file without records", str(path))
 
-    def documents(self, kind: str, source: str) -> Iterator[tuple]:
-        """Yield (file:line, document) for every record of the kind `source`: a text, the path of a .txt, an Example.
+    def documents(self, path: Path, kind: str, source: str) -> Iterator[tuple]:
+        """Yield (file:line, document of a `kind`) for every record of the kind `source` in a file."""
+        for where, record, form in self.records(path):
+            if form.kind != source:
+                continue
+            try:
+                document = read_document(kind, where, record, form)
+            except LeftOut as error:
+                self.count(str(error), where)
+            except (ValueError, TypeError) as error:  # a key holds something of another type
+                self._skip(where, error)
+            else:
+                yield where, document
+
+    def division(self, kind: str, source: str) -> Callable:
+        """Look a few records ahead, mostly, how to `divide` the documents; what is wrong with them is said later."""
+        ahead = Reader(self.paths, "skip")
+        return divide(document for path in self.files for _, document in ahead.documents(path, kind, source))
+
+    def items(self, kind: str, split: str) -> Iterator:
+        """Yield what is to be encoded: the parts of every text, or an example for every other record of a kind.
 
         A file without such records is an error if the user named it, and skipped if it came from a directory.
         """
-        count, takes = 0, f"nothing for this stage, which takes {KINDS[kind]}"
-        for path in self.files:
-            kinds = Counter()
-            for where, record, form in self.records(path):
-                kinds[form.kind] += 1
-                if form.kind != source:
-                    continue
-                try:
-                    document = record["text"] if kind == "text" else _read_example(kind, where, record, form)
-                    if document == "":
-                        raise LeftOut("empty text")
-                except LeftOut as error:
-                    self.count(str(error), where)
-                    continue
-                except (ValueError, TypeError) as error:  # a key holds something of another type
-                    self._skip(where, error)
-                    continue
-                yield where, document
-                count += 1
-            if not kinds[source] and path in self.paths:
-                found = f"it holds {', '.join(kinds)} records" if kinds else "it is empty"
-                raise UserError(f"{path}: {takes}: {found}" + f" ({self.report()})" * bool(self.counts))
-        if not count:
-            raise UserError(f"{', '.join(map(str, self.paths))}: {takes}" + f" ({self.report()})" * bool(self.counts))
-
-    def items(self, kind: str, split: str) -> Iterator:
-        """Yield what is to be encoded: the parts of every text, or an example for every other record of a kind."""
         source = kind
         if kind == "prompt" and "prompt" not in kinds_of(self.paths):
             source = "chat"  # conversations hold prompts, too
-        # Look ahead, mostly a few records, how to divide them. What is wrong with them is said below.
-        ahead = Reader(self.paths, "skip").documents(kind, source) if split != "all" else ()
-        division = Division.of(ahead)
-        for where, document in self.documents(kind, source):
-            if isinstance(document, Path):
-                yield from text_parts(document, split)
-            elif isinstance(document, str):
-                yield TextPart(division.side(document), document)
-            else:
-                for remark in document.remarks:
-                    self.count(remark, where)
-                yield document._replace(split=division.side(document))
+        side = self.division(kind, source) if split != "all" else lambda _: "train"
+        count = 0
+        for path in self.files:
+            for where, document in self.documents(path, kind, source):
+                count += 1
+                if isinstance(document, Path):
+                    yield from text_parts(document, split)
+                elif isinstance(document, str):
+                    yield TextPart(side(document), document)
+                else:
+                    for remark in document.remarks:
+                        self.count(remark, where)
+                    yield document._replace(split=side(document))
+            if not self.kinds[path][source] and path in self.paths:
+                raise self._nothing(kind, [path], [path])
+        if not count:
+            raise self._nothing(kind, self.paths, self.files)
+
+    def _nothing(self, kind, paths, files):
+        kinds = ", ".join(sum((self.kinds[path] for path in files), Counter()))
+        problem = f"nothing for this stage, which takes {KINDS[kind]}: it " + (
+            f"holds {kinds} records" if kinds else "is empty"
+        )
+        report = f" ({self.report()})" * bool(self.counts)
+        return UserError(f"{', '.join(map(str, paths))}: {problem}{report}")
 
 
 def text_parts(path: Path, split: str) -> Iterator[TextPart]:
@@ -2455,7 +2456,7 @@ def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
     # Compressed text is about four times as long as its file.
     size = sum(f.stat().st_size * (1 if f.suffix in (".txt", ".json", ".jsonl") else 4) for f in reader.files)
     every = max(1, round(size / TOKENIZER_BYTES))
-    division = functools.cache(lambda kind: Division.of(Reader(paths, "skip").documents(kind, kind)))
+    division = functools.cache(reader.division)
     for path in reader.files:
         for where, record, form in reader.records(path):
             if is_plain_text(path):  # every so many of a long text's parts
@@ -2463,11 +2464,11 @@ def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
                 yield from itertools.islice(parts, 0, None, every)
             elif zlib.crc32(json.dumps(record).encode()) % every == 0:  # one record in so many
                 try:
-                    document = record["text"] if form.kind == "text" else _read_example(form.kind, where, record, form)
+                    document = read_document(form.kind, where, record, form)
                 except (ValueError, TypeError):  # is said when the record is used
                     continue
-                if split == "all" or division(form.kind).side(document) == "train":
-                    yield from [document] if form.kind == "text" else document.texts()
+                if split == "all" or division(form.kind, form.kind)(document) == "train":
+                    yield from [document] if isinstance(document, str) else document.texts()
 
 
 class TokenizerManager:
@@ -2639,11 +2640,9 @@ def _shuffled(items, random):
 
 def pad_left(rows: list[list[int]], pad_id: int) -> Batch:
     """Return rows of ids as {"input_ids", "attention_mask"}, both (B, T), padded on the left."""
-    T = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([[pad_id] * (T - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows]),
-    }
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return {"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad(list(map(torch.ones_like, ids)))}
 
 
 def _pad_right(rows, pad_id):
