@@ -2138,6 +2138,13 @@ class TextPart(NamedTuple):
     text: str
     begins: bool = True  # the document begins with this part
     ends: bool = True
+    remarks: tuple[str, ...] = ()
+
+    def question(self) -> str:
+        return self.text
+
+    def texts(self) -> list[str]:
+        return [self.text]
 
     def encode(self, tokenizer: BPETokenizer) -> dict:
         ids = tokenizer.encode(self.text, add_special_tokens=self.begins)
@@ -2157,6 +2164,11 @@ class Example(NamedTuple):
     note: dict  # what is kept as it is: "messages" (the prompt), "answer", "category"
     where: str  # file:line
     remarks: tuple[str, ...] = ()  # what of the record was not used, or was changed
+
+    def question(self) -> str:
+        """Return what decides on which side it is: the first message of a user, else all that is said."""
+        asked = [message["content"].strip() for message in self.conversations[0] if message["role"] == "user"]
+        return asked[0] if asked else json.dumps(self.texts())
 
     def texts(self) -> list[str]:
         """Return what is said in it; of a pair the prompt only once."""
@@ -2184,17 +2196,18 @@ class Example(NamedTuple):
         return {"ids": ids, "trained": trained, "lengths": lengths, "notes": note, "note_lengths": [len(note)]}
 
 
-def read_document(kind: str, where: str, record: dict, form: Form) -> str | Path | Example:
-    """Return a record as a document of a kind: a text, the path of a .txt, or an Example; ValueError for a bad one."""
+def read_document(kind: str, where: str, record: dict, form: Form) -> Path | TextPart | Example:
+    """Return a record as a document of a kind; of a .txt file its path. Raises ValueError for what is wrong with it."""
     if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False, default=str)):
         raise ValueError("an escape \\ud800 … \\udfff without its other half is no character")
-    if kind == "text":
-        if not isinstance(record["text"], (str, Path)):
-            raise ValueError(f'"text" must be a string, not {type(record["text"]).__name__}')
-        if not record["text"]:
-            raise LeftOut("empty text")
-        return record["text"]
-    return _read_example(kind, where, record, form)
+    if kind != "text":
+        return _read_example(kind, where, record, form)
+    text = record["text"]
+    if text == "":
+        raise LeftOut("empty text")
+    if not isinstance(text, (str, Path)):
+        raise ValueError(f'"text" must be a string, not {type(text).__name__}')
+    return TextPart("train", text) if isinstance(text, str) else text
 
 
 def _read_example(kind, where, record, form):
@@ -2242,35 +2255,36 @@ def without_nulls(value: dict) -> dict:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def hash_shares(document: str | Example) -> tuple[float, float]:
-    """Return numbers in [0, 1) that only a document's first question and all of it decide; hashes spread evenly."""
-    texts = [document] * 2
-    if isinstance(document, Example):
-        asked = [message["content"].strip() for message in document.conversations[0] if message["role"] == "user"]
-        texts = [json.dumps(document.conversations)] * 2
-        texts[0] = asked[0] if asked else texts[1]
-    return tuple(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8 for text in texts)
+def hash_share(text: str) -> float:
+    """Return a number in [0, 1) that only the text decides; hashes spread evenly."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
 
 
-def divide(documents: Iterable) -> Callable[[str | Example], str]:
+def divide(documents: Iterable) -> Callable:
     """Return the function that says on which side a document is, "train" or "val", whatever the documents' order.
 
-    Those of the tenth of all hashes are for validation. The first question's hash decides, for chats, pairs and prompts
-    alike, so that no question is on both sides. Of two different documents at least one is on each side.
+    A tenth of all hashes are for validation. The first question's hash decides, for chats, pairs and prompts alike, so
+    that no question is on both sides. Of two different documents at least one is on each side.
     """
-    questions, whole, part, below = set(), set(), 0, 0.1
+    questions, whole, by_question, below = set(), set(), True, 0.1
     for document in documents:
         if isinstance(document, Path):  # a .txt gives to both sides
             break
-        for shares, share in zip((questions, whole), hash_shares(document), strict=True):
-            shares.add(share)
+        questions.add(hash_share(document.question()))
         if min(questions) < 0.1 <= max(questions):  # mostly soon
             break
-    else:  # All are on one side, or ask the same: the lowest tenth, at least one, is for validation, unless it is all.
-        part = int(len(questions) == 1)
-        ranked = sorted(whole if part else questions)
+        if len(questions) == 1:
+            whole.add(hash_share(json.dumps(document.texts())))
+    else:  # All ask the same, or are on one side. Then the lowest tenth is for validation, but not a single document.
+        by_question = len(questions) > 1
+        ranked = sorted(questions if by_question else whole)
         below = ranked[max(1, len(ranked) // 10)] if len(ranked) > 1 else 0.0
-    return lambda document: "val" if hash_shares(document)[part] < below else "train"
+
+    def side(document):
+        text = document.question() if by_question else json.dumps(document.texts())
+        return "val" if hash_share(text) < below else "train"
+
+    return side
 
 
 class Reader:
@@ -2354,19 +2368,18 @@ class Reader:
             values = [(str(path), {"text": path})] if next(read_text(path), "") else []
         is_data, stranger = path in self.paths or self.on_bad_record == "skip", None
         for where, record in values:
-            if form := form_of(record):
-                if stranger:  # it is data, after all
-                    self._skip(*stranger)
-                is_data, stranger = True, None
-                self.kinds[path][form.kind] += 1
-                yield where, record, form
-                continue
-            keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
-            forms = "; ".join("+".join(form.keys) for form in FORMS)
-            stranger = stranger or (where, f"unknown form of record ({keys}): allowed are objects with {forms}")
-            if is_data:
+            form = form_of(record)
+            if form is None and stranger is None:
+                keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
+                forms = "; ".join("+".join(form.keys) for form in FORMS)
+                stranger = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
+            is_data = is_data or form is not None
+            if stranger and is_data:
                 self._skip(*stranger)
                 stranger = None
+            if form:
+                self.kinds[path][form.kind] += 1
+                yield where, record, form
         if not is_data:
             self.count("file without records", str(path))
 
@@ -2404,12 +2417,10 @@ class Reader:
                 count += 1
                 if isinstance(document, Path):
                     yield from text_parts(document, split)
-                elif isinstance(document, str):
-                    yield TextPart(side(document), document)
-                else:
-                    for remark in document.remarks:
-                        self.count(remark, where)
-                    yield document._replace(split=side(document))
+                    continue
+                for remark in document.remarks:
+                    self.count(remark, where)
+                yield document._replace(split=side(document))
             if not self.kinds[path][source] and path in self.paths:
                 raise self._nothing(kind, [path], [path])
         if not count:
@@ -2468,7 +2479,7 @@ def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
                 except (ValueError, TypeError):  # is said when the record is used
                     continue
                 if split == "all" or division(form.kind, form.kind)(document) == "train":
-                    yield from [document] if isinstance(document, str) else document.texts()
+                    yield from document.texts()
 
 
 class TokenizerManager:

@@ -2077,7 +2077,7 @@ def test_a_tokenizer_never_learns_from_validation_text(tmp_path):
     docs = [f"document {i}" for i in range(300)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": doc} for doc in docs])
     learned = list(m.sample_texts([path], "train", "stop"))
-    assert learned == [doc for doc in docs if m.hash_shares(doc)[0] >= 0.1] and 240 < len(learned) < 300
+    assert learned == [doc for doc in docs if m.hash_share(doc) >= 0.1] and 240 < len(learned) < 300
     assert list(m.sample_texts([path], "all", "stop")) == docs
 
 
@@ -2926,7 +2926,7 @@ def test_wherever_there_are_two_documents_one_is_on_each_side(tmp_path, tokenize
 
 def test_all_of_whom_lie_below_a_tenth_leave_one_to_train_on(tmp_path, tokenizer):
     for below in (True, False):
-        texts = [text for text in map(str, range(200)) if (m.hash_shares(text)[0] < 0.1) == below][:4]
+        texts = [text for text in map(str, range(200)) if (m.hash_share(text) < 0.1) == below][:4]
         path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
         found = [m.encode_corpus(path, tokenizer, split, tmp_path / "c")[0] for split in ("train", "val")]
         assert [stream(tokens, tokenizer).count("<|eos|>") for tokens in found] == [3, 1]
@@ -2963,7 +2963,7 @@ def test_a_question_is_on_one_side_of_all_kinds(tmp_path, tokenizer):
         held_out |= val
         learned = "\n".join(m.sample_texts(path, "train", "stop")) + "\n"
         assert {q for q in asked if q + "\n" in learned} == train
-    assert held_out == {q for q in asked if m.hash_shares(q)[0] < 0.1}
+    assert held_out == {q for q in asked if m.hash_share(q) < 0.1}
 
 
 def test_every_text_file_gives_its_last_tenth(tmp_path, tokenizer):
