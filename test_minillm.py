@@ -3494,7 +3494,7 @@ def overfitted(tmp_path, tokenizer) -> Path:
 
     config = m.TrainConfig(max_steps=4, eval_every=1, warmup_steps=0, sample_tokens=0)
     data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path / "overfitted"}
-    says = r"become worse, in the end loss 4\.0000.*the best evaluation was that of step 2 \(loss 2\.0000"
+    says = r"become worse, in the end loss 4\.0000.*best: the evaluation of step 2 \(loss 2\.0000"
     with pytest.warns(UserWarning, match=says):
         Measured(random_model(shape()), tokenizer, config=config, **data).fit()
     return tmp_path / "overfitted"
