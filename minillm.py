@@ -1125,18 +1125,15 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     Only matrices are decayed. Routers and LoRA's factors stay with AdamW: an orthogonal update would use LoRA's whole
     rank at every step.
     """
-    stacked = {
-        id(p): module.stacked[name]
-        for module in model.modules()
-        if hasattr(module, "stacked")
-        for name, p in module.named_parameters(recurse=False)
-        if name in module.stacked
-    }
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        of_a_block = p.dim() >= 2 and "layers." in name and not name.endswith("gate.weight") and "lora_" not in name
-        if p.requires_grad:
-            (matrices if of_a_block else others).append(p)
+    others, matrices, stacks = [], [], defaultdict(list)  # a stack: weights that consist of matrices of the same rows
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            of_a_block = p.dim() >= 2 and "layers." in path and not path.endswith("gate") and "lora_" not in name
+            if p.requires_grad and of_a_block:
+                matrices.append(p)
+                stacks[tuple(getattr(module, "stacked", {}).get(name, p.shape[-2:-1]))].append(p)
+            elif p.requires_grad:
+                others.append(p)
     groups = [{"params": others, "weight_decay": 0.0}]
     if config.optimizer == "adamw":
         groups.append({"params": matrices, "weight_decay": config.weight_decay})
@@ -1144,10 +1141,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas, fused=True)
     if config.optimizer == "adamw" or not matrices:
         return [adamw]
-    by_stack: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-    for p in matrices:
-        by_stack[stacked.get(id(p), (p.shape[-2],))].append(p)
-    groups = [{"params": params, "stacked": list(rows)} for rows, params in by_stack.items()]
+    groups = [{"params": params, "stacked": list(rows)} for rows, params in stacks.items()]
     half = config.dtype == "bfloat16"
     return [adamw, Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half)]
 
@@ -3871,6 +3865,12 @@ class Trainer:
             if is_full:
                 self._split_more(rows)
 
+    def map_in_memory(self, fn: Callable[[Batch], typing.Any], batch: Batch) -> list:
+        """Return [fn(batch)], or fn of each part of it where memory does not suffice for all of it."""
+        return self.in_memory(
+            lambda parts: [fn(self._to_device(part)) for part in split_rows(batch, parts)], len(batch["input_ids"])
+        )
+
     def _split_more(self, rows):
         if self.micro_splits >= rows:
             raise UserError(
@@ -3985,19 +3985,15 @@ class Trainer:
 
     def _say_best(self, last):
         """Say which evaluation was the best, and warn where training has gone on for too long."""
-        if not self.best_figures:
-            return
-        if self.best_figures["step"] == self.step_count:
-            self.line.say(f"best: the last evaluation, of step {self.step_count}")
-            return
+        best = self.best_figures
         text = (
-            f"the best evaluation was that of step {self.best_figures['step']} ({describe(self.best_figures)}): "
+            f"best: the evaluation of step {best.get('step')} ({describe(best)}); "
             "later stages, sample.py, eval and export take its weights, best.pt"
         )
-        if self.quality(last) >= self.best - 0.02 * abs(self.best):  # as good
+        if best and not self.quality(last) >= self.best - 0.02 * abs(self.best):  # a NaN is worse, too
+            warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=4)
+        elif best:
             self.line.say(text)
-        else:
-            warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=3)
 
     def _check_can_fit(self):
         limits = self.config.max_steps or self.config.minutes or self.config.epochs
@@ -4064,11 +4060,8 @@ class Trainer:
         sums, counts = Counter(), Counter()
         with eval_mode(self.trained), self.autocast():
             for batch in self.held_out(max_tokens):
-                parts = self.in_memory(
-                    lambda n, batch=batch: [self.measure(self._to_device(part)) for part in split_rows(batch, n)],
-                    len(batch["input_ids"]),
-                )
-                for name, figure in itertools.chain(*(figures.items() for figures in parts)):
+                results = self.map_in_memory(self.measure, batch)
+                for name, figure in itertools.chain(*(figures.items() for figures in results)):
                     value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
                     sums[name] += float(value)
                     counts[name] += count
@@ -4489,14 +4482,7 @@ class DPOTrainer(PairTrainer):
         logprobs = torch.zeros(len(loader.lengths), 2)
         by_length = sorted(loader.items, key=loader.lengths.__getitem__)  # little padding
         for items in batched(by_length, lambda _: 1, loader.batch_size):
-            batch = loader.collate(items)
-            parts = self.in_memory(
-                lambda n, batch=batch: [
-                    self.reference_logprobs(self._to_device(part)).cpu() for part in split_rows(batch, n)
-                ],
-                len(items),
-            )
-            logprobs[items] = torch.cat(parts)
+            logprobs[items] = torch.cat(self.map_in_memory(self.reference_logprobs, loader.collate(items))).cpu()
         loader.reference_logprobs = logprobs
 
     def reference_logprobs(self, batch: Batch) -> Tensor:

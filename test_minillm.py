@@ -3494,7 +3494,7 @@ def overfitted(tmp_path, tokenizer) -> Path:
 
     config = m.TrainConfig(max_steps=4, eval_every=1, warmup_steps=0, sample_tokens=0)
     data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path / "overfitted"}
-    says = r"become worse, in the end loss 4\.0000.*the best evaluation was that of step 2 \(loss 2\.0000"
+    says = r"become worse, in the end loss 4\.0000.*best: the evaluation of step 2 \(loss 2\.0000"
     with pytest.warns(UserWarning, match=says):
         Measured(random_model(shape()), tokenizer, config=config, **data).fit()
     return tmp_path / "overfitted"
@@ -5144,6 +5144,179 @@ def test_every_stage_resumes_bit_for_bit(tmp_path, trained_runs, stage):
     timed = {"elapsed_s", "tok_per_s", "mfu", "peak_bytes", "rollout_tok_per_s", "rollout_share"}
     clean = [[{k: v for k, v in row.items() if k not in timed} for row in found] for found in rows]
     assert clean[0] == clean[1] and rows[0][-1]["step"] == 4 and rows[0][0]["step"] == 0
+
+
+# -- every option does something ---------------------------------------------------------------------------------------
+
+# field: (stage, what it must change, one value, another, what else is set)
+OPTIONS = {
+    "dtype": ("pretrain", "weights", "float32", "bfloat16"),
+    "accumulation_steps": ("pretrain", "weights", 1, 2),
+    "gradient_checkpointing": ("pretrain", "forwards", False, True),
+    "lora_rank": ("sft", "weights", 0, 2),
+    "lora_alpha": ("sft", "weights", 4.0, 8.0, {"lora_rank": 2}),
+    "batch_size": ("pretrain", "weights", 3, 2),
+    "packing": ("sft", "weights", True, False),
+    "seq_len": ("pretrain", "weights", 16, 32),
+    "learning_rate": ("pretrain", "weights", 3e-3, 4e-3),
+    "min_learning_rate": ("pretrain", "weights", 0.0, 1e-3),
+    "warmup_steps": ("pretrain", "weights", 1, 3),
+    "schedule": ("pretrain", "weights", "cosine", "wsd"),
+    "decay_fraction": ("pretrain", "weights", 0.4, 0.9, {"schedule": "wsd"}),
+    "optimizer": ("pretrain", "weights", "muon", "adamw"),
+    "weight_decay": ("pretrain", "weights", 0.1, 0.5),
+    "beta1": ("pretrain", "weights", 0.9, 0.8),
+    "beta2": ("pretrain", "weights", 0.95, 0.8),
+    "momentum": ("pretrain", "weights", 0.95, 0.5),
+    "grad_clip": ("pretrain", "weights", 1.0, 0.1),
+    "max_steps": ("pretrain", "steps", 4, 3),
+    "epochs": ("sft", "steps", 0.0, 1.0),
+    "log_every": ("pretrain", "logged", 1, 2),
+    "eval_every": ("pretrain", "evaluated", 3, 2),
+    "save_every": ("pretrain", "saved", 2, 1),
+    "eval_tokens": ("pretrain", "val_tokens", 100_000, 10),
+    "eval_prompts": ("sft", "asked", 4, 1),
+    "reply_tokens": ("grpo", "weights", 6, 3),
+    "sample_tokens": ("pretrain", "shown", 0, 4),
+    "seed": ("pretrain", "weights", 0, 1),
+    "tensorboard": ("pretrain", "files", False, True),
+    "dpo_beta": ("dpo", "weights", 0.1, 0.5),
+    "dpo_kind": ("dpo", "weights", "sigmoid", "ipo"),
+    "dpo_sft_coef": ("dpo", "weights", 0.0, 1.0),
+    "reward_center_coef": ("reward", "weights", 0.01, 0.5),
+    "reward_sft_coef": ("reward", "weights", 1.0, 0.0),
+    "temperature": ("grpo", "weights", 1.0, 0.5),
+    "missing_end_penalty": ("ppo", "weights", 1.0, 0.0),
+    "minibatch_size": ("grpo", "weights", 6, 4),
+    "update_epochs": ("grpo", "weights", 2, 1),
+    "clip_range": ("ppo", "weights", 0.2, 1e-4),
+    "kl_coef": ("ppo", "weights", 0.05, 1.0),
+    "gamma": ("ppo", "weights", 1.0, 0.5),
+    "gae_lambda": ("ppo", "weights", 0.95, 0.5),
+    "value_clip": ("ppo", "weights", 1.0, 1e-4),
+    "value_coef": ("ppo", "weights", 0.5, 0.0),
+    "critic_rate": ("ppo", "weights", 5.0, 1.0),
+    "critic_warmup": ("ppo", "weights", 0, 2),
+    "group_size": ("grpo", "weights", 4, 2),
+    "grpo_kl_coef": ("grpo", "weights", 0.0, 0.5),
+    "advantage_kind": ("grpo", "weights", "dr_grpo", "grpo"),
+}
+TESTED_ELSEWHERE = {
+    "auto_micro_batch": "test_out_of_memory_halves_the_micro_batch_and_changes_no_update",
+    "minutes": "test_the_time_that_is_left_of_minutes_does_not_jump_at_an_evaluation",
+    "compile": "test_training_that_cannot_be_compiled",
+    "on_bad_record": "test_bad_records_can_be_skipped_and_are_counted",
+    "stop_kl": "test_updates_end_early_when_the_policy_has_moved_too_far",
+}
+
+
+@pytest.fixture(scope="session")
+def observe(trained_runs, tmp_path_factory):
+    """A function of a stage and options that trains a little, and returns all that an option may change."""
+
+    @functools.cache
+    def train_with(stage: str, options: tuple) -> dict:
+        rl_fields = {field.name for field in dataclasses.fields(m.RLHFConfig)}
+        rl = {name: value for name, value in options if name in rl_fields}
+        rl = {"group_size": 4, "minibatch_size": 6, "critic_warmup": 0, "stop_kl": 0.0} | rl
+        config = stage_config(**{name: value for name, value in options if name not in rl_fields})
+        model, tokenizer, _ = m.load_run(trained_runs / "pretrain")
+        run_dir = tmp_path_factory.mktemp("observed")
+        trainer = m.make_trainer(
+            stage,
+            model,
+            tokenizer,
+            sources_in(trained_runs / "data"),
+            config,
+            m.RLHFConfig(**rl),
+            reward=lambda messages, reply, answer: float(len(reply.encode()) % 5),
+            run_dir=run_dir,
+            cache_dir=trained_runs / "cache",
+        )
+        seen = {"forwards": 0, "saved": [], "asked": []}
+        block, save, replies = trainer.model.layers[0], trainer.save_checkpoint, trainer.replies
+
+        def count_forward(*_) -> None:
+            seen["forwards"] += block.training
+
+        block.register_forward_pre_hook(count_forward)
+        trainer.save_checkpoint = lambda path: seen["saved"].append(trainer.step_count) or save(path)
+        trainer.replies = lambda prompts: seen["asked"].append(len(prompts)) or replies(prompts)
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            trainer.fit()
+        rows = m.read_metrics(run_dir)
+        return seen | {
+            "weights": m.fingerprint(trainer.trained),
+            "steps": trainer.step_count,
+            "logged": [row["step"] for row in rows if "loss" in row],
+            "evaluated": [row["step"] for row in rows if "val_loss" in row],
+            "val_tokens": [row["val_tokens"] for row in rows if "val_tokens" in row],
+            "shown": "→" in shown.getvalue(),
+            "files": sorted(path.name for path in run_dir.iterdir()),
+        }
+
+    return lambda stage, **options: train_with(stage, tuple(sorted(options.items())))
+
+
+@pytest.mark.parametrize("field", OPTIONS)
+def test_every_option_does_something(observe, field):
+    stage, what, one, another, *more = OPTIONS[field]
+    if field == "tensorboard":
+        pytest.importorskip("tensorboard")
+    fixed = more[0] if more else {}
+    seen = [observe(stage, **fixed | ({} if value == default(field) else {field: value})) for value in (one, another)]
+    assert seen[0][what] != seen[1][what]
+
+
+def default(field: str):
+    """The value that `observe` gives to an option."""
+    rl = {"group_size": 4, "minibatch_size": 6, "critic_warmup": 0, "stop_kl": 0.0}
+    configs = dataclasses.asdict(m.RLHFConfig()) | dataclasses.asdict(stage_config()) | rl
+    return configs[field]
+
+
+def test_the_same_options_do_the_same(observe, trained_runs, tmp_path):
+    """Otherwise the test above would show nothing."""
+    for stage in ("pretrain", "sft", "dpo", "reward", "ppo", "grpo"):
+        assert observe(stage)["weights"] == observe(stage, learning_rate=0.003)["weights"]
+
+
+def test_every_option_is_tested():
+    fields = {field.name for cls in (m.TrainConfig, m.RLHFConfig) for field in dataclasses.fields(cls)}
+    assert fields == OPTIONS.keys() | TESTED_ELSEWHERE.keys()
+    assert set(TESTED_ELSEWHERE.values()) <= globals().keys()
+
+
+def test_everything_in_a_checkpoint_is_restored(tmp_path, trained_runs):
+    """Each part has a value that no new trainer has."""
+    config = stage_config(max_steps=3, save_every=0)
+    trainer = stage_trainer(trained_runs, "ppo", tmp_path / "a", config=config)
+    trainer.rl.critic_warmup = 0
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
+    trainer.fit()
+    for k, name in enumerate(trainer.counters):
+        setattr(trainer, name, {"step": 7, "loss": 1.5} if name == "best_figures" else 3 + k)
+    trainer.started -= 1000
+    trainer.save_checkpoint(tmp_path / "checkpoint.pt")
+    expected = torch.rand(5)  # the first numbers after it
+    new = stage_trainer(trained_runs, "ppo", tmp_path / "b", config=config)
+    new.scaler = torch.amp.GradScaler("cpu")
+    torch.manual_seed(99)
+    new.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert torch.equal(torch.rand(5), expected)
+    assert same(dict(new.trained.state_dict()), dict(trainer.trained.state_dict()))
+    assert new.optimizers.keys() == trainer.optimizers.keys() and len(new.optimizers) >= 3
+    for name, optimizer in new.optimizers.items():
+        state = optimizer.state_dict()["state"]
+        assert state and same(state, trainer.optimizers[name].state_dict()["state"])
+    assert new.scaler.get_scale() == trainer.scaler.get_scale() == 32
+    assert new.train_data.state_dict() == trainer.train_data.state_dict()
+    assert new.train_data.state_dict()["epoch"] + new.train_data.state_dict()["index"] > 0
+    counters = {name: getattr(trainer, name) for name in trainer.counters}
+    assert {name: getattr(new, name) for name in trainer.counters} == counters
+    assert (
+        len(counters) == 8 and new.elapsed_s() == pytest.approx(trainer.elapsed_s(), abs=60) and new.elapsed_s() > 900
+    )
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
