@@ -5778,8 +5778,11 @@ class FlagParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            name = RENAMED_FLAGS.get(name, name)
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+            near = (
+                [RENAMED_FLAGS[name]]
+                if name in RENAMED_FLAGS
+                else difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+            )
             self.error(f"unknown argument {unknown[0]}" + "".join(f": did you mean {flag}?" for flag in near))
         return namespace
 

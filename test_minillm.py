@@ -3810,13 +3810,13 @@ def test_a_run_of_the_old_version_is_loaded(trained_runs, old_runs, stage):
 def test_a_run_of_the_old_version_is_evaluated_continued_and_trained_further(old_runs, tmp_path, stage, capsys):
     run, data = str(old_runs / "tiny" / stage), data_flags(old_runs)
     before = everything(old_runs)
-    common = ["--init", run, "--out", str(tmp_path), *data, *quick(stage)]
+    common = ["--init", run, "--out", str(tmp_path), *data]
     assert train.main(["--stage", "eval", *common]) == 0
     if stage == "reward":
-        assert train.main(["--stage", "reward", *common, "--max-steps", "1"]) == 0
+        assert train.main(["--stage", "reward", *common, *quick("reward"), "--max-steps", "1"]) == 0
     else:
         assert sample.main(["--run", run, "--prompt", "cat", "--max-new-tokens", "3"]) == 0
-        assert train.main(["--stage", "sft", *common, "--max-steps", "1"]) == 0
+        assert train.main(["--stage", "sft", *common, *QUICK, "--max-steps", "1"]) == 0
     saved = m.load_checkpoint(tmp_path / "tiny" / ("reward" if stage == "reward" else "sft") / "checkpoint.pt")
     assert saved["format"] == m.FORMAT and everything(old_runs) == before
 
@@ -6568,17 +6568,18 @@ def test_an_exported_run_is_the_same_in_transformers_and_comes_back(tmp_path, to
 def test_an_imported_model_is_trained_like_any_other(trained_runs, tmp_path, kind, capsys):
     there, out = huggingface_run(tmp_path / "there", kind), tmp_path / "out"
     data = [*data_flags(trained_runs), "--out", str(out)]
-    common = [*data, *QUICK, "--seq-len", "64", "--save-every", "1", "--log-every", "1", "--eval-tokens", "200"]
-    first = ["--stage", "sft", "--lora-rank", "2", "--init", str(there), *common]
+    common = [*data, *quick("pretrain"), "--seq-len", "64", "--save-every", "1", "--log-every", "1"]
+    common += ["--eval-tokens", "200"]
+    first = ["--stage", "sft", "--lora-rank", "2", "--init", str(there), *common, "--reply-tokens", "6"]
     assert train.main([*first, "--max-steps", "2"]) == 0
     assert train.main([*first, "--max-steps", "3", "--resume"]) == 0
-    assert train.main(["--stage", "dpo", *common, "--max-steps", "1"]) == 0
+    assert train.main(["--stage", "dpo", "--init", str(out / "there/sft"), *common, "--max-steps", "1"]) == 0
     assert train.main(["--init", str(there), *common, "--max-steps", "1"]) == 0
     assert train.main(["--stage", "eval", "--init", str(there), *data, "--seq-len", "64"]) == 0
     assert sample.main(["--run", str(there), "--prompt", "小猫", "--max-new-tokens", "4"]) == 0
-    assert train.main(["--stage", "export", "--init", str(out / "tiny/dpo"), "--out", str(out)]) == 0
+    assert train.main(["--stage", "export", "--init", str(out / "there/dpo"), "--out", str(out)]) == 0
     capsys.readouterr()
-    same_in_transformers(out / "tiny/export", out / "tiny/dpo")
+    same_in_transformers(out / "there/export", out / "there/dpo")
     assert train.main(["--config", "tiny", "--stage", "sft", "--init", str(there), *common, "--overwrite"]) == 2
     assert "contradict the loaded model" in capsys.readouterr().err
     (there / "tokenizer.json").unlink()
@@ -6641,7 +6642,8 @@ def test_rlhf_on_data_without_answers_or_prompts(rlhf, tmp_path, capsys):
     assert re.search(r"^sft +\d+ +bpb ", table, re.M) and re.search(r"^ppo +\d+ +reward ", table, re.M)
     assert train.main(argv) == 0
     assert "sft: finished already" in capsys.readouterr().out
-    assert train.main([*argv, "--stage", "dpo"]) == 0
+    dpo = ["--stage", "dpo", "--out", str(tmp_path / "out"), *quick("dpo"), "--max-steps", "1", *argv[-4:]]
+    assert train.main(dpo) == 0
     mtimes = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.pt"))]
     argv[argv.index("--data") + 1] = str(tmp_path / "train/chats.jsonl")
     assert train.main([*argv, "--overwrite"]) == 2  # and nothing is lost
@@ -7378,7 +7380,7 @@ def test_a_signal_before_the_first_step_saves_nothing(trained_runs, tmp_path, mo
 
 
 def test_one_process_a_run(out_with_a_run, trained_runs, tmp_path, capsys):
-    argv = ["--out", str(tmp_path), *data_flags(trained_runs), *QUICK]
+    argv = ["--out", str(tmp_path), *data_flags(trained_runs), *quick("pretrain")]
     shutil.copytree(out_with_a_run / "tiny/pretrain", tmp_path / "tiny/pretrain")
     before = everything(tmp_path)
     with m.locked(tmp_path / "tiny/pretrain"):
