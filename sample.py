@@ -161,7 +161,7 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
     if data.kind != "prompt":  # at 40 % of the speed of a matrix product
         lengths = [config.seq_len] if is_text else [data.sides * data.lengths[i] for i in data.items]
         tokens = config.max_steps * config.batch_size * config.accumulation_steps * sum(lengths) / len(lengths)
-        seconds = tokens * model.flops_per_token(config.seq_len) / 0.4 / m.matmul_peak(trainer.device, trainer.dtype)
+        seconds = tokens * model.flops_per_token(config.seq_len) / 0.4 / m.matmul_peak(trainer.device, config.dtype)
         print(
             f"about {min(seconds / 60, config.minutes or math.inf):.1f} minutes, and some for evaluations", flush=True
         )

@@ -3811,7 +3811,7 @@ def test_a_run_of_the_old_version_is_evaluated_continued_and_trained_further(old
     run, data = str(old_runs / "tiny" / stage), data_flags(old_runs)
     before = everything(old_runs)
     common = ["--init", run, "--out", str(tmp_path), *data]
-    assert train.main(["--stage", "eval", *common]) == 0
+    assert train.main(["--stage", "eval", *common, "--reply-tokens", "6"]) == 0
     if stage == "reward":
         assert train.main(["--stage", "reward", *common, *quick("reward"), "--max-steps", "1"]) == 0
     else:
