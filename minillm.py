@@ -4914,13 +4914,14 @@ class Stage(NamedTuple):
     loader: type[BatchLoader]
     parent: str | None  # the stage whose run it starts from
     metrics: tuple[str, ...]  # its headline: the first of these that was measured
+    epochs: float = 0.0  # over data of the user, where no limit is given; 0 is the recipe's limit
 
 
 STAGES = {
     "pretrain": Stage(PreTrainer, PretrainDataLoader, None, ("bpb",)),
-    "sft": Stage(SFTTrainer, ConversationDataLoader, "pretrain", ("exact_match", "bpb")),
-    "dpo": Stage(DPOTrainer, DPODataLoader, "sft", ("pair_accuracy",)),
-    "reward": Stage(RewardTrainer, DPODataLoader, "sft", ("pair_accuracy",)),
+    "sft": Stage(SFTTrainer, ConversationDataLoader, "pretrain", ("exact_match", "bpb"), 3.0),
+    "dpo": Stage(DPOTrainer, DPODataLoader, "sft", ("pair_accuracy",), 1.0),
+    "reward": Stage(RewardTrainer, DPODataLoader, "sft", ("pair_accuracy",), 2.0),
     "ppo": Stage(PPOTrainer, PromptDataLoader, "sft", ("exact_match", "reward")),
     "grpo": Stage(GRPOTrainer, PromptDataLoader, "sft", ("exact_match", "reward")),
 }
@@ -5703,9 +5704,9 @@ def given_flags(args: argparse.Namespace, cls: type) -> dict:
 
 USES = {  # what trains no stage uses these flags, and --config, --stage and --out
     "--stage tokenizer": "data val_data vocab_size on_bad_record",
-    "--stage eval": "data val_data init device dtype batch_size seq_len compile eval_tokens eval_prompts reply_tokens "
-    "on_bad_record",
-    "--stage export": "init overwrite dtype",
+    "--stage eval": "data val_data init checkpoint device dtype batch_size seq_len compile eval_tokens eval_prompts "
+    "reply_tokens on_bad_record",
+    "--stage export": "init checkpoint overwrite dtype",
     "--inspect": "inspect data val_data init seq_len on_bad_record",
     "--plot": "plot png",
 }

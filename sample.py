@@ -145,7 +145,7 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
     sizes = [len(part.tokens if is_text else part.items) for part in (data, trainer.val_data)]
     unit, places = "tokens" if is_text else "records", ", ".join(map(str, data.source.paths))
     print(f"data: {sizes[0]:,} {unit} to train on, {sizes[1]:,} to validate on, from {places}")
-    limits = [f"{config.minutes:g} minutes", f"{config.max_steps} steps"]
+    limits = [f"{config.minutes:g} minutes", f"{config.epochs:g} epochs", f"{config.max_steps} steps"]
     limits = " or ".join(text for text in limits if not text.startswith("0 "))
     details = f", {model.num_params(active=True) / 1e6:.1f} M active" if model.config.num_experts else ""
     if config.lora_rank:
@@ -160,7 +160,8 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
         print("on a CPU it takes long to train so many parameters: try --lora-rank 8")
     if data.kind != "prompt":  # at 40 % of the speed of a matrix product
         lengths = [config.seq_len] if is_text else [data.sides * data.lengths[i] for i in data.items]
-        tokens = config.max_steps * config.batch_size * config.accumulation_steps * sum(lengths) / len(lengths)
+        rows = config.max_steps * config.batch_size * config.accumulation_steps / len(lengths)  # in epochs, for records
+        tokens = config.epochs * sizes[0] if is_text and config.epochs else (config.epochs or rows) * sum(lengths)
         seconds = tokens * model.flops_per_token(config.seq_len) / 0.4 / m.matmul_peak(trainer.device, config.dtype)
         print(
             f"about {min(seconds / 60, config.minutes or math.inf):.1f} minutes, and some for evaluations", flush=True

@@ -6786,8 +6786,8 @@ SPECIAL = {
 SPECIAL["rlhf"] = " ".join(SPECIAL[stage] for stage in ("pretrain", "sft", "reward", "ppo"))
 ALONE = {  # all that a stage uses
     "tokenizer": "config data val_data out vocab_size on_bad_record",
-    "export": "config init out overwrite dtype",
-    "eval": "config data val_data init out device dtype batch_size seq_len compile eval_tokens eval_prompts "
+    "export": "config init checkpoint out overwrite dtype",
+    "eval": "config data val_data init checkpoint out device dtype batch_size seq_len compile eval_tokens eval_prompts "
     "reply_tokens on_bad_record",
 }
 
@@ -6800,7 +6800,7 @@ def test_every_flag_is_used_or_refused(trained_runs, stage):
     used = set(ALONE.get(stage, SPECIAL.get(stage, "")).split()) | (shape if stage != "tokenizer" else set())
     for action in train.build_parser()._option_string_actions.values():
         name = action.dest
-        if name in ("help", "stage", "png", "plot") or name == "reward" and stage == "rlhf" or name == "inspect":
+        if name in ("help", "stage", "png", "plot", "inspect") or name in ("reward", "checkpoint") and stage == "rlhf":
             continue
         value = [] if action.nargs == 0 else [values.get(name) or next(iter(action.choices or ["1"]))]
         try:

@@ -17,6 +17,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
 
@@ -37,6 +38,7 @@ class Command:
     data: list[str] | None = None  # .txt, .json, .jsonl(.gz) files or directories [MiniLLM's own data/train]
     val_data: list[str] | None = None  # the same, to validate on [data/val, or a tenth of --data]
     init: str | None = None  # run or Hugging Face directory to start from, score or export [the parent stage's run]
+    checkpoint: Literal["best", "last"] = "best"  # weights of --init and parents: of the best evaluation, or the last
     reward: str | None = None  # PPO, GRPO: what they maximise: answer, a reward model's RUN_DIR, or FILE.py:function
     inspect: int | None = None  # SFT: show so many conversations as it would train on them, train nothing
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
@@ -116,11 +118,11 @@ def check_flags(args) -> None:
         raise m.UserError(f"--inspect {args.inspect} --stage {args.stage} {problem}")
     if args.resume and args.overwrite:
         raise m.UserError("--resume and --overwrite exclude each other")
+    if name := next((name for name in ("reward", "checkpoint") if name in args.given and args.stage == "rlhf"), None):
+        raise m.UserError(f"--{name} has no effect in --stage rlhf: its stages take the best of each other's runs")
     shape = (m.MiniGPTConfig,) if mode in ("--stage tokenizer", "--plot") else ()  # elsewhere it is compared
     parts = ("pretrain", *m.RLHFPipeline.stages) if args.stage == "rlhf" else (args.stage,)
     m.check_use(mode, parts, args.given, (Command, m.TrainConfig, m.RLHFConfig, *shape))
-    if args.stage == "rlhf" and args.reward:
-        raise m.UserError("--reward has no effect in --stage rlhf: its ppo maximises its own reward model")
     m.check_needs(args.given, args)
 
 
@@ -133,39 +135,39 @@ def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
 
 
 def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
-    """Return the options of the preset (or `base`) with the user's; a limit of the user's replaces all others."""
-    given = m.given_flags(args, m.TrainConfig)
-    if "max_steps" in given or "minutes" in given:
-        given = {"max_steps": 0, "minutes": 0.0} | given
-        if not given["max_steps"] and not given["minutes"]:
-            raise m.UserError("a run needs an end: give --max-steps or --minutes above 0")
-    stage = args.stage if args.stage in m.STAGES else "pretrain"
+    """Return the options of the preset (or `base`) with the user's; a limit of the user's replaces all others.
+
+    Without one, a preset's for the user's data are epochs: its steps fit the example data.
+    """
+    given, stage = m.given_flags(args, m.TrainConfig), args.stage if args.stage in m.STAGES else "pretrain"
+    limits = {name: given.get(name, 0) for name in ("max_steps", "epochs", "minutes")}
+    if limits.keys() & given:
+        given |= limits
+        if not any(limits.values()):
+            raise m.UserError("a run needs an end: give --max-steps, --epochs or --minutes above 0")
+    elif args.data and base is None and m.STAGES[stage].epochs:
+        given |= limits | {"epochs": m.STAGES[stage].epochs}
     return dataclasses.replace(base or m.get_train_config(args.config, stage), **given)
 
 
 def imported_config(args, stage: str, model: m.MiniGPT) -> m.TrainConfig:
     """Return the options for a model that was trained elsewhere: AdamW at a rate for its size, few tokens at once."""
-    scale = (10 if getattr(args, "lora_rank", 0) else 1) * (0.1 if stage in ("dpo", "ppo", "grpo") else 1)
-    rate = scale * 0.6 / model.num_params() ** 0.5  # 5e-5 for 135 M parameters
-    changes = {"optimizer": "adamw", "learning_rate": rate, "batch_size": 8, "eval_tokens": 20_000}
-    base = dataclasses.replace(m.get_train_config("small", stage), **changes, eval_every=100, save_every=100)
-    return train_config(args, base)
+    scale = (10 if "lora_rank" in args.given else 1) * (0.1 if stage in ("dpo", "ppo", "grpo") else 1)
+    changes = {"optimizer": "adamw", "batch_size": 8, "eval_tokens": 20_000, "eval_every": 100, "save_every": 100}
+    changes["learning_rate"] = scale * 0.6 / model.num_params() ** 0.5  # 5e-5 for 135 M parameters
+    if stage not in ("ppo", "grpo"):
+        changes |= {"max_steps": 0, "epochs": m.STAGES[stage].epochs or 1.0}
+    return train_config(args, dataclasses.replace(m.get_train_config("small", stage), **changes))
 
 
 def imported_seq_len(args, config: m.TrainConfig, model: m.MiniGPT, tokenizer: m.BPETokenizer, device) -> int:
-    """Return the longest record's length, at most 1,024, or less where a third of the memory holds less."""
-    shape, source = model.config, data_sources(args)["train"]
-    length = min(1024, shape.max_position_embeddings)
-    if m.STAGES[args.stage].loader.kind != "text":
-        data = m.make_loader(args.stage, tokenizer, shape, config, source, False, args.cache)
-        longest = max(data.lengths) + (config.reply_tokens if data.kind == "prompt" else 0)
-        length = min(length, -(-longest // 32) * 32)
-    token = 4 * shape.num_hidden_layers * (10 * shape.hidden_size + 4 * shape.intermediate_size)  # bytes, about
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else pages
-    while length > 128 and config.batch_size * length * token > memory / 3:
-        length //= 2
-    return length
+    """Return the longest record's length, or what memory allows: 8 rows of 512 tokens in 135 M parameters take 6 GB."""
+    limit = min(model.config.max_position_embeddings, 512 if device.type == "cpu" else 2048)
+    if m.STAGES[args.stage].loader.kind == "text":
+        return limit
+    source = data_sources(args)["train"]
+    data = m.make_loader(args.stage, tokenizer, model.config, config, source, False, args.cache)
+    return min(limit, max(data.lengths) + (config.reply_tokens if data.kind == "prompt" else 0))
 
 
 def rlhf_config(args, base: m.RLHFConfig | None = None) -> m.RLHFConfig:
@@ -274,17 +276,21 @@ def train(args) -> int:
         config = train_config(args, m.TrainConfig(**saved["train"]))
         rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]) if saved.get("rl") else None)
     parent = find_parent(args, saved, run_dir)
-    model, tokenizer = new_model(args, config) if parent is None else m.load_run(parent)[:2]
-    if parent is not None:
+    which = args.given.get("checkpoint", saved.get("checkpoint", "last") if saved else "best")
+    if parent is None:
+        (model, tokenizer), step = new_model(args, config), 0
+    else:
+        model, tokenizer, state = m.load_run(parent, which=which)
+        step = state["step"]
         check_shape(args, model.config)
         if args.imported and not is_resumed:
             config = imported_config(args, args.stage, model)
             config.seq_len = config.seq_len or imported_seq_len(args, config, model, tokenizer, device)
         set_seq_len(config, model.config)
     m.check_needs(args.given, config, model.config)
-    origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute())}
+    origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute()), "checkpoint": which}
     origin |= {"imported": args.imported} if args.imported else {}
-    if "reward" in m.STAGES[args.stage].trainer.takes:
+    if m.STAGES[args.stage].loader.kind == "prompt":
         name = find_reward(args, saved.get("reward"))
         reward = m.load_reward(name, tokenizer)
         origin["reward"] = name if name == "answer" else str(Path(name).absolute())
@@ -294,7 +300,7 @@ def train(args) -> int:
     trainer = m.make_trainer(args.stage, model, tokenizer, sources, config, rl, reward=reward, **options)
     trainer.origin = origin
     if "parent" in origin:
-        print(f"{args.stage}: from {parent}" + (f", reward: {origin['reward']}" if reward else ""))
+        print(f"{args.stage}: from {parent} at step {step}" + (f", reward: {origin['reward']}" if reward else ""))
     if is_resumed:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
         print(f"resuming {run_dir} at step {trainer.step_count}")
@@ -316,17 +322,16 @@ def fit(args, trainer: m.Trainer) -> int:
     held_out = f" on {result['bytes']:,} held-out bytes" if is_text else ""
     figures = m.describe(result, ("bpb",) if is_text else m.FIGURES)
     print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {run_dir}")
-    run = shlex.quote(str(run_dir))
-    following = f"sample.py --run {run} --chat"
+    following = f"sample.py --run {shlex.quote(str(run_dir))}"
+    following += f" --prompt {shlex.quote(trainer.prompts()[0])}" if stage == "pretrain" else " --chat"
     if stage == "reward":
         flags = [
-            [m.flag_of(name), *([value] if isinstance(value, str) else value)]
-            for name, value in args.given.items()
-            if name in ("config", "init", "data", "val_data", "out")
+            [name, args.given[name]] for name in ("config", "init", "data", "val_data", "out") if name in args.given
         ]
-        following = f"train.py --stage ppo {shlex.join(sum(flags, []))}".rstrip()
-    elif stage == "pretrain":
-        following = f"sample.py --run {run} --prompt {shlex.quote(trainer.prompts()[0])}"
+        words = [
+            word for name, value in flags for word in (m.flag_of(name), *([value] if type(value) is str else value))
+        ]
+        following = shlex.join(["train.py", "--stage", "ppo", *words])
     print(f"next:  python {following}")
     return 128 + result["signal"] if "signal" in result else 0
 
@@ -406,31 +411,30 @@ def evaluate(args) -> int:
     if not args.init:
         raise m.UserError(f"--stage eval scores a run: name its directory, for example --init {args.runs}/pretrain")
     m.keep_freed_memory()
-    model, tokenizer, state = m.load_run(args.init)
+    model, tokenizer, state = m.load_run(args.init, which=args.checkpoint)
     check_shape(args, model.config)
     saved = state["config"]
     config = train_config(args, m.TrainConfig(**saved["train"] | {"lora_rank": 0}))  # LoRA is merged already
-    config.eval_prompts = getattr(args, "eval_prompts", sys.maxsize)
+    config.eval_prompts = args.given.get("eval_prompts", sys.maxsize)
     set_seq_len(config, model.config)
     source = data_sources(args, saved["data"])["val"]
     kinds, stage = m.kinds_of(source.paths), saved["stage"]
     if m.STAGES[stage].loader.kind not in kinds and stage != "reward":
         stage = {"text": "pretrain", "chat": "sft", "preference": "dpo"}.get(next(iter(kinds), "text"), "ppo")
     paths, kind = ", ".join(map(str, source.paths)), m.STAGES[stage].loader.kind
-    rl = m.RLHFConfig(**saved.get("rl", {}))
-    options = {"device": m.pick_device(args.device), "cache_dir": args.cache}
+    options = {"rl": m.RLHFConfig(**saved.get("rl", {})), "device": m.pick_device(args.device), "cache_dir": args.cache}
     if saved["stage"] == stage == "dpo":
-        options["reference"] = m.load_run(saved["parent"])[0]
+        options["reference"] = m.load_run(saved["parent"], which=saved.get("checkpoint", "last"))[0]
     print(f"{args.init} at step {state['step']} on {kind} records of {paths} ({source.split})")
+    sources = {} if kind == "prompt" else {"val": source}
+    trainer = m.make_trainer("sft" if kind == "prompt" else stage, model, tokenizer, sources, config, **options)
     if kind == "prompt":
-        trainer = m.make_trainer("sft", model, tokenizer, {}, config, **options)
         trainer.val_data = m.make_loader(stage, tokenizer, model.config, config, source, False, args.cache)
         result = trainer.exact_match()
     else:
-        trainer = m.make_trainer(stage, model, tokenizer, {"val": source}, config, rl, **options)
         if stage == "dpo" and "reference" not in options:  # the model's own preference, beside no reference
             trainer.val_data.reference_logprobs = torch.zeros_like(trainer.val_data.reference_logprobs)
-        result = trainer.evaluate(getattr(args, "eval_tokens", None))
+        result = trainer.evaluate(args.given.get("eval_tokens"))
     if not result:
         raise m.UserError(f'{paths}: prompts without any "answer" cannot be scored')
     print(json.dumps(result))
@@ -442,12 +446,11 @@ def export(args) -> int:
     run_dir, folder = Path(args.init or m.newest_run(args.out)), args.runs / "export"
     if folder.exists() and not args.overwrite:
         raise m.UserError(f"{folder} exists: give --overwrite to replace what is in it, or another --out")
-    model, tokenizer, _ = m.load_run(run_dir)
+    model, tokenizer, state = m.load_run(run_dir, which=args.checkpoint)
     check_shape(args, model.config)
-    model.save_pretrained(
-        folder, tokenizer, getattr(args, "dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
-    )
-    print(f"{run_dir} is now in {folder}, for AutoModelForCausalLM and AutoTokenizer.from_pretrained({str(folder)!r})")
+    dtype = args.given.get("dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
+    model.save_pretrained(folder, tokenizer, dtype)
+    print(f"{run_dir} at step {state['step']} is now in {folder} in {dtype}, as transformers reads it")
     return 0
 
 
