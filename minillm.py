@@ -689,13 +689,13 @@ class MiniGPT(nn.Module):
         """
         return read_hf_model(Path(folder), cls(read_hf_config(folder)))
 
-    def save_pretrained(self, folder: AnyPath, tokenizer: BPETokenizer | None = None) -> None:
+    def save_pretrained(self, folder: AnyPath, tokenizer: BPETokenizer | None = None, dtype: str = "float32") -> None:
         """Write a directory that transformers' AutoModelForCausalLM (and AutoTokenizer) read; LoRA is merged.
 
         A model with qk_norm becomes a Qwen3 or Qwen3-MoE, one without a Llama. What these do not have (shared experts,
         a reward head, parameters of your own) raises a UserError.
         """
-        write_hf_directory(Path(folder), self, tokenizer)
+        write_hf_directory(Path(folder), self, tokenizer, dtype)
 
     def num_params(self, active: bool = False) -> int:
         """Count parameters; with `active` only those that a token uses (all of a dense model)."""
@@ -992,7 +992,7 @@ class MemoryConfig:
     """The part of the training options that trades time for memory."""
 
     dtype: Literal["auto", "float32", "float32_onednn", "bfloat16", "float16"] = "auto"  # of products; auto: fastest
-    accumulation_steps: int = 1  # batches whose gradients are summed before one update
+    accumulation_steps: int = 1  # pretrain, SFT, DPO, reward: batches whose gradients are summed before one update
     gradient_checkpointing: bool = False  # keep only each block's input and recompute the rest in backward
     auto_micro_batch: bool = True  # when memory runs out, go on with smaller micro-batches of the same total
     lora_rank: int = 0  # train only low-rank updates of the blocks' matrices (LoRA); 0 trains everything
@@ -1004,7 +1004,7 @@ class TrainConfig(MemoryConfig):
     """Every option of training. `max_steps`, `epochs` or `minutes` ends a run; of several, whichever comes first."""
 
     batch_size: int = 16  # rows, pairs or prompts of a batch
-    packing: bool = True  # several conversations in a row, which cannot see each other; off: one conversation a row
+    packing: bool = True  # SFT: several conversations in a row, which cannot see each other; off: one a row
     seq_len: int | None = None  # tokens of a row (default: the model's max_position_embeddings)
     learning_rate: float = 3e-3  # peak, for Muon's matrices and AdamW's vectors alike
     min_learning_rate: float = 0.0  # learning rate at the end of the schedule
@@ -1023,9 +1023,9 @@ class TrainConfig(MemoryConfig):
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 250  # steps between evaluations, each with a sample; 0 is only at the end
     save_every: int = 250  # steps between checkpoints; 0 is only at the end
-    eval_tokens: int = 100_000  # validation tokens of an evaluation, always the same ones
-    eval_prompts: int = 200  # validation prompts that the model answers in an evaluation
-    reply_tokens: int = 48  # longest reply to them, and in the rollouts of PPO and GRPO
+    eval_tokens: int = 100_000  # pretrain, SFT, DPO, reward: validation tokens of an evaluation, always the same
+    eval_prompts: int = 200  # SFT, PPO, GRPO: validation prompts that the model answers in an evaluation
+    reply_tokens: int = 48  # SFT, DPO, PPO, GRPO: longest reply in evaluations and rollouts
     sample_tokens: int = 48  # length of the samples shown during training; 0 is none
     seed: int = 0  # of initialisation, data order and dropout, below 2 ** 32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: long runs on CUDA
@@ -3954,7 +3954,7 @@ class Trainer:
     def _train(self, caught):
         """The loop of `fit`, until the run is over or a signal is caught."""
         config, evaluation = self.config, {}
-        if self.step_count == 0 and self.stage != "pretrain":
+        if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
             evaluation = self._evaluate_and_save()  # what the parent's model can do already
         batches, window = self._endless_batches(), []
         is_over, is_stopped = False, bool(caught)
@@ -4170,11 +4170,12 @@ class Trainer:
         steps_left = self.step_count / done - self.step_count if done else math.inf
         eta = max(0, round(min(steps_left * step_s, self.budget_s() - self.elapsed_s())))
         val = f" | val {describe(evaluation, [headline(self.stage, evaluation)])}" if evaluation else ""
+        speed = f"{row['tok_per_s'] / 1e3:.1f}k" if row["tok_per_s"] >= 1000 else f"{row['tok_per_s']:.0f}"
         used = self.monitor.current_bytes(), self.monitor.peak_bytes()
         current, peak = (f"{size / 1e9:.2f}" if size else "?" for size in used)  # 0 is unknown
         self.line.show(
             f"step {self.step_count:>5} {min(self.progress(), 1):>4.0%} | eta {eta // 60}:{eta % 60:02} | "
-            f"{describe(row, FIGURES | self.part_names)}{val} | {row['tok_per_s'] / 1e3:.1f}k tok/s | "
+            f"{describe(row, FIGURES | self.part_names)}{val} | {speed} tok/s | "
             f"mfu {row['mfu']:.0%} | {current} GB (peak {peak})"
         )
 
@@ -4385,8 +4386,8 @@ class RLHFConfig:
     dpo_beta: float = 0.1  # DPO: how much staying near the reference counts
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
     dpo_sft_coef: float = 0.0  # DPO: weight of the chosen completion's loss per token, against its collapse
-    reward_center_coef: float = 0.01  # reward model: weight of (chosen + rejected)², which keeps scores around 0
-    reward_sft_coef: float = 1.0  # reward model: weight of the chosen completion's loss per token, as regulariser
+    reward_center_coef: float = 0.01  # reward: weight of (chosen + rejected)², which keeps scores around 0
+    reward_sft_coef: float = 1.0  # reward: weight of the chosen completion's loss per token, as regulariser
     temperature: float = 1.0  # PPO, GRPO: of the rollouts' sampling
     missing_end_penalty: float = 1.0  # PPO, GRPO: subtracted from the score of a reply that does not end
     minibatch_size: int = 128  # PPO, GRPO: replies of an update
@@ -4909,16 +4910,24 @@ class Stage(NamedTuple):
     loader: type[BatchLoader]
     parent: str | None  # the stage whose run it starts from
     metrics: tuple[str, ...]  # its headline: the first of these that was measured
+    epochs: float = 0.0  # over data of the user, where no limit is given; 0 is the recipe's limit
 
 
 STAGES = {
     "pretrain": Stage(PreTrainer, PretrainDataLoader, None, ("bpb",)),
-    "sft": Stage(SFTTrainer, ConversationDataLoader, "pretrain", ("exact_match", "bpb")),
-    "dpo": Stage(DPOTrainer, DPODataLoader, "sft", ("pair_accuracy",)),
-    "reward": Stage(RewardTrainer, DPODataLoader, "sft", ("pair_accuracy",)),
+    "sft": Stage(SFTTrainer, ConversationDataLoader, "pretrain", ("exact_match", "bpb"), 3.0),
+    "dpo": Stage(DPOTrainer, DPODataLoader, "sft", ("pair_accuracy",), 1.0),
+    "reward": Stage(RewardTrainer, DPODataLoader, "sft", ("pair_accuracy",), 2.0),
     "ppo": Stage(PPOTrainer, PromptDataLoader, "sft", ("exact_match", "reward")),
     "grpo": Stage(GRPOTrainer, PromptDataLoader, "sft", ("exact_match", "reward")),
 }
+
+
+def changed_options(saved: dict, now: dict) -> str:
+    """Return what differs between the options of a saved run, and where it comes from, and those of now, in words."""
+    before, after = ({**config, **config["train"], **config.get("rl", {})} for config in (saved, now))
+    names = [name for name in before if not isinstance(before[name], dict) and after.get(name) != before[name]]
+    return ", ".join(f"{name} {before[name]} -> {after.get(name)}" for name in names)
 
 
 def headline(stage: str, figures: Metrics) -> str:
@@ -4938,36 +4947,28 @@ _TINY_RL = _RL | {
     "eval_prompts": 600,
     "reply_tokens": 32,
 }
-RECIPE_FIELDS = ("minutes", "max_steps", "batch_size", "learning_rate", "eval_every", "save_every")
-RECIPES: dict[str, dict[str, dict]] = {
-    preset: {  # the training options of a preset and a stage, where not TrainConfig's
-        stage: dict(zip(RECIPE_FIELDS, [*values, values[-1]], strict=True)) | more  # saved as often as evaluated
-        for stage, (*values, more) in rows.items()
-    }
-    for preset, rows in {
-        # minutes, steps, batch, learning rate, steps between evaluations, and what else is special
-        "tiny": {
-            "pretrain": (3, 0, 8, 1e-2, 250, _WSD | {"decay_fraction": 0.6}),
-            "sft": (4, 1200, 4, 4e-3, 300, _WSD | {"eval_prompts": 500}),
-            "dpo": (4, 800, 16, 2e-3, 200, _WSD),
-            "reward": (5, 1800, 16, 2e-3, 300, _WSD),
-            "ppo": (6, 30, 256, 3e-4, 10, _TINY_RL),
-            "grpo": (6, 50, 32, 3e-4, 10, _TINY_RL),
-        },
-        "small": {
-            "pretrain": (0, 10_000, 32, 2e-3, 500, _LONG | {"warmup_steps": 200}),
-            "sft": (0, 3000, 32, 5e-4, 500, _LONG | {"warmup_steps": 100}),
-            "dpo": (0, 1000, 32, 1e-5, 500, _LONG | _ADAMW),
-            "reward": (0, 1000, 32, 1e-4, 500, _LONG | _ADAMW),
-            "ppo": (0, 300, 64, 1e-5, 25, _LONG | _RL),
-            "grpo": (0, 300, 16, 1e-5, 25, _LONG | _RL),
-        },
-    }.items()
+RECIPE_FIELDS = ("minutes", "max_steps", "batch_size", "learning_rate", "eval_every")
+RECIPES: dict[str, dict[str, tuple]] = {  # the training options of a preset and a stage, where not TrainConfig's
+    # minutes, steps, batch, learning rate, steps between evaluations (and checkpoints), and what else is special
+    "tiny": {
+        "pretrain": (3, 0, 8, 1e-2, 250, _WSD | {"decay_fraction": 0.6}),
+        "sft": (4, 1200, 4, 4e-3, 300, _WSD | {"eval_prompts": 500}),
+        "dpo": (4, 800, 16, 2e-3, 200, _WSD),
+        "reward": (5, 1800, 16, 2e-3, 300, _WSD),
+        "ppo": (6, 30, 256, 3e-4, 10, _TINY_RL),
+        "grpo": (6, 50, 32, 3e-4, 10, _TINY_RL),
+    },
+    "small": {
+        "pretrain": (0, 10_000, 32, 2e-3, 500, _LONG | {"warmup_steps": 200}),
+        "sft": (0, 3000, 32, 5e-4, 500, _LONG | {"warmup_steps": 100}),
+        "dpo": (0, 1000, 32, 1e-5, 500, _LONG | _ADAMW),
+        "reward": (0, 1000, 32, 1e-4, 500, _LONG | _ADAMW),
+        "ppo": (0, 300, 64, 1e-5, 25, _LONG | _RL),
+        "grpo": (0, 300, 16, 1e-5, 25, _LONG | _RL),
+    },
 }
-RECIPES |= {
-    preset: RECIPES["small"] | {"pretrain": RECIPES["small"]["pretrain"] | {"max_steps": steps}}
-    for preset, steps in (("medium", 20_000), ("large", 50_000), ("moe", 10_000))
-}  # as small, but longer
+for _preset, _steps in (("medium", 20_000), ("large", 50_000), ("moe", 10_000)):  # as small, but longer
+    RECIPES[_preset] = RECIPES["small"] | {"pretrain": (0, _steps, *RECIPES["small"]["pretrain"][2:])}
 
 
 def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConfig:
@@ -4975,7 +4976,10 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
     get_config(preset)  # checks its name
     if stage not in STAGES:
         raise UserError(f"stage {stage!r} has no training defaults: choose from {', '.join(STAGES)}")
-    return TrainConfig(**RECIPES[preset].get(stage, {}))
+    *values, more = RECIPES[preset].get(stage, ({},))
+    config = TrainConfig(**dict(zip(RECIPE_FIELDS, values, strict=False)) | more)
+    config.save_every = config.eval_every
+    return config
 
 
 def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
@@ -5098,11 +5102,11 @@ class RLHFPipeline:
         # a Hugging Face directory has no metrics
         rows = [self.row("pretrain", self.base)] if (self.base / "metrics.jsonl").exists() else []
         for stage in self.stages:
-            run_dir = self.out / stage
+            run_dir, changes = self.out / stage, self.changes(stage)
             if self.is_finished(run_dir):
-                print(f"{stage}: finished already, in {run_dir}", flush=True)
+                print(f"{stage}: finished already, in {run_dir}{changes}", flush=True)
             else:
-                print(f"\n== {stage}: {run_dir}", flush=True)
+                print(f"\n== {stage}: {run_dir}{changes}", flush=True)
                 result = self.trainer(stage, run_dir).fit()  # from the beginning, or where it stopped
                 if "signal" in result:
                     return [*rows, result]
@@ -5114,47 +5118,50 @@ class RLHFPipeline:
         model, tokenizer, _ = load_run(self.base)
         for stage in self.stages:
             check_stage(stage, self.train[stage], model.config)
-            loaders = {
-                part: make_loader(
+            for part, source in self.sources_of(stage).items():
+                data = make_loader(
                     stage, tokenizer, model.config, self.train[stage], source, part == "train", self.cache_dir
                 )
-                for part, source in self.sources_of(stage).items()
-            }
-        prompts = loaders["val"]  # of PPO, the last stage
-        self.messages = prompts.note(prompts.items[0])["messages"]
+        self.messages = data.note(data.items[0])["messages"]  # the last ones are PPO's held-out prompts
         self.prompt = last_content(self.messages)
 
     def sources_of(self, stage: str) -> dict[str, Source]:
         """Return the sources without the files that have nothing for this stage, but something for another."""
-        kind, sources = STAGES[stage].loader.kind, {}
+        sources = {}
         for part, source in self.sources.items():
-            kinds = {str(path): kinds_of(path) for path in path_list(source.paths)}
-            paths = [path for path in kinds if kind in kinds[path]]  # else from conversations, which have prompts, too
-            sources[part] = Source(paths or [path for path in kinds if "chat" in kinds[path]], source.split)
+            for kind in (STAGES[stage].loader.kind, "chat"):  # conversations have prompts, too
+                if paths := [str(path) for path in path_list(source.paths) if kind in kinds_of(path)]:
+                    sources[part] = Source(paths, source.split)
+                    break
         return sources
 
     def trainer(self, stage: str, run_dir: Path) -> Trainer:
         """Return the trainer of a stage, where it stopped if it has begun."""
-        parents = {"parent": self.base if stage == "sft" else self.out / "sft"}
-        if stage == "ppo":
-            parents["reward"] = self.out / "reward"
-        models = {name: load_run(path)[0] for name, path in parents.items()}
-        trainer = make_trainer(
-            stage,
-            models["parent"],
-            BPETokenizer.load(self.base / "tokenizer.json"),
-            self.sources_of(stage),
-            self.train[stage],
-            self.config,
-            reward=models.get("reward"),
-            run_dir=run_dir,
-            device=self.device,
-            cache_dir=self.cache_dir,
-        )
-        trainer.origin = {name: str(path.absolute()) for name, path in parents.items()}
+        origin = self.parents(stage)
+        model, tokenizer, _ = load_run(origin["parent"])
+        options = {"run_dir": run_dir, "device": self.device, "cache_dir": self.cache_dir}
+        if "reward" in origin:
+            options["reward"] = load_run(origin["reward"])[0]
+        sources = self.sources_of(stage)
+        trainer = make_trainer(stage, model, tokenizer, sources, self.train[stage], self.config, **options)
+        trainer.origin = {name: str(path.absolute()) for name, path in origin.items()}
         if holds_run(run_dir):
             trainer.load_checkpoint(run_dir / "checkpoint.pt")
         return trainer
+
+    def parents(self, stage: str) -> dict[str, Path]:
+        """Return the runs that a stage starts from."""
+        parents = {"parent": self.base if stage == "sft" else self.out / "sft"}
+        return parents | ({"reward": self.out / "reward"} if stage == "ppo" else {})
+
+    def changes(self, stage: str) -> str:
+        """Return what has changed since a stage began, so that a finished one shows what it does not know."""
+        if not holds_run(self.out / stage):
+            return ""
+        now = {name: str(path.absolute()) for name, path in self.parents(stage).items()}
+        now |= {"stage": stage, "train": dataclasses.asdict(self.train[stage]), "rl": dataclasses.asdict(self.config)}
+        changed = changed_options(run_config(self.out / stage), now)
+        return f"; changed since it began: {changed}" if changed else ""
 
     @staticmethod
     def is_finished(run_dir: Path) -> bool:
@@ -5164,11 +5171,9 @@ class RLHFPipeline:
         """Return a finished stage's row of the table."""
         # 1 its headline, before and after
         logged = read_metrics(run_dir)
-        metric = headline(
-            stage, {name.removeprefix("val_") for row in logged for name in row if name.startswith("val_")}
-        )
-        values = [row for row in logged if f"val_{metric}" in row] or logged[-1:]
+        values = [row for row in logged if any(name.startswith("val_") for name in row)] or logged[-1:]
         first, last = values[0], values[-1]
+        metric = headline(stage, {name.removeprefix("val_") for name in last if name.startswith("val_")})
         # 2 its reply to the prompt of all rows
         model, tokenizer, _ = load_run(run_dir, self.device)
         settings = GenerationConfig(max_new_tokens=self.train["ppo"].reply_tokens, do_sample=False)
@@ -5178,7 +5183,7 @@ class RLHFPipeline:
             "seconds": last["elapsed_s"],
             "metric": metric.replace("_", " "),
             "reply": reply,
-            "before": first[f"val_{metric}"] if first["step"] == 0 else None,
+            "before": first.get(f"val_{metric}") if first["step"] == 0 else None,
             "after": last.get(f"val_{metric}"),
         }
 
@@ -5248,15 +5253,13 @@ def read_hf_config(folder: AnyPath) -> MiniGPTConfig:
     if "num_local_experts" in data:  # another name of it
         data.setdefault("num_experts", data["num_local_experts"])
     fields = {field: data.get(field, value) for field, value in HF_KINDS[kind][1].items()}
-    # BOS, EOS and padding
-    ends = data.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]  # with several, use the first, also for a missing BOS or padding
+    # of several EOS the first; it stands in for a BOS or padding that is missing
+    ids = {name: data.get(name) for name in TOKEN_IDS}
+    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
     eos = next((i for i in ends if i is not None), MiniGPTConfig.eos_token_id)
-    token_ids = {name: eos if data.get(name) in (None, -1) else data[name] for name in TOKEN_IDS}
+    ids = {name: eos if i in (None, -1) else i for name, i in ids.items()} | {"eos_token_id": eos}
     try:
-        config = MiniGPTConfig(
-            **fields, **token_ids | {"eos_token_id": eos}, **read_hf_rope(data, fields), qk_norm=kind != "llama"
-        )
+        config = MiniGPTConfig(**fields, **ids, **read_hf_rope(data, fields), qk_norm=kind != "llama")
         # a damaged file must not fill the memory
         for field in HF_LLAMA:
             check(config, getattr(config, field) < 1 << 24, field, f"below {1 << 24}")
@@ -5270,18 +5273,17 @@ def read_hf_rope(data: dict, fields: dict) -> dict:
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_parameters={rope!r} is not possible: it must be an object with a rope_type")
-    rope = {"rope_theta": data.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default")} | {
-        name: value for name, value in rope.items() if name != "type" and value is not None
-    }
+    rope = {name: value for name, value in rope.items() if value is not None}
     # here, rope_theta is a field of its own; where a file leaves out the original context, it is the whole one
-    theta, kind = rope.pop("rope_theta"), rope["rope_type"]
+    theta = rope.pop("rope_theta", data.get("rope_theta", 10000.0))
+    kind = rope.setdefault("rope_type", rope.pop("type", "default"))
     if kind in ("yarn", "llama3"):
         original = data.get("original_max_position_embeddings") or fields["max_position_embeddings"]
         rope.setdefault("original_max_position_embeddings", original)
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
 
 
-def hf_config(config: MiniGPTConfig) -> dict:
+def hf_config(config: MiniGPTConfig, dtype: str = "float32") -> dict:
     """Return the config.json with which transformers builds the same model; a UserError names what it cannot have."""
     if config.num_shared_experts or config.num_experts and not config.qk_norm:
         raise UserError(
@@ -5295,7 +5297,7 @@ def hf_config(config: MiniGPTConfig) -> dict:
         "model_type": kind,
         "hidden_act": "silu",
         "attention_bias": False,
-        "dtype": "float32",
+        "dtype": dtype,
         **{field: getattr(config, field) for field in (*fields, "rope_theta", "rope_scaling", *TOKEN_IDS)},
     }
 
@@ -5374,12 +5376,12 @@ def read_hf_model(folder: Path, model: MiniGPT) -> MiniGPT:
     return model.eval()
 
 
-def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | None) -> None:
+def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | None, dtype: str) -> None:
     """Write model and tokenizer for transformers; a failure leaves what was there."""
-    safetensors, config = import_extra("safetensors.torch", "hf"), hf_config(model.config)
+    safetensors, config = import_extra("safetensors.torch", "hf"), hf_config(model.config, dtype)
     model = copy.deepcopy(model)  # the caller keeps its LoRA
     merge_lora(model)
-    tensors = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in hf_tensors(model).items()}
+    tensors = {name: x.to("cpu", getattr(torch, dtype), copy=True) for name, x in hf_tensors(model).items()}
     generation = {name: config[name] for name in TOKEN_IDS}
     # everything is written into a directory aside, and moved when it is complete
     aside = temporary_beside(folder)
@@ -5387,12 +5389,9 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
         aside.mkdir(parents=True)
         if tokenizer is not None:
             check_vocabulary(model, tokenizer)
-            generation = {
-                "bos_token_id": tokenizer.bos_id,
-                "eos_token_id": list(tokenizer.stop_ids),
-                "pad_token_id": tokenizer.pad_id,
-            }
-            config |= generation | {"eos_token_id": tokenizer.eos_id}
+            ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+            config |= dict(zip(TOKEN_IDS, ids, strict=True))
+            generation = {name: config[name] for name in TOKEN_IDS} | {"eos_token_id": list(tokenizer.stop_ids)}
             tokenizer.save_pretrained(aside)
         for name, content in (("config.json", config), ("generation_config.json", generation)):
             write_file(aside / name, json.dumps(content, indent=2))
@@ -5648,25 +5647,29 @@ def mark_content(content: str, kind: str, inside: bool) -> str:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def field_comments(cls: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass, from its line: "name: type = default  # comment"."""
+    comments = {}
+    for base in cls.__mro__[:-1]:  # inspect.getsource would take a second
+        text = Path(inspect.getfile(base)).read_text(encoding="utf-8")
+        source = re.search(rf"^class {base.__name__}\b.*?(?=^\S)", text, re.M | re.S)[0]
+        comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.M))
+    return comments
+
+
 def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, skip: tuple = ()) -> None:
     """Give `parser` a flag for each field of a dataclass but `skip`; the help is the comment on the field's line.
 
     `defaults` is an instance whose values the help shows. Only flags that the user gives appear in the parsed
     namespace, so that presets can supply the rest.
     """
-    cls = type(defaults)
-    comments = {}
-    for base in cls.__mro__[:-1]:  # inspect.getsource would take a second
-        text = Path(inspect.getfile(base)).read_text(encoding="utf-8")
-        source = re.search(rf"^class {base.__name__}\b.*?(?=^\S)", text, re.M | re.S)[0]
-        # a field's line: "name: type = default  # comment"
-        comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.M))
-    group = parser.add_argument_group(title)
-    for name, hint in typing.get_type_hints(cls).items():
+    group, comments = parser.add_argument_group(title), field_comments(type(defaults))
+    for name, hint in typing.get_type_hints(type(defaults)).items():
+        kind = (typing.get_args(hint) or (hint,))[0]  # int | None -> int
         if name in skip:
             continue
-        kind = (typing.get_args(hint) or (hint,))[0]  # int | None -> int
-        if typing.get_origin(hint) is Literal:
+        elif typing.get_origin(hint) is Literal:
             options = {"choices": typing.get_args(hint)}
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
@@ -5675,17 +5678,19 @@ def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, ski
         else:
             options = {"type": json_object if kind is dict else kind, "metavar": kind.__name__.upper()}
         default = getattr(defaults, name)
-        shown = "" if default is None else f" [{default}]"
-        group.add_argument(
-            "--" + name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=comments[name].replace("%", "%%") + shown,
-            **options,
-        )
+        options["help"] = comments[name].replace("%", "%%") + ("" if default is None else f" [{default}]")
+        group.add_argument(flag_of(name), default=argparse.SUPPRESS, **options)
+
+
+def flag_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def json_object(text: str) -> dict:
-    return dict(json.loads(text))
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object like {{"factor": 2}}') from None
 
 
 def given_flags(args: argparse.Namespace, cls: type) -> dict:
@@ -5693,7 +5698,68 @@ def given_flags(args: argparse.Namespace, cls: type) -> dict:
     return {name: value for name, value in vars(args).items() if name in typing.get_type_hints(cls)}
 
 
-RENAMED_FLAGS = {"--answer-tokens": "--reply-tokens", "--kl-target": "--kl-coef"}  # since version 0.1
+USES = {  # what trains no stage uses these flags, and --config, --stage and --out
+    "--stage tokenizer": "data val_data vocab_size on_bad_record",
+    "--stage eval": "data val_data init checkpoint device dtype batch_size seq_len compile eval_tokens eval_prompts "
+    "reply_tokens on_bad_record",
+    "--stage export": "init checkpoint overwrite dtype",
+    "--inspect": "inspect data val_data init seq_len on_bad_record",
+    "--plot": "plot png",
+}
+NEEDS = {  # an option, another one, and the values of that with which it has an effect (or any but 0)
+    "png": "plot",
+    "lora_alpha": "lora_rank",
+    "decay_fraction": "schedule wsd",
+    "min_learning_rate": "schedule cosine wsd",
+    "momentum": "optimizer muon",
+    **dict.fromkeys(("num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"), "num_experts"),
+    **dict.fromkeys(("norm_topk_prob", "router_aux_loss_coef"), "num_experts"),
+}
+
+
+def check_use(mode: str, stages: Iterable[str], given: Iterable[str], classes: Iterable[type]) -> None:
+    """Raise UserError for a given flag of `classes` that has no effect in `mode`: one of USES, or training of `stages`.
+
+    A comment begins with the stages that use its field, "PPO, GRPO: …". Where it names none, all do. A stage that no
+    comment names may use every field.
+    """
+    # 1 the stages that use each field
+    users = {}
+    for cls in classes:
+        for name, comment in field_comments(cls).items():
+            names = comment.partition(": ")[0].lower().split(", ")
+            users[name] = names if set(names) <= STAGES.keys() else []
+    named = set(itertools.chain(*users.values()))
+    # 2 the fields that this mode uses
+    parts = named.intersection(stages)  # none of a stage of one's own, which may use all
+    used = [name for name, names in users.items() if not (names and parts) or parts.intersection(names)]
+    if mode in USES:
+        used = ["config", "stage", "out", *USES[mode].split()]
+    # 3 the first that it does not
+    for name in given:
+        if name in users and name not in used:
+            near = [flag_of(other) for other in difflib.get_close_matches(name, used, n=1, cutoff=0.65)]
+            hint = "".join(f": did you mean {flag}?" for flag in near)
+            raise UserError(f"{flag_of(name)} has no effect in {mode}, but in {', '.join(users[name] or STAGES)}{hint}")
+
+
+def check_needs(given: Iterable[str], *configs: object) -> None:
+    """Raise UserError for a given flag whose switch is off in all of the configs that were made of the flags."""
+    for name in NEEDS.keys() & set(given):
+        switch, *values = NEEDS[name].split()
+        states = [getattr(config, switch) for config in configs if hasattr(config, switch)]
+        if states and not any(state in values if values else state for state in states):
+            needed = " or ".join(f"{flag_of(switch)} {value}" for value in values) or flag_of(switch)
+            raise UserError(f"{flag_of(name)} has no effect without {needed}")
+
+
+# people's names, and those of version 0.1
+RENAMED_FLAGS = {
+    "--answer-tokens": "--reply-tokens",
+    "--kl-target": "--kl-coef",
+    "--lr": "--learning-rate",
+    "--block-size": "--seq-len",
+}
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -5709,10 +5775,18 @@ class FlagParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
-            near = [RENAMED_FLAGS[name]] if name in RENAMED_FLAGS else near
+            near = (
+                [RENAMED_FLAGS[name]]
+                if name in RENAMED_FLAGS
+                else difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+            )
             self.error(f"unknown argument {unknown[0]}" + "".join(f": did you mean {flag}?" for flag in near))
         return namespace
+
+
+def is_code(reward: str) -> bool:
+    """Return whether a reward is a FILE.py:function."""
+    return reward.rpartition(":")[0].endswith(".py")
 
 
 def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable:
@@ -5720,7 +5794,7 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable:
     if source == "answer":
         return answer_reward
     path, _, name = source.rpartition(":")
-    if path.endswith(".py"):
+    if is_code(source):
         if not Path(path).is_file():
             raise UserError(f"--reward {source}: there is no file {path}")
         try:

@@ -1,6 +1,7 @@
 """Generate with a trained model: `python sample.py` continues texts with the newest run, `--chat` talks with it."""
 
 import itertools
+import math
 import re
 import sys
 import time
@@ -134,7 +135,48 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
     return text
 
 
-# -- what train.py shows: --plot and --inspect -------------------------------------------------------------------------
+# -- what train.py shows -----------------------------------------------------------------------------------------------
+
+
+def show_run(trainer: m.Trainer, imported: str | None) -> None:
+    """Print what a run learns from and trains; of a model from elsewhere also how, and for how long."""
+    config, data, model, size = trainer.config, trainer.train_data, trainer.model, trainer.model.num_params()
+    is_text = data.kind == "text"
+    sizes = [len(part.tokens if is_text else part.items) for part in (data, trainer.val_data)]
+    unit, places = "tokens" if is_text else "records", ", ".join(map(str, data.source.paths))
+    print(f"data: {sizes[0]:,} {unit} to train on, {sizes[1]:,} to validate on, from {places}")
+    limits = [f"{config.minutes:g} minutes", f"{config.epochs:g} epochs", f"{config.max_steps} steps"]
+    limits = " or ".join(text for text in limits if not text.startswith("0 "))
+    details = f", {model.num_params(active=True) / 1e6:.1f} M active" if model.config.num_experts else ""
+    if config.lora_rank:
+        details += f", of which LoRA trains {sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad):,}"
+    where = f"on {trainer.device} in {str(trainer.dtype).removeprefix('torch.')}"
+    print(f"model: {size / 1e6:.2f} M parameters{details}; {limits} {where}", flush=True)
+    if imported is None:
+        return
+    print(f"{imported}: --optimizer {config.optimizer} --learning-rate {config.learning_rate:.1e}", end=" ")
+    print(f"--batch-size {config.batch_size} --seq-len {config.seq_len}")
+    if size > 1e8 and trainer.device.type == "cpu" and not config.lora_rank:
+        print("on a CPU it takes long to train so many parameters: try --lora-rank 8")
+    if data.kind != "prompt":  # at 40 % of the speed of a matrix product
+        lengths = [config.seq_len] if is_text else [data.sides * data.lengths[i] for i in data.items]
+        rows = config.max_steps * config.batch_size * config.accumulation_steps / len(lengths)  # in epochs, for records
+        tokens = config.epochs * sizes[0] if is_text and config.epochs else (config.epochs or rows) * sum(lengths)
+        seconds = tokens * model.flops_per_token(config.seq_len) / 0.4 / m.matmul_peak(trainer.device, config.dtype)
+        print(
+            f"about {min(seconds / 60, config.minutes or math.inf):.1f} minutes, and some for evaluations", flush=True
+        )
+
+
+def table(rows: list[dict], prompt: str) -> str:
+    """Return the pipeline's rows in 100 columns."""
+    lines = [f"{'stage':<9}{'seconds':>8}  {'held-out metric':<16}{'before':>8}{'after':>8}  reply to: {prompt}"]
+    for row in rows:
+        form = "{:.1%}" if row["metric"] in ("exact match", "pair accuracy") else "{:.4f}"
+        before, after = ("" if value is None else form.format(value) for value in (row["before"], row["after"]))
+        reply = " ".join(row["reply"].split())
+        lines.append(f"{row['stage']:<9}{row['seconds']:>8.0f}  {row['metric']:<16}{before:>8}{after:>8}  {reply}")
+    return "\n".join((line if len(line) <= 100 else line[:99] + "…").rstrip() for line in lines)
 
 
 def show_conversations(data: m.ConversationDataLoader, count: int) -> None:

@@ -10,18 +10,21 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import shutil
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
 
 import torch
 
 import minillm as m
+import sample
 
 DATA = Path(__file__).parent / "data"
 
@@ -35,8 +38,9 @@ class Command:
     data: list[str] | None = None  # .txt, .json, .jsonl(.gz) files or directories [MiniLLM's own data/train]
     val_data: list[str] | None = None  # the same, to validate on [data/val, or a tenth of --data]
     init: str | None = None  # run or Hugging Face directory to start from, score or export [the parent stage's run]
-    reward: str | None = None  # what ppo and grpo maximise: answer, a reward model's RUN_DIR, FILE.py:function (runs)
-    inspect: int | None = None  # show so many conversations as sft would train on them, train nothing
+    checkpoint: Literal["best", "last"] = "best"  # weights of --init and parents: of the best evaluation, or the last
+    reward: str | None = None  # PPO, GRPO: what they maximise: answer, a reward model's RUN_DIR, or FILE.py:function
+    inspect: int | None = None  # SFT: show so many conversations as it would train on them, train nothing
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
     png: str = "plot.png"  # file that --plot draws
     out: str = "out"  # where runs and caches go
@@ -61,17 +65,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags, with Command's defaults, and the places that follow from them."""
     given = vars(build_parser().parse_args(argv))
     args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
+    args.given, args.argv, args.imported = given, sys.argv[1:] if argv is None else argv, None
     m.get_config(args.config)
-    stages = ("tokenizer", *m.STAGES, "rlhf", "eval", "export")
-    if args.stage not in stages:
-        raise m.UserError(f"--stage {args.stage} is unknown: choose from {', '.join(stages)}")
-    args.is_config_given, args.argv = "config" in given, sys.argv[1:] if argv is None else argv
-    args.runs, args.cache = Path(args.out) / args.config, Path(args.out) / "cache"
+    check_flags(args)
+    if args.init:  # a model that was trained elsewhere has its own name
+        parent = m.run_config(args.init)
+        args.imported = Path(args.init).resolve().name if "model_type" in parent else parent.get("imported")
+    name = args.config if "config" in given else args.imported or args.config
+    args.runs, args.cache = Path(args.out) / name, Path(args.out) / "cache"
     return args
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line `argv`; `started` is the time.monotonic() from which --minutes count (default: now)."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # or closed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ? and training goes on
@@ -81,14 +88,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         with warnings.catch_warnings():
             warn_once = functools.cache(lambda text: print(f"train.py: warning: {text}", file=sys.stderr))
             warnings.showwarning = lambda message, *_, **__: warn_once(str(message))
-            if args.plot:
-                import sample
-
-                return sample.plot(args.plot, Path(args.png))
-            if args.inspect is not None:
-                return inspect(args)
             stages = {"tokenizer": train_tokenizer, "rlhf": rlhf, "eval": evaluate, "export": export}
-            return stages.get(args.stage, train)(args)
+            run = stages.get(args.stage, train) if args.inspect is None else inspect
+            return sample.plot(args.plot, Path(args.png)) if args.plot else run(args)
     except KeyboardInterrupt:
         print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
         return 130
@@ -105,6 +107,25 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
 # -- what the flags say ------------------------------------------------------------------------------------------------
 
 
+def check_flags(args) -> None:
+    """Raise UserError for flags that contradict each other, or have no effect."""
+    mode = "--plot" if args.plot else "--inspect" if args.inspect is not None else f"--stage {args.stage}"
+    stages = ("tokenizer", *m.STAGES, "rlhf", "eval", "export")
+    if args.stage not in stages:
+        raise m.UserError(f"--stage {args.stage} is unknown: choose from {', '.join(stages)}")
+    if mode == "--inspect" and (args.stage != "sft" or args.inspect < 1):
+        problem = "is not possible: it shows 1 or more of what --stage sft would train on"
+        raise m.UserError(f"--inspect {args.inspect} --stage {args.stage} {problem}")
+    if args.resume and args.overwrite:
+        raise m.UserError("--resume and --overwrite exclude each other")
+    if name := next((name for name in ("reward", "checkpoint") if name in args.given and args.stage == "rlhf"), None):
+        raise m.UserError(f"--{name} has no effect in --stage rlhf: its stages take the best of each other's runs")
+    shape = (m.MiniGPTConfig,) if mode in ("--stage tokenizer", "--plot") else ()  # elsewhere it is compared
+    parts = ("pretrain", *m.RLHFPipeline.stages) if args.stage == "rlhf" else (args.stage,)
+    m.check_use(mode, parts, args.given, (Command, m.TrainConfig, m.RLHFConfig, *shape))
+    m.check_needs(args.given, args)
+
+
 def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
     """Return the sources of the flags, else those that a run has `saved`, else the example data."""
     if args.data is None and args.val_data is None and saved:
@@ -114,14 +135,39 @@ def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
 
 
 def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
-    """Return the options of the preset (or `base`) with the user's; a limit of the user's replaces all others."""
-    given = m.given_flags(args, m.TrainConfig)
-    if "max_steps" in given or "minutes" in given:
-        given = {"max_steps": 0, "minutes": 0.0} | given
-        if not given["max_steps"] and not given["minutes"]:
-            raise m.UserError("a run needs an end: give --max-steps or --minutes above 0")
-    stage = args.stage if args.stage in m.STAGES else "pretrain"
+    """Return the options of the preset (or `base`) with the user's; a limit of the user's replaces all others.
+
+    Without one, a preset's for the user's data are epochs: its steps fit the example data.
+    """
+    given, stage = m.given_flags(args, m.TrainConfig), args.stage if args.stage in m.STAGES else "pretrain"
+    limits = {name: given.get(name, 0) for name in ("max_steps", "epochs", "minutes")}
+    if limits.keys() & given:
+        given |= limits
+        if not any(limits.values()):
+            raise m.UserError("a run needs an end: give --max-steps, --epochs or --minutes above 0")
+    elif args.data and base is None and m.STAGES[stage].epochs:
+        given |= limits | {"epochs": m.STAGES[stage].epochs}
     return dataclasses.replace(base or m.get_train_config(args.config, stage), **given)
+
+
+def imported_config(args, stage: str, model: m.MiniGPT) -> m.TrainConfig:
+    """Return the options for a model that was trained elsewhere: AdamW at a rate for its size, few tokens at once."""
+    scale = (10 if "lora_rank" in args.given else 1) * (0.1 if stage in ("dpo", "ppo", "grpo") else 1)
+    changes = {"optimizer": "adamw", "batch_size": 8, "eval_tokens": 20_000, "eval_every": 100, "save_every": 100}
+    changes["learning_rate"] = scale * 0.6 / model.num_params() ** 0.5  # 5e-5 for 135 M parameters
+    if stage not in ("ppo", "grpo"):
+        changes |= {"max_steps": 0, "epochs": m.STAGES[stage].epochs or 1.0}
+    return train_config(args, dataclasses.replace(m.get_train_config("small", stage), **changes))
+
+
+def imported_seq_len(args, config: m.TrainConfig, model: m.MiniGPT, tokenizer: m.BPETokenizer, device) -> int:
+    """Return the longest record's length, or what memory allows: 8 rows of 512 tokens in 135 M parameters take 6 GB."""
+    limit = min(model.config.max_position_embeddings, 512 if device.type == "cpu" else 2048)
+    if m.STAGES[args.stage].loader.kind == "text":
+        return limit
+    source = data_sources(args)["train"]
+    data = m.make_loader(args.stage, tokenizer, model.config, config, source, False, args.cache)
+    return min(limit, max(data.lengths) + (config.reply_tokens if data.kind == "prompt" else 0))
 
 
 def rlhf_config(args, base: m.RLHFConfig | None = None) -> m.RLHFConfig:
@@ -142,7 +188,7 @@ def model_config(args) -> m.MiniGPTConfig:
 
 def check_shape(args, shape: m.MiniGPTConfig) -> None:
     """Raise UserError if --config or a flag contradicts the shape of the weights."""
-    expected = dataclasses.asdict(model_config(args)) if args.is_config_given else m.given_flags(args, m.MiniGPTConfig)
+    expected = dataclasses.asdict(model_config(args)) if "config" in args.given else m.given_flags(args, type(shape))
     pairs = [(name, value, getattr(shape, name)) for name, value in expected.items()]
     if wrong := [f"{name}={value} (there {theirs})" for name, value, theirs in pairs if value != theirs]:
         raise m.UserError(f"--config or its flags contradict the loaded model: {', '.join(wrong)}: leave them out")
@@ -153,13 +199,6 @@ def set_seq_len(config: m.TrainConfig, shape: m.MiniGPTConfig) -> None:
     if config.seq_len > shape.max_position_embeddings:
         context = f"max_position_embeddings={shape.max_position_embeddings}"
         raise m.UserError(f"--seq-len {config.seq_len} exceeds the context, {context}")
-
-
-def check_flags(args) -> None:
-    if args.reward and args.stage not in ("ppo", "grpo"):
-        raise m.UserError(f"--reward {args.reward} has no meaning in --stage {args.stage}: ppo and grpo take one")
-    if args.resume and args.overwrite:
-        raise m.UserError("--resume and --overwrite exclude each other")
 
 
 def can_resume(run_dir: Path, args) -> bool:
@@ -215,31 +254,44 @@ def find_parent(args, saved: dict, run_dir: Path) -> Path | None:
         return Path(args.init or saved["parent"])
     if stage is None:
         return run_dir if saved else None  # a resumed pretraining takes its shape and tokenizer from itself
-    parent = args.runs / stage
-    if not (parent / "config.json").exists():
+    if not (args.runs / stage / "config.json").exists():
         ways = f"train it with --stage {stage}, or name another with --init"
-        raise m.UserError(f"{args.stage} starts from {parent}, where there is no run: {ways}")
-    return parent
+        raise m.UserError(f"{args.stage} starts from {args.runs / stage}, where there is no run: {ways}")
+    return args.runs / stage
+
+
+def find_reward(args, saved: str | None) -> str:
+    """Return what --reward names, else what the resumed run had, unless that is a file with code."""
+    if not args.reward and saved and m.is_code(saved):
+        raise m.UserError(f"--resume: this run says that its reward is {saved}, which is code: name it with --reward")
+    return args.reward or saved or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
 
 
 def train(args) -> int:
     """Run one of m.STAGES: pretraining from a new model, another stage from its parent's run."""
     config, rl = train_config(args), rlhf_config(args)  # flags are checked before anything is loaded
-    check_flags(args)
-    device, run_dir, saved = m.pick_device(args.device), args.runs / args.stage, {}
+    device, run_dir, saved, reward = m.pick_device(args.device), args.runs / args.stage, {}, None
     if is_resumed := can_resume(run_dir, args):
         saved = m.load_run(run_dir, which="last")[2]["config"]
         config = train_config(args, m.TrainConfig(**saved["train"]))
         rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]) if saved.get("rl") else None)
     parent = find_parent(args, saved, run_dir)
-    model, tokenizer = new_model(args, config) if parent is None else m.load_run(parent)[:2]
-    if parent is not None:
+    which = args.given.get("checkpoint", saved.get("checkpoint", "last") if saved else "best")
+    if parent is None:
+        (model, tokenizer), step = new_model(args, config), 0
+    else:
+        model, tokenizer, state = m.load_run(parent, which=which)
+        step = state["step"]
         check_shape(args, model.config)
+        if args.imported and not is_resumed:
+            config = imported_config(args, args.stage, model)
+            config.seq_len = config.seq_len or imported_seq_len(args, config, model, tokenizer, device)
         set_seq_len(config, model.config)
-    origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute())}
-    reward = None
-    if args.stage in ("ppo", "grpo"):
-        name = args.reward or saved.get("reward") or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
+    m.check_needs(args.given, config, model.config)
+    origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute()), "checkpoint": which}
+    origin |= {"imported": args.imported} if args.imported else {}
+    if m.STAGES[args.stage].loader.kind == "prompt":
+        name = find_reward(args, saved.get("reward"))
         reward = m.load_reward(name, tokenizer)
         origin["reward"] = name if name == "answer" else str(Path(name).absolute())
     m.keep_freed_memory()
@@ -248,35 +300,19 @@ def train(args) -> int:
     trainer = m.make_trainer(args.stage, model, tokenizer, sources, config, rl, reward=reward, **options)
     trainer.origin = origin
     if "parent" in origin:
-        print(f"{args.stage}: from {parent}" + (f", reward: {origin['reward']}" if reward else ""))
+        print(f"{args.stage}: from {parent} at step {step}" + (f", reward: {origin['reward']}" if reward else ""))
     if is_resumed:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
         print(f"resuming {run_dir} at step {trainer.step_count}")
-        before = {**saved["train"], **saved.get("rl", {})}
-        now = dataclasses.asdict(config) | dataclasses.asdict(rl)
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in before if now.get(name) != before[name]]
-        if changed:
-            print(f"from here on: {', '.join(changed)}")
+        if changed := m.changed_options(saved, trainer.config_dict()):
+            print(f"from here on: {changed}")
     return fit(args, trainer)
 
 
 def fit(args, trainer: m.Trainer) -> int:
     """Train, and say how it went and what to do next."""
-    config, run_dir, model, is_text = (
-        trainer.config,
-        trainer.run_dir,
-        trainer.model,
-        m.STAGES[trainer.stage].loader.kind == "text",
-    )
-    sizes = [len(loader.tokens if is_text else loader.items) for loader in (trainer.train_data, trainer.val_data)]
-    print("data: {:,} {unit} to train on, {:,} to validate on".format(*sizes, unit="tokens" if is_text else "records"))
-    limits = [f"{config.minutes:g} minutes", f"{config.max_steps} steps"]
-    limits = " or ".join(text for text in limits if not text.startswith("0 "))
-    details = f", {model.num_params(active=True) / 1e6:.1f} M active" if model.config.num_experts else ""
-    if config.lora_rank:
-        details += f", of which LoRA trains {sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad):,}"
-    where = f"on {trainer.device} in {str(trainer.dtype).removeprefix('torch.')}"
-    print(f"model: {model.num_params() / 1e6:.2f} M parameters{details}; {limits} {where}", flush=True)
+    run_dir, stage, is_text = trainer.run_dir, trainer.stage, trainer.train_data.kind == "text"
+    sample.show_run(trainer, args.imported)
     with replacing(args, run_dir):
         result = trainer.fit()
     if "signal" in result and trainer.progress() < 1:
@@ -286,12 +322,17 @@ def fit(args, trainer: m.Trainer) -> int:
     held_out = f" on {result['bytes']:,} held-out bytes" if is_text else ""
     figures = m.describe(result, ("bpb",) if is_text else m.FIGURES)
     print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {run_dir}")
-    run = shlex.quote(str(run_dir))
-    follow_up = {
-        "pretrain": lambda: f"sample.py --run {run} --prompt {shlex.quote(trainer.prompts()[0])}",
-        "reward": lambda: f"train.py --config {args.config} --out {shlex.quote(args.out)} --stage ppo",
-    }
-    print(f"next:  python {follow_up.get(trainer.stage, lambda: f'sample.py --run {run} --chat')()}")
+    following = f"sample.py --run {shlex.quote(str(run_dir))}"
+    following += f" --prompt {shlex.quote(trainer.prompts()[0])}" if stage == "pretrain" else " --chat"
+    if stage == "reward":
+        flags = [
+            [name, args.given[name]] for name in ("config", "init", "data", "val_data", "out") if name in args.given
+        ]
+        words = [
+            word for name, value in flags for word in (m.flag_of(name), *([value] if type(value) is str else value))
+        ]
+        following = shlex.join(["train.py", "--stage", "ppo", *words])
+    print(f"next:  python {following}")
     return 128 + result["signal"] if "signal" in result else 0
 
 
@@ -306,6 +347,8 @@ def replacing(args, *run_dirs: Path):
 
     Of several, those that were not reached stay aside: beside new parents they would pass for finished.
     """
+    for old in (old for run_dir in run_dirs for old in run_dir.parent.glob(f"{run_dir.name}.old-*")):
+        print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
     aside = {}
     try:
         for run_dir in run_dirs if args.overwrite else ():
@@ -329,45 +372,35 @@ def replacing(args, *run_dirs: Path):
 def rlhf(args) -> int:
     """SFT, reward model and PPO, one after the other, after pretraining if there is no base model; resumable."""
     base, rl, device = Path(args.init or args.runs / "pretrain"), rlhf_config(args), m.pick_device(args.device)
-    check_flags(args)
-    stages = m.RLHFPipeline.stages
+    stages, sources = m.RLHFPipeline.stages, data_sources(args)
     configs = {stage: train_config(argparse.Namespace(**vars(args) | {"stage": stage})) for stage in stages}
-    for source in data_sources(args).values():
+    for source in sources.values():
         if lacking := {"chat", "preference"} - m.kinds_of(source.paths).keys():
-            problem = (
-                f"no {' and no '.join(sorted(lacking))} records: --stage rlhf takes conversations, pairs and prompts"
-            )
+            problem = f"no {' and no '.join(sorted(lacking))} records: --stage rlhf takes conversations and pairs"
             raise m.UserError(f"{', '.join(map(str, source.paths))}: {problem}")
     if not args.init and not m.RLHFPipeline.is_finished(base):
         print(f"== pretrain: {base}")
         changes = {"stage": "pretrain", "resume": m.holds_run(base), "overwrite": False}
         if status := train(argparse.Namespace(**vars(args) | changes)):
             return status
-    shape = m.MiniGPTConfig(**m.run_config(base)["model"])
-    check_shape(args, shape)
+    model = m.load_run(base)[0]
+    check_shape(args, model.config)
+    for stage in stages if args.imported else ():
+        configs[stage] = imported_config(args, stage, model)
+        configs[stage].seq_len = configs[stage].seq_len or min(1024, model.config.max_position_embeddings)
     for config in configs.values():
-        set_seq_len(config, shape)
+        set_seq_len(config, model.config)
+    m.check_needs(args.given, *configs.values(), model.config)
     m.keep_freed_memory()
-    pipeline = m.RLHFPipeline(rl, base, args.runs, data_sources(args), configs, device=device, cache_dir=args.cache)
-    with replacing(args, *(args.runs / stage for stage in pipeline.stages)):
+    pipeline = m.RLHFPipeline(rl, base, args.runs, sources, configs, device=device, cache_dir=args.cache)
+    with replacing(args, *(args.runs / stage for stage in stages)):
         rows = pipeline.run()
     if "signal" in rows[-1]:
         print(f"stopped; what is done is saved\ngo on:  {command(args)}")
         return 128 + rows[-1]["signal"]
     run = shlex.quote(str(args.runs / "ppo"))
-    print(f"\n{table(rows, pipeline.prompt)}\n\nnext:  python sample.py --run {run} --chat")
+    print(f"\n{sample.table(rows, pipeline.prompt)}\n\nnext:  python sample.py --run {run} --chat")
     return 0
-
-
-def table(rows: list[dict], prompt: str) -> str:
-    """Return the pipeline's rows in 100 columns."""
-    lines = [f"{'stage':<9}{'seconds':>8}  {'held-out metric':<16}{'before':>8}{'after':>8}  reply to: {prompt}"]
-    for row in rows:
-        form = "{:.1%}" if row["metric"] in ("exact match", "pair accuracy") else "{:.4f}"
-        before, after = ("" if value is None else form.format(value) for value in (row["before"], row["after"]))
-        reply = " ".join(row["reply"].split())
-        lines.append(f"{row['stage']:<9}{row['seconds']:>8.0f}  {row['metric']:<16}{before:>8}{after:>8}  {reply}")
-    return "\n".join((line if len(line) <= 100 else line[:99] + "…").rstrip() for line in lines)
 
 
 # -- what does not train -----------------------------------------------------------------------------------------------
@@ -378,32 +411,30 @@ def evaluate(args) -> int:
     if not args.init:
         raise m.UserError(f"--stage eval scores a run: name its directory, for example --init {args.runs}/pretrain")
     m.keep_freed_memory()
-    model, tokenizer, state = m.load_run(args.init)
+    model, tokenizer, state = m.load_run(args.init, which=args.checkpoint)
     check_shape(args, model.config)
     saved = state["config"]
     config = train_config(args, m.TrainConfig(**saved["train"] | {"lora_rank": 0}))  # LoRA is merged already
+    config.eval_prompts = args.given.get("eval_prompts", sys.maxsize)
     set_seq_len(config, model.config)
-    if not hasattr(args, "eval_prompts"):
-        config.eval_prompts = sys.maxsize
     source = data_sources(args, saved["data"])["val"]
-    kinds, own = m.kinds_of(source.paths), m.STAGES[saved["stage"]].loader.kind
-    kind = own if own in kinds or saved["stage"] == "reward" else next(iter(kinds), "text")
-    stage = {"text": "pretrain", "chat": "sft", "preference": "dpo", "prompt": "ppo"}[kind]
-    stage = "reward" if saved["stage"] == "reward" else stage
-    options = {"device": m.pick_device(args.device), "cache_dir": args.cache}
-    if stage == "dpo" and saved["stage"] == "dpo":
-        options["reference"] = m.load_run(saved["parent"])[0]
-    paths = ", ".join(map(str, source.paths))
+    kinds, stage = m.kinds_of(source.paths), saved["stage"]
+    if m.STAGES[stage].loader.kind not in kinds and stage != "reward":
+        stage = {"text": "pretrain", "chat": "sft", "preference": "dpo"}.get(next(iter(kinds), "text"), "ppo")
+    paths, kind = ", ".join(map(str, source.paths)), m.STAGES[stage].loader.kind
+    options = {"rl": m.RLHFConfig(**saved.get("rl", {})), "device": m.pick_device(args.device), "cache_dir": args.cache}
+    if saved["stage"] == stage == "dpo":
+        options["reference"] = m.load_run(saved["parent"], which=saved.get("checkpoint", "last"))[0]
     print(f"{args.init} at step {state['step']} on {kind} records of {paths} ({source.split})")
-    if stage == "ppo":
-        trainer = m.make_trainer("sft", model, tokenizer, {}, config, **options)
-        trainer.val_data = m.make_loader("ppo", tokenizer, model.config, config, source, False, args.cache)
+    sources = {} if kind == "prompt" else {"val": source}
+    trainer = m.make_trainer("sft" if kind == "prompt" else stage, model, tokenizer, sources, config, **options)
+    if kind == "prompt":
+        trainer.val_data = m.make_loader(stage, tokenizer, model.config, config, source, False, args.cache)
         result = trainer.exact_match()
     else:
-        trainer = m.make_trainer(stage, model, tokenizer, {"val": source}, config, **options)
         if stage == "dpo" and "reference" not in options:  # the model's own preference, beside no reference
             trainer.val_data.reference_logprobs = torch.zeros_like(trainer.val_data.reference_logprobs)
-        result = trainer.evaluate(vars(args).get("eval_tokens"))
+        result = trainer.evaluate(args.given.get("eval_tokens"))
     if not result:
         raise m.UserError(f'{paths}: prompts without any "answer" cannot be scored')
     print(json.dumps(result))
@@ -415,29 +446,26 @@ def export(args) -> int:
     run_dir, folder = Path(args.init or m.newest_run(args.out)), args.runs / "export"
     if folder.exists() and not args.overwrite:
         raise m.UserError(f"{folder} exists: give --overwrite to replace what is in it, or another --out")
-    model, tokenizer, _ = m.load_run(run_dir)
+    model, tokenizer, state = m.load_run(run_dir, which=args.checkpoint)
     check_shape(args, model.config)
-    model.save_pretrained(folder, tokenizer)
-    print(f"{run_dir} is now in {folder}, for AutoModelForCausalLM and AutoTokenizer.from_pretrained({str(folder)!r})")
+    dtype = args.given.get("dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
+    model.save_pretrained(folder, tokenizer, dtype)
+    print(f"{run_dir} at step {state['step']} is now in {folder} in {dtype}, as transformers reads it")
     return 0
 
 
 def inspect(args) -> int:
     """Show conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
     parent, config = Path(args.init or args.runs / "pretrain"), train_config(args)
-    if args.stage != "sft" or args.inspect < 1:
-        problem = "is not possible: it shows 1 or more of what --stage sft would train on"
-        raise m.UserError(f"--inspect {args.inspect} --stage {args.stage} {problem}")
     if (parent / "config.json").exists():
         model, tokenizer, _ = m.load_run(parent)
         shape = model.config
+        check_shape(args, shape)
     else:
         shape = model_config(args)
         tokenizer = get_tokenizer(args, shape.vocab_size)
     set_seq_len(config, shape)
     data = m.make_loader("sft", tokenizer, shape, config, data_sources(args)["train"], False, args.cache)
-    import sample
-
     sample.show_conversations(data, args.inspect)
     return 0
 
