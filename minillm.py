@@ -203,53 +203,36 @@ YARN_OPTIONS = ["beta_fast", "beta_slow", "attention_factor", "truncate"]
 
 def is_rope_scaling(scaling: dict) -> bool:
     """Return whether a dict has the keys of its rope_type, with possible values."""
-    kind = scaling.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_KEYS or type(scaling.get("truncate", True)) is not bool:
+    kind, least = scaling.get("rope_type"), {"factor": 1, "original_max_position_embeddings": 1}
+    needed, options = ROPE_KEYS.get(str(kind)), YARN_OPTIONS if kind == "yarn" else []
+    if needed is None or not set(needed) <= scaling.keys() <= {"rope_type", *needed, *options}:
         return False
     numbers = {key: value for key, value in scaling.items() if key not in ("rope_type", "truncate")}
-    allowed = ROPE_KEYS[kind] + (YARN_OPTIONS if kind == "yarn" else [])
-    return (
-        set(ROPE_KEYS[kind]) <= scaling.keys() <= {"rope_type", *allowed}
-        and all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers.values())
-        and min(numbers["factor"], numbers.get("original_max_position_embeddings", 1)) >= 1
+    return type(scaling.get("truncate", True)) is bool and all(
+        type(value) in (int, float) and least.get(key, 0) <= value < math.inf for key, value in numbers.items()
     )
 
 
-PRESET_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-PRESETS: dict[str, dict] = {
-    name: dict(zip(PRESET_FIELDS, values, strict=True))
-    for name, values in {
-        # vocabulary, width, layers, heads, kv heads, ffn width, context
-        "tiny": (2048, 128, 6, 2, 1, 384, 256),  # ~1.4 M parameters: learns to write on a laptop CPU in minutes
-        "small": (6400, 512, 8, 8, 2, 1408, 512),  # ~25 M: an evening on a CPU, minutes on a GPU
-        "medium": (8192, 768, 12, 12, 4, 2048, 1024),  # ~80 M: GPT-2 small without its large vocabulary
-        "large": (16384, 1024, 28, 16, 8, 3072, 2048),  # ~350 M: for one serious GPU
-        "moe": (6400, 512, 8, 8, 2, 1408, 512),
-    }.items()
-}  # ~75 M, of which a token uses ~25 M
-PRESETS["moe"] |= {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 480}
+PRESETS = {  # vocabulary, width, layers, heads, kv heads, head dim, ffn width, context: MiniGPTConfig's first fields
+    "tiny": (2048, 128, 6, 2, 1, 64, 384, 256),  # ~1.4 M parameters: learns to write on a laptop CPU in minutes
+    "small": (6400, 512, 8, 8, 2, 64, 1408, 512),  # ~25 M: an evening on a CPU, minutes on a GPU
+    "medium": (8192, 768, 12, 12, 4, 64, 2048, 1024),  # ~80 M: GPT-2 small without its large vocabulary
+    "large": (16384, 1024, 28, 16, 8, 64, 3072, 2048),  # ~350 M: for one serious GPU
+    "moe": (6400, 512, 8, 8, 2, 64, 1408, 512),  # ~60 M, of which a token uses ~25 M
+}
+EXPERTS = {"moe": {"num_experts": 8, "num_shared_experts": 1, "moe_intermediate_size": 480}}
 
 
 def get_config(name: str) -> MiniGPTConfig:
     """Return the preset called `name`: tiny, small, medium, large or moe."""
     if name not in PRESETS:
         raise UserError(f"config {name!r} is unknown: choose from {', '.join(PRESETS)}")
-    return MiniGPTConfig(**PRESETS[name])
+    return MiniGPTConfig(*PRESETS[name], **EXPERTS.get(name, {}))
 
 
-get_tiny_config = functools.partial(get_config, "tiny")
-get_small_config = functools.partial(get_config, "small")
-get_medium_config = functools.partial(get_config, "medium")
-get_large_config = functools.partial(get_config, "large")
-get_moe_config = functools.partial(get_config, "moe")
+get_tiny_config, get_small_config, get_medium_config, get_large_config, get_moe_config = (
+    functools.partial(get_config, name) for name in PRESETS
+)
 
 # ======================================================================================================================
 # 2 Model: a pre-norm Transformer with the conventions of Hugging Face's Llama and Qwen3.
@@ -326,8 +309,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
     """Return cosines and signed sines of rotary position embedding (arXiv:2104.09864), each (max_positions, D).
 
-    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`: linear slows all of them; YaRN and
-    Llama 3 only those that turn seldom within the original context, with a blend between.
+    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`: linear slows all of them; YaRN
+    (arXiv:2309.00071) and Llama 3 only those that turn seldom within the original context, with a blend between.
     """
     D, base = config.head_dim, config.rope_theta
     inv_freq = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
@@ -339,7 +322,13 @@ def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         slow = 1 - ((turns - low) / (high - low)).clamp(0, 1)
     elif scaling["rope_type"] == "yarn":
-        slow = yarn_ramp(scaling, original, D, base)
+        # the dimensions that turn beta_fast and beta_slow times within the original context: a line from 0 to 1 between
+        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
         attention_factor = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0)
     inv_freq = inv_freq / scaling["factor"] * slow + inv_freq * (1 - slow)
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
@@ -347,20 +336,6 @@ def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     # half-split: dimension d is paired with d + D / 2; the sine's sign belongs to the rotation
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def yarn_ramp(scaling: dict, original: int, D: int, base: float) -> Tensor:
-    """Return YaRN's blend (arXiv:2309.00071), (D / 2,): 0 for fast rotations, 1 for slow ones, a line between."""
-
-    def dimension(turns: float) -> float:
-        """The dimension that turns so often within the original context."""
-        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    return ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -423,20 +398,19 @@ class KVCache:
     """
 
     def __init__(self, model: MiniGPT, batch_size: int, max_length: int):
-        config, weight = model.config, model.embed_tokens.weight
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k, self.v = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
+        shape = (batch_size, model.config.num_key_value_heads, max_length, model.config.head_dim)
+        self.k, self.v = ([model.embed_tokens.weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
         self.length, self.max_length = 0, max_length
         self.position: Tensor | None = None
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, K, T, D) to a layer; return all that it holds, (B, K, length + T, D)."""
-        all_k, all_v, T = self.k[layer], self.v[layer], k.shape[2]
+        all_k, all_v, start, T = self.k[layer], self.v[layer], self.length, k.shape[2]
         if self.position is not None:
             return all_k.index_copy_(2, self.position, k), all_v.index_copy_(2, self.position, v)
-        all_k.narrow(2, self.length, T).copy_(k)  # into the slots length … length + T - 1
-        all_v.narrow(2, self.length, T).copy_(v)
-        return all_k.narrow(2, 0, self.length + T), all_v.narrow(2, 0, self.length + T)
+        all_k.narrow(2, start, T).copy_(k)  # into the slots start … start + T - 1
+        all_v.narrow(2, start, T).copy_(v)
+        return all_k.narrow(2, 0, start + T), all_v.narrow(2, 0, start + T)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row `rows[i]`; there may be more rows than before, or fewer."""
@@ -455,8 +429,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.qkv_proj = Linear(config.hidden_size, H * D, K * D, K * D)
         self.o_proj = Linear(H * D, config.hidden_size)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -464,7 +439,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
         q = apply_rope(self.q_norm(q), cos, sin)
         k = apply_rope(self.k_norm(k), cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         out = attend(q, k, v, mask)  # (B, H, T, D)
@@ -563,11 +538,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | float]:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))  # (B, T, C)
-        out, balance = self.post_attention_layernorm(x), 0.0
-        if isinstance(self.mlp, MixtureOfExperts):
-            out, balance = self.mlp(out, token_mask)
-        else:
-            out = self.mlp(out)
+        normed = self.post_attention_layernorm(x)
+        is_sparse = isinstance(self.mlp, MixtureOfExperts)
+        out, balance = self.mlp(normed, token_mask) if is_sparse else (self.mlp(normed), 0.0)
         return x + self.dropout(out), balance
 
 
@@ -631,27 +604,25 @@ class MiniGPT(nn.Module):
         cache: the T tokens follow those in it, and are added to it.
         """
         T = input_ids.shape[1]
-        if cache is None or cache.position is None:
-            start = 0 if cache is None else cache.length
+        start, limit = cache.length if cache else 0, self.config.max_position_embeddings
+        if cache and cache.position is not None:  # fixed shapes: every slot of the cache is a key
+            slots, S, fast = cache.position, cache.max_length, False
+        else:
             slots, S = torch.arange(start, start + T, device=input_ids.device), start + T
             fast = attention_mask is None and T in (1, S)  # no mask: plain causal, or one query after all keys
-        else:  # fixed shapes: every slot of the cache is a key
-            slots, S, fast = cache.position, cache.max_length, False
-        if position_ids is None and S > self.config.max_position_embeddings:
-            raise UserError(
-                f"{S} tokens exceed the context of max_position_embeddings={self.config.max_position_embeddings}"
-            )
+        if position_ids is None and S > limit:
+            raise UserError(f"{S} tokens exceed the context of max_position_embeddings={limit}")
         mask = None if fast else visible_keys(slots, S, attention_mask)
         position_ids = slots[None] if position_ids is None else position_ids
         cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D)
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:  # keep x alone
+            if self.gradient_checkpointing and torch.is_grad_enabled() and not cache:  # keep x alone
                 x, balance = recompute(block, x, cos, sin, mask, token_mask, use_reentrant=False)
             else:
                 x, balance = block(x, cos, sin, mask, token_mask, cache)
             balances.append(balance)
-        if cache is not None and cache.position is None:
+        if cache and cache.position is None:
             cache.length += T
         return self.norm(x), sum(balances) / len(balances)
 
@@ -700,8 +671,10 @@ class MiniGPT(nn.Module):
     def num_params(self, active: bool = False) -> int:
         """Count parameters; with `active` only those that a token uses (all of a dense model)."""
         c, total = self.config, sum(p.numel() for p in self.parameters())
-        idle = c.num_hidden_layers * (c.num_experts - c.num_experts_per_tok) if active and c.num_experts else 0
-        return total - idle * 3 * c.hidden_size * (c.moe_intermediate_size or 0)
+        if not active or not c.num_experts:
+            return total
+        idle = c.num_hidden_layers * (c.num_experts - c.num_experts_per_tok)
+        return total - idle * 3 * c.hidden_size * c.moe_intermediate_size
 
     def flops_per_token(self, seq_len: int) -> int:
         """Count floating-point operations of forward and backward for a token of a row (arXiv:2204.02311, B).
@@ -709,11 +682,10 @@ class MiniGPT(nn.Module):
         Six for each weight of a matrix product. Six for each element of causal attention's two products, of which the
         mask leaves half.
         """
-        c = self.config
-        weights = self.num_params(active=True)
+        c, weights = self.config, self.num_params(active=True)
         if not c.tie_word_embeddings:
-            weights -= c.vocab_size * c.hidden_size  # a look-up is no product
-        return 6 * weights + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
+            weights -= self.embed_tokens.weight.numel()  # a look-up is no product
+        return 6 * (weights + c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len)
 
 
 @contextlib.contextmanager
@@ -739,8 +711,8 @@ class LoRALinear(nn.Module):
         self.out_features = base.stacked["weight"]
         rows, columns = base.weight.shape
         # B A is 0 at first, so that training starts from the model as it is
-        self.lora_a = nn.Parameter(torch.randn(rank, columns, device=base.weight.device) * columns**-0.5)
-        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
+        self.lora_a = nn.Parameter(torch.randn(rank, columns, device=self.weight.device) * columns**-0.5)
+        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
@@ -865,10 +837,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors  # of the sum: the chain rule only scales them
-        d_hidden = None if d_hidden is None else d_hidden.mul(grad.to(d_hidden.dtype))
-        d_weight = None if d_weight is None else d_weight.mul(grad)
-        return d_hidden, d_weight, None, None
+        # the gradients of the sum: the chain rule only scales them
+        return *(d if d is None else d.mul(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None
 
 
 def token_logprobs(
