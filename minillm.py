@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import codecs
 import contextlib
 import copy
 import ctypes
@@ -169,28 +168,20 @@ class MiniGPTConfig:
         check(self, H % self.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={H}")
         check(self, self.head_dim % 2 == 0, "head_dim", "even, as RoPE turns pairs")
         check(self, not E or self.num_experts_per_tok <= E, "num_experts_per_tok", f"at most num_experts={E}")
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
-        forms = ", ".join(f"{kind} ({', '.join(keys)})" for kind, keys in ROPE_KEYS.items())
-        check(
-            self,
-            self.rope_scaling is None or is_rope_scaling(self.rope_scaling),
-            "rope_scaling",
-            f"none or numbers with a rope_type: {forms}; yarn may have {', '.join(YARN_OPTIONS)} too",
-        )
+        check_fields(self, {f"[0, {self.vocab_size - 1}]": "bos_token_id eos_token_id pad_token_id"})
+        forms = f"none, or one of these rope_types and its numbers: {ROPE_KEYS}; yarn may have {YARN_OPTIONS} too"
+        check(self, self.rope_scaling is None or is_rope_scaling(self.rope_scaling), "rope_scaling", forms)
 
     def _fill_in_defaults(self):
         C, H = self.hidden_size, self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = H
+        self.num_key_value_heads = self.num_key_value_heads or H
         if self.head_dim is None:
             check(self, C % H == 0, "num_attention_heads", f"a divisor of hidden_size={C} unless head_dim is given")
             self.head_dim = C // H
-        if self.intermediate_size is None:
-            self.intermediate_size = -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
-        if self.num_experts and self.moe_intermediate_size is None:
-            active = self.num_experts_per_tok + self.num_shared_experts
-            self.moe_intermediate_size = max(32, self.intermediate_size // active // 32 * 32)
+        self.intermediate_size = self.intermediate_size or -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
+        if self.num_experts:
+            share = self.intermediate_size // (self.num_experts_per_tok + self.num_shared_experts)
+            self.moe_intermediate_size = self.moe_intermediate_size or max(32, share // 32 * 32)
 
 
 ROPE_KEYS = {  # what each way to stretch RoPE needs; rope_tables explains them
@@ -491,8 +482,8 @@ class MixtureOfExperts(nn.Module):
             return weights, experts, probs.new_zeros(())
         E = probs.shape[-1]
         counted = torch.ones(len(x), device=x.device) if token_mask is None else token_mask.flatten().float()  # (N,)
-        f = torch.zeros(E, device=x.device).index_add_(0, experts.flatten(), counted.repeat_interleave(self.k))
-        f = f / f.sum().clamp(min=1)  # share of all visits that goes to each expert
+        visits = torch.zeros_like(probs).scatter_(1, experts, counted[:, None].expand_as(experts)).sum(0)  # (E,)
+        f = visits / visits.sum().clamp(min=1)  # share of all visits that goes to each expert
         P = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)  # mean probability of each expert
         return weights, experts, E * (f * P).sum()
 
@@ -501,11 +492,12 @@ class MixtureOfExperts(nn.Module):
         flat = x.reshape(-1, x.shape[-1])  # (N, C)
         weights, experts, balance = self.route(flat, token_mask)
         order = experts.flatten().argsort(stable=True)  # the N · k visits, sorted by expert
-        visits = flat.index_select(0, order // self.k)
+        tokens = order // self.k  # the token of each
         sizes = experts.flatten().bincount(minlength=len(self.gate.weight)).tolist()
-        outs = [self._expert(e, part) for e, part in enumerate(visits.split(sizes)) if len(part)]
-        outs = torch.cat(outs) * weights.flatten()[order, None].to(x.dtype)
-        mixed = outs.new_zeros(flat.shape).index_add_(0, order // self.k, outs).view_as(x)
+        visits = flat.index_select(0, tokens).split(sizes)
+        outs = torch.cat([self._expert(e, part) for e, part in enumerate(visits) if len(part)])
+        outs = outs * weights.flatten()[order, None].to(x.dtype)
+        mixed = outs.new_zeros(flat.shape).index_add_(0, tokens, outs).view_as(x)
         return (mixed if self.shared is None else mixed + self.shared(x)), balance
 
     def _expert(self, e, x):
@@ -760,7 +752,7 @@ class RewardModel(MiniGPT):
     """
 
     def __init__(self, source: MiniGPT | MiniGPTConfig):
-        super().__init__(source.config if isinstance(source, MiniGPT) else source)
+        super().__init__(getattr(source, "config", source))
         self.score = Linear(self.config.hidden_size, 1)
         nn.init.zeros_(self.score.weight)
         if isinstance(source, MiniGPT):
@@ -815,20 +807,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden, weight = hidden.to(half), weight.to(half)
         wide = torch.promote_types(hidden.dtype, torch.float32)  # losses and sums are never in half precision
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(labels), chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk]  # (chunk, C), (chunk,)
-            trained = y != -100
-            y = y.where(trained, 0)[:, None]  # any valid index: masked below
+        parts = (x.split(chunk) for x in (hidden, labels, d_hidden))
+        for h, y, d_h in zip(*parts, strict=True):  # (chunk, C), (chunk,), (chunk, C)
+            trained = (y != -100)[:, None]  # (chunk, 1)
+            y = y[:, None].where(trained, 0)  # any valid index: masked below
             logits = (h @ weight.T).to(wide)  # (chunk, V)
-            log_sum = logits.logsumexp(dim=-1)  # (chunk,)
-            loss += ((log_sum - logits.gather(1, y)[:, 0]) * trained).sum()
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (chunk, 1)
+            loss += ((log_sum - logits.gather(1, y)) * trained).sum()
             # d loss / d logits = softmax - onehot, written over the logits
-            grad = logits.sub_(log_sum[:, None]).exp_()
-            grad = grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide)).mul_(trained[:, None]).to(h.dtype)
-            if d_hidden is not None:
-                d_hidden[start : start + chunk] = grad @ weight
+            grad = logits.sub_(log_sum).exp_()
+            grad = grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide)).mul_(trained).to(h.dtype)
+            d_h.copy_(grad @ weight)
             if d_weight is not None:
                 d_weight.add_((grad.T @ h).to(wide))  # the sum over chunks in float32
         ctx.save_for_backward(d_hidden, d_weight)
@@ -2969,7 +2960,7 @@ class GenerationConfig:
     min_new_tokens: int = 0  # no end before so many
     max_length: int | None = None  # longest prompt (with its padding) and continuation; max_new_tokens wins
     do_sample: bool = True  # draw from the distribution; off is greedy
-    temperature: float = 0.8  # below 1 sharpens, above 1 flattens
+    temperature: float = 0.8  # below 1 sharpens, above 1 flattens; 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p; 1 keeps all
     min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest
@@ -2992,8 +2983,7 @@ class GenerationConfig:
             "[0, 4294967295]": "seed",
         }
         check_fields(self, ranges)
-        greedy = "1e-5 or more (for greedy: do_sample=False, or --strategy greedy)"
-        check(self, self.temperature >= 1e-5, "temperature", greedy)
+        check(self, self.temperature == 0 or self.temperature >= 1e-5, "temperature", "0 (greedy), or 1e-5 or more")
         check(self, all(isinstance(text, str) and text for text in self.stop or []), "stop", "texts that are not empty")
 
     def new_tokens(self, prompt_len: int) -> int:
@@ -3044,11 +3034,9 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.searchsorted(cumulative, number, right=True)[:, 0]
 
 
-def decode_step(
-    model: MiniGPT, ids: Tensor, positions: Tensor, attention_mask: Tensor | None, cache: KVCache
-) -> Tensor:
+def _decode_step(model, ids, positions, mask, cache):
     """Return the logits (B, V) after ids (B, T): what is compiled for decoding, where all shapes are fixed."""
-    hidden, _ = model.hidden_states(ids, position_ids=positions, attention_mask=attention_mask, cache=cache)
+    hidden, _ = model.hidden_states(ids, position_ids=positions, attention_mask=mask, cache=cache)
     return model.logits(hidden[:, -1])
 
 
@@ -3057,14 +3045,24 @@ class _Decoding:
 
     def __init__(self, generator, input_ids, config, attention_mask):
         self.model, self.tokenizer, self.compiled = generator.model, generator.tokenizer, generator.compiled
-        self.config, self.device = config, self.model.embed_tokens.weight.device
+        self.config, self.device = config, generator.device
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         limit, V = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        self._check(input_ids, mask, limit, V)
+        # 1 check the prompts
+        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
+            raise UserError(f"prompts must be integers (B, T), int64, not {input_ids.dtype} {tuple(input_ids.shape)}")
+        if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+            raise UserError("prompts of unequal length must be padded on the left, where attention_mask (B, T) is 0")
         B, T = input_ids.shape
+        if T >= limit:
+            raise UserError(f"a prompt of {T} tokens leaves no room in the context of {limit}: shorten it")
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= V:
+            raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
         self.prompt_len, self.new_tokens = T, min(config.new_tokens(T), limit - T)
         if self.new_tokens < 1:
             raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
+        # 2 make room for them and what follows
         size = T + self.new_tokens
         if self.compiled:  # code is compiled for a shape: sizes in steps of 256 let calls share it
             size = min(limit, -(-size // 256) * 256)
@@ -3074,24 +3072,11 @@ class _Decoding:
         self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)  # the tokens that occurred
         self.stop_ids = torch.tensor(self.tokenizer.stop_ids, dtype=torch.long, device=self.device)
 
-    def _check(self, input_ids, mask, limit, V):
-        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
-            raise UserError(f"prompts must be integers (B, T), int64, not {input_ids.dtype} {tuple(input_ids.shape)}")
-        if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
-            raise UserError("prompts of unequal length must be padded on the left, where attention_mask (B, T) is 0")
-        if input_ids.shape[1] >= limit:
-            raise UserError(
-                f"a prompt of {input_ids.shape[1]} tokens leaves no room in the context of {limit}: shorten it"
-            )
-        low, high = input_ids.min(), input_ids.max()
-        if low < 0 or high >= V:
-            raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
-
     def feed(self, ids):
         """Append ids (B, t) to every row; return the logits (B, V), in float32, of the token that comes next."""
         # 1 run the model
         cache, start, end = self.cache, self.cache.length, self.cache.length + ids.shape[1]
-        step, size = decode_step, end
+        step, size = _decode_step, end
         if self.compiled and start:  # fixed shapes: every slot of the cache is a key
             step, size, cache.position = self.compiled, cache.max_length, torch.tensor([start], device=self.device)
         positions = mask = None  # faster, where no row is padded
@@ -3117,9 +3102,7 @@ class _Decoding:
 
 def length_groups(lengths: Tensor, rows: Tensor | None = None, size: int = 64) -> list[Tensor]:
     """Return rows (default: all) in groups of at most `size` of similar length: mixed ones would be mostly padding."""
-    if rows is None:
-        rows = torch.arange(len(lengths))
-    rows = rows.to(lengths.device)
+    rows = (torch.arange(len(lengths)) if rows is None else rows).to(lengths.device)
     return list((rows if len(rows) <= size else rows[lengths[rows].argsort(stable=True)]).split(size))
 
 
@@ -3137,6 +3120,7 @@ class TextGenerator:
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.compiled = compile_decode_step(model) if compile else None
+        self.written = 0  # tokens that the last call of generate, stream or chat has written so far
 
     def greedy_search(
         self, input_ids: Tensor, config: GenerationConfig | None = None, attention_mask: Tensor | None = None
@@ -3161,15 +3145,17 @@ class TextGenerator:
                     ended[row] |= clip_at_stop(self._text(ids), config.stop)[1]
         return torch.cat((input_ids.to(ended.device), torch.stack(steps, dim=1)), dim=1)
 
-    def generate(self, prompts: str | list[str], config: GenerationConfig | None = None) -> str | list[str]:
-        """Return the continuation of each prompt, without the prompt: a text for a text, a list for a list."""
+    def generate(
+        self, prompts: str | list, config: GenerationConfig | None = None, batch_size: int = 128
+    ) -> str | list[str]:
+        """Return what continues each prompt, up to a stop text: a text for a text, a list for a list of prompts.
+
+        In a list, a prompt is a text, chat messages (their reply comes back), or ids.
+        """
         if isinstance(prompts, str):
             return self.generate([prompts], config)[0]
-        return self.continue_rows([self._prompt_ids(text) for text in prompts], config or GenerationConfig())
-
-    def continue_rows(self, rows: list[list[int]], config: GenerationConfig, batch_size: int = 128) -> list[str]:
-        """Return the text that continues each row of ids, up to a stop text."""
-        replies = self.continue_ids(rows, config, batch_size)
+        config = config or GenerationConfig()
+        replies = self.continue_ids([self._prompt_ids(prompt) for prompt in prompts], config, batch_size)
         return [clip_at_stop(self._text(ids), config.stop)[0] for ids in replies]
 
     def continue_ids(
@@ -3181,16 +3167,16 @@ class TextGenerator:
     ) -> list[list[int]]:
         """Return the ids that continue each row, up to its first end; rows of similar length share a batch."""
         replies, random = [[]] * len(rows), random or self._random(config)
-        for group in length_groups(torch.tensor([len(row) for row in rows]), size=batch_size) if rows else []:
+        for group in length_groups(torch.tensor(list(map(len, rows))), size=batch_size) if rows else []:
             ids, mask = pad_left([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
-            output = (
-                self.beam_search(ids, config, mask)
-                if config.num_beams > 1
-                else self.sample_generate(ids, config, mask, random)
-            )
+            if config.num_beams > 1:
+                output = self.beam_search(ids, config, mask)
+            else:
+                output = self.sample_generate(ids, config, mask, random)
             for i, reply in zip(group.tolist(), output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(reply, 1) if token in self.tokenizer.stop_ids), None)
                 replies[i] = reply[:end]  # what follows an end is padding
+        self.written = sum(map(len, replies))
         return replies
 
     def stream(self, prompt: str | list[dict], config: GenerationConfig | None = None) -> Iterator[str]:
@@ -3198,36 +3184,42 @@ class TextGenerator:
         config = config or GenerationConfig()
         if config.num_beams > 1:
             raise UserError(f"num_beams={config.num_beams} cannot stream: beams are only known at the end")
-        decoder = codecs.getincrementaldecoder("utf-8")("ignore")  # holds back the bytes of an unfinished character
-        text = ""  # not shown yet
+        ids, shown = [], 0  # the ids so far, and how many of their characters have been shown
         for token, _ in self._decode(torch.tensor([self._prompt_ids(prompt)]), config):
-            new_text = decoder.decode(self.tokenizer.decode_bytes(token.tolist()))
-            text, is_stopped = clip_at_stop(text + new_text, config.stop)
+            ids.append(token.item())
+            self.written = len(ids)
+            text, is_stopped = clip_at_stop(self._text(ids), config.stop)
             if is_stopped:
                 break
             # the beginning of a stop text waits until it is clear whether it becomes one
             end = len(text) - length_of_stop_prefix(text, config.stop)
-            if end:
-                yield text[:end]
-            text = text[end:]
-        if text:
-            yield text
+            if end > shown:
+                yield text[shown:end]
+                shown = end
+        if text[shown:]:
+            yield text[shown:]
 
     def chat(self, messages: list[dict], config: GenerationConfig | None = None) -> str:
         """Return the assistant's reply to [{"role", "content"}, …]."""
         return "".join(self.stream(messages, config))
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
     def _prompt_ids(self, prompt):
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special_tokens=True)
+            ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+            return ids or [self.tokenizer.eos_id]  # without text and BOS, what stands between documents
+        if prompt and isinstance(prompt[0], int):
+            return prompt
         return self.tokenizer.apply_chat_template(as_messages(prompt, "user", []), add_generation_prompt=True)
 
     def _text(self, ids):
         return self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")  # the last character may be unfinished
 
     def _random(self, config):
-        device = self.model.embed_tokens.weight.device
-        return None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
+        return None if config.seed is None else torch.Generator(self.device).manual_seed(config.seed)
 
     @torch.no_grad()
     def _decode(self, input_ids, config, attention_mask=None, random=None):
@@ -3235,20 +3227,16 @@ class TextGenerator:
 
         Finished rows are dropped from the batch as soon as they make up half of it: rollouts end at different lengths.
         """
-        random = random or self._random(config)
+        random, greedy = random or self._random(config), not config.do_sample or config.temperature == 0
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
-            next_ids = input_ids.to(state.device, torch.long)
-            running = torch.arange(len(input_ids), device=state.device)  # rows that are still in the batch
-            ended = torch.zeros_like(running, dtype=torch.bool)
+            next_ids = input_ids.to(self.device, torch.long)
+            running = torch.arange(len(input_ids), device=self.device)  # rows that are still in the batch
+            ended, padding = running < 0, torch.full_like(running, self.tokenizer.pad_id)  # (B,): none has ended yet
             for _ in range(state.new_tokens):
                 logits = state.feed(next_ids)
-                tokens = draw(sampling_probs(logits, config), random) if config.do_sample else logits.argmax(dim=-1)
-                written = tokens
-                if len(running) < len(ended):  # some rows have left the batch
-                    written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
-                    written.index_copy_(0, running, tokens)
-                written = written.masked_fill(ended, self.tokenizer.pad_id)  # (B,): finished rows write padding
+                tokens = logits.argmax(dim=-1) if greedy else draw(sampling_probs(logits, config), random)
+                written = padding.index_copy(0, running, tokens).where(~ended, padding)  # ended rows write padding
                 ended |= (written[:, None] == state.stop_ids).any(dim=1)
                 yield written, ended
                 unfinished = int((~ended).sum())  # waits for the device
@@ -3273,45 +3261,44 @@ class TextGenerator:
         most_ends = k if config.early_stopping else math.inf  # after these, a prompt is done
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
-            ids = input_ids.to(state.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
+            ids = input_ids.to(self.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
             logits = state.feed(ids)  # (rows, V)
             (B, V), logprobs = logits.shape, logits.new_zeros(len(ids), 1)  # (B, beams)
-            best, num_ends = [(-math.inf, row) for row in ids], [0] * B  # of each prompt's hypotheses: (score, ids)
+            best, best_score, num_ends = list(ids), [-math.inf] * B, [0] * B  # of each prompt's hypotheses
             for length in range(1, state.new_tokens + 1):
                 # 1 extend: enough candidates that k unfinished ones remain even if all stop tokens are among them
                 totals = (logprobs.view(-1, 1) + logits.log_softmax(dim=-1)).view(B, -1)  # (B, beams V)
                 totals, flat = totals.topk(min(k * (len(state.stop_ids) + 1), totals.shape[1]))  # (B, n)
-                rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=state.device)[:, None]
+                rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=self.device)[:, None]
                 tokens = flat % V
                 candidates = torch.cat((ids[rows], tokens[:, :, None]), dim=2)  # (B, n, T + length)
                 # 2 finish: an end counts only among the best k; at the last step all end
                 ends = torch.isin(tokens, state.stop_ids) | (length == state.new_tokens)
                 for b, i in (ends & totals.isfinite())[:, :k].nonzero().tolist():
                     score = totals[b, i].item() / length**penalty
-                    if score > best[b][0] and num_ends[b] < most_ends:
-                        best[b] = score, candidates[b, i]
+                    if score > best_score[b] and num_ends[b] < most_ends:
+                        best_score[b], best[b] = score, candidates[b, i]
                     num_ends[b] += 1
                 # 3 go on with the best k of the others, unless none can win: a log-probability only falls, but divided
                 # by a power of the length it can still rise until the maximum length
                 logprobs, others = totals.masked_fill(ends, -math.inf).topk(min(k, totals.shape[1]))  # (B, k)
                 divisor = (state.new_tokens if penalty > 0 else length) ** penalty
                 highest = [logprob / divisor for logprob in logprobs[:, 0].tolist()]
-                if all(best[b][0] >= highest[b] or num_ends[b] >= most_ends for b in range(B)):
+                if all(best_score[b] >= highest[b] or num_ends[b] >= most_ends for b in range(B)):
                     break
                 state.reorder(rows.gather(1, others).flatten())
                 ids = candidates.take_along_dim(others[:, :, None], dim=1).flatten(0, 1)  # (B k, T + length)
                 logits = state.feed(ids[:, -1:].contiguous())  # compiled code is for fixed strides, too
-        best = [row for _, row in best]
         return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=self.tokenizer.pad_id)
 
 
 def compile_decode_step(model: MiniGPT) -> Callable:
-    """Return `decode_step` through torch.compile: on a CPU with frozen weights, on CUDA as CUDA graphs."""
+    """Return `_decode_step` through torch.compile: on a CPU with frozen weights, on CUDA as CUDA graphs."""
     if model.config.num_experts:
         raise UserError("a mixture of experts cannot be compiled for decoding: its shapes depend on the data")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}
-    compiled = torch.compile(decode_step, dynamic=False, **options)
+    compiled = torch.compile(_decode_step, dynamic=False, **options)
 
     def step(*args) -> Tensor:
         try:
@@ -4081,7 +4068,7 @@ class Trainer:
         """Return greedy replies to chats that end in a generation prompt."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, do_sample=False)
         generator = TextGenerator(self.model, self.tokenizer)
-        return self.in_memory(lambda parts: generator.continue_rows(prompts, settings, 128 // parts), 128)
+        return self.in_memory(lambda parts: generator.generate(prompts, settings, 128 // parts), 128)
 
     def _evaluate_and_save(self):
         """Evaluate on the first `eval_tokens`; after a step also save, keep the best and show a sample.

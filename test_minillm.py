@@ -3170,8 +3170,8 @@ def test_sampling_draws_from_the_distribution(generator):
 def test_a_seed_draws_anew_in_each_batch_of_prompts(generator, prompts, options):
     """Equal prompts in the first 128 and in the next: the same random numbers would write the same texts twice."""
     rows, config = [[1, 70, 80]] * prompts, settings(seed=3, temperature=3.0)
-    replies = generator.continue_rows(rows, config, **options)
-    assert replies == generator.continue_rows(rows, config, **options)  # yet the seed decides
+    replies = generator.generate(rows, config, **options)
+    assert replies == generator.generate(rows, config, **options)  # yet the seed decides
     size = options.get("batch_size", 128)
     batches = [replies[i : i + size] for i in range(0, prompts, size)]
     for one, other in itertools.combinations(batches, 2):
