@@ -5666,6 +5666,11 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")
 
+    def _parse_optional(self, arg_string):
+        """Take "-abc" for a text: flags begin with two dashes and a letter. (-config is a mistyped --config.)"""
+        is_flag = re.match("--[a-z]|-h$", arg_string) or f"-{arg_string}" in self._option_string_actions
+        return super()._parse_optional(arg_string) if is_flag else None
+
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
