@@ -4304,7 +4304,9 @@ class PreTrainer(Trainer):
         for special in self.tokenizer.special_tokens.values():  # they stand between documents
             text = text.replace(special, "\n")
         begins = (re.search(pattern, text, re.MULTILINE) for pattern in ("^[一-鿿].{5}", r"^[^\s一-鿿]\S*( \S+){3}"))
-        return [begin[0] for begin in begins if begin] or [text.strip()[:8]]
+        # they are shown in a command to paste, which a newline or an escape would break
+        lines = [begin[0] for begin in begins if begin and begin[0].isprintable()]
+        return lines or [*re.findall(r"\w{1,8}", text), ""][:1]
 
 
 class SFTTrainer(Trainer):

@@ -25,6 +25,7 @@ def build_parser() -> m.FlagParser:
     )
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
     parser.add_argument("--out", metavar="DIR", help="where to look for the newest run [out]")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
     texts = "texts to continue, also empty ones [one Chinese, one English]"
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help=texts)
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
@@ -93,12 +94,15 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ?
+    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
     try:
         args = build_parser().parse_args(argv)
         config = generation_config(args)
         check_flags(args)
         run_dir = args.run or m.newest_run(args.out or "out")
-        model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device))
+        if args.checkpoint and "model_type" in m.run_config(run_dir):
+            raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
+        model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device), args.checkpoint or "best")
         if isinstance(model, m.RewardModel):
             raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
         generator = m.TextGenerator(model, tokenizer, args.compile)

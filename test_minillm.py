@@ -4486,6 +4486,24 @@ def test_evaluation_of_conversations_against_plain_cross_entropy(tmp_path, token
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("Once upon a time there was", "Once upon a time"),
+        ("ab\n\ncd\nef", "ab"),  # neither four words nor six Chinese characters in a line
+        ("\t$(x) \x1b[31m", "x"),
+        ("\n\n\n", ""),
+        ("a \x1b[31m b c d\n", "a"),  # no escapes for the terminal
+    ],
+)
+def test_a_prompt_from_held_out_text_can_be_pasted(tokenizer, text, prompt):
+    trainer = trainer_for(tokenizer)
+    trainer.val_data = m.PretrainDataLoader.__new__(m.PretrainDataLoader)
+    trainer.val_data.tokens = torch.tensor(tokenizer.encode(text))
+    assert trainer.prompts() == [prompt]
+    assert all(map(str.isprintable, trainer.prompts()))
+
+
 def test_evaluation_without_anything_to_score(tokenizer):
     with pytest.raises(m.UserError, match="no validation data"):
         trainer_for(tokenizer).evaluate()
@@ -6251,6 +6269,139 @@ def test_sample_continues_prompts(pretraining, capsys):
         assert sample.main(["--run", f"{out}/tiny/pretrain", "--prompt", "第", *short, "--strategy", strategy]) == 0
 
 
+def shown_by(capsys, *argv: str) -> str:
+    """What sample.py shows below its first line, without the speed."""
+    assert sample.main(list(argv)) == 0
+    return re.sub(r", \d+ tok/s", "", capsys.readouterr().out.partition("\n")[2])
+
+
+def test_what_people_type_at_sample(pretraining, capsys, monkeypatch):
+    run = ["--run", str(pretraining["out"] / "tiny/pretrain"), "--max-new-tokens", "5"]
+    greedy = shown_by(capsys, *run, "--prompt", "The", "--strategy", "greedy")
+    assert shown_by(capsys, *run, "--prompt", "The", "--temperature", "0") == greedy
+    assert shown_by(capsys, *run, "--prompt", "-abc", "--3").startswith("\n-abc")  # texts, not flags
+    assert "\n\n--3" in shown_by(capsys, *run, "--prompt", "-abc", "--3")
+    assert "tokens]" in shown_by(capsys, *run, "--prompt", "")
+    undecoded = "小".encode().decode("ascii", "surrogateescape")  # as Python gives it in a locale without Chinese
+    assert shown_by(capsys, *run, "--prompt", undecoded, "--seed", "1").startswith("\n小")
+    seen = []
+    monkeypatch.setattr(m.TextGenerator, "stream", lambda _, prompt, config: seen.append((prompt, config.stop)) or [])
+    shown_by(capsys, *run, "--prompt", "a\\n", "--stop", r"\n", r"\t\t", r"\\n", undecoded, "-")
+    assert seen == [("a\\n", ["\n", "\t\t", r"\n", "小", "-"])]
+
+
+def test_sample_counts_what_was_written(tokenizer, capsys):
+    """The bytes of one character, a token each: encoded anew they could be fewer."""
+    generator = scripted(tokenizer, "龘靐")
+    assert len(list(generator.stream("x", settings(do_sample=False)))) == 2
+    assert generator.written == len(tokenizer.encode("龘靐")) + 1  # with the end
+    sample.write(generator, "x", settings(do_sample=False, max_new_tokens=2))
+    assert "[2 tokens, " in capsys.readouterr().out  # which are no whole character
+    assert generator.generate(["x", "x"], settings(do_sample=False, max_new_tokens=3)) and generator.written == 6
+
+
+MODES = {  # what sets the mode, the flags without effect there, and what the error calls the mode
+    "sample": (["--strategy", "sample"], "num_beams length_penalty early_stopping system", "--strategy sample"),
+    "greedy": (
+        ["--strategy", "greedy"],
+        "temperature top_k top_p min_p seed num_beams length_penalty early_stopping system",
+        "--strategy greedy",
+    ),
+    "zero": (
+        ["--temperature", "0"],
+        "top_k top_p min_p seed num_beams length_penalty early_stopping system",
+        "--temperature 0",
+    ),
+    "beam": (["--strategy", "beam"], "temperature top_k top_p min_p seed system", "--strategy beam"),
+    "chat": (["--chat"], "prompt num_beams length_penalty early_stopping", "--"),
+}
+SAMPLE_FLAGS = {
+    "max_new_tokens": "3", "min_new_tokens": "2", "max_length": "60", "temperature": "0.5", "top_k": "3",
+    "top_p": "0.5", "min_p": "0.1", "repetition_penalty": "1.2", "num_beams": "1", "length_penalty": "2",
+    "early_stopping": None, "stop": "a", "seed": "1", "system": "b", "prompt": "c",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("field", SAMPLE_FLAGS)
+def test_a_flag_of_sample_without_effect_is_an_error(out_with_a_run, monkeypatch, capsys, mode, field):
+    """All flags in all modes: each is used, or refused by an error that names it and the mode."""
+    assert {f.name for f in dataclasses.fields(m.GenerationConfig)} - {"do_sample"} < SAMPLE_FLAGS.keys()
+    monkeypatch.setattr(m, "load_run", lambda *_, **__: (_ for _ in ()).throw(m.UserError("used")))
+    flags, useless, name = MODES[mode]
+    flag, value = "--" + field.replace("_", "-"), SAMPLE_FLAGS[field]
+    argv = [*flags, flag, *([value] if value else []), "--run", "x"]
+    if mode == "zero" and field == "temperature":
+        argv = [*flags, "--strategy", "greedy", "--run", "x"]  # the same said twice
+    assert sample.main(argv) == 2
+    error = one_error(capsys)
+    if field in useless.split():
+        assert flag in error and (name in error or "--chat" in error)
+    else:
+        assert error == "sample.py: error: used\n"
+
+
+def test_sample_takes_the_best_weights_or_the_last(pretrained_copy, tmp_path, capsys):
+    run = pretrained_copy[1]
+    best = m.load_checkpoint(run / "best.pt")
+    for name, p in best["model"].items():
+        best["model"][name] = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    m.save_checkpoint(run / "best.pt", best | {"step": 3})
+    shown = {}
+    for which in ("best", "last"):
+        argv = ["--run", str(run), "--prompt", "The", "--strategy", "greedy", "--max-new-tokens", "9"]
+        assert sample.main([*argv, "--checkpoint", which]) == 0
+        shown[which] = capsys.readouterr().out.splitlines()
+    assert "(step 3, " in shown["best"][0] and "(step 6, " in shown["last"][0] and shown["best"][2] != shown["last"][2]
+    assert sample.main(argv) == 0 and capsys.readouterr().out.splitlines()[:3] == shown["best"][:3]  # the default
+    (run / "best.pt").write_bytes(b"torn")
+    assert sample.main(argv) == 0 and "sample.py: warning: " in capsys.readouterr().err
+    folder = tmp_path / "imported"
+    folder.mkdir()
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert sample.main(["--run", str(folder), "--checkpoint", "last"]) == 2
+    assert "--checkpoint has no effect" in one_error(capsys)
+
+
+def test_chat_without_a_terminal(every_stage, monkeypatch, capsys):
+    argv = ["--run", str(every_stage["out"] / "tiny/sft"), "--chat", "--max-new-tokens", "3"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))  # ends after one message
+    assert sample.main(argv) == 0 and capsys.readouterr().out.count("> ") == 2
+    assert "readline" in sys.modules or not importlib.util.find_spec("readline")
+    for nothing in (None, io.StringIO()):
+        if nothing:
+            nothing.close()
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert sample.main(argv) == 2 and "stdin, which is closed: use --prompt" in one_error(capsys)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert sample.main(["--run", argv[1]]) == 2 and "stdout is closed" in one_error(capsys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_sample_into_a_full_disk_is_one_message(out_with_a_run):
+    argv = [sys.executable, "sample.py", "--run", str(out_with_a_run / "tiny/pretrain"), "--max-new-tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, cwd=HERE, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_base_model_in_chat_is_named(pretraining, every_stage, monkeypatch, capsys):
+    for out, stage, is_base in ((pretraining["out"], "pretrain", True), (every_stage["out"], "sft", False)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        assert sample.main(["--run", str(out / "tiny" / stage), "--chat"]) == 0
+        shown = capsys.readouterr().out
+        assert ("a base model: it was never trained on conversations" in shown) == is_base
+        assert (f"--stage sft --init {out}/tiny/pretrain" in shown) == is_base
+
+
+def test_beams_in_chat_are_shown_at_the_end(every_stage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    argv = ["--run", str(every_stage["out"] / "tiny/sft"), "--chat", "--strategy", "beam", "--max-new-tokens", "4"]
+    assert sample.main(argv) == 0 and "cannot stream" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -7523,6 +7674,21 @@ MISTAKES = [
             ("--max-length", "1", "--prompt", "小猫", "max_length=1"),
             ("--prompt", "very long " * 99, "leaves no room in the context"),
             ("--chat", "--prompt", "a", "--chat and --prompt exclude each other"),
+            ("--system", "be brief", "--system has no effect without --chat"),
+            ("--out", "{d}", "--out has no effect beside --run"),
+            ("--strategy", "greedy", "--temperature", "1", "it is for --strategy sample"),
+            ("--strategy", "beam", "--top-p", "0.5", "--top-p has no effect with --strategy beam"),
+            ("--temperature", "0", "--seed", "1", "--seed has no effect with --temperature 0"),
+            (
+                "--length-penalty",
+                "2",
+                "--length-penalty has no effect with --strategy sample: it is for --strategy beam",
+            ),
+            ("--max-length", "9", "--max-new-tokens", "9", "--max-length has no effect beside --max-new-tokens"),
+            ("--prompt", "a\udcff", "--prompt is not UTF-8"),
+            ("--stop", "\ud800", "--stop is not UTF-8"),
+            ("--prompt", "a", "-seed", "1", "unknown argument -seed: did you mean --seed?"),
+            ("--chat", "--stop", "the end", "", "stop=['the end', '']"),
         )
     ),
     *(
@@ -7558,7 +7724,8 @@ def test_mistakes_are_one_message_and_cost_nothing(
         else:
             path.write_bytes(content)
         if "checkpoint" in name:
-            (tmp_path / "run/checkpoint.prev.pt").unlink(missing_ok=True)
+            for other in ("checkpoint.prev.pt", "best.pt"):  # which would take its place
+                (tmp_path / "run" / other).unlink(missing_ok=True)
     here = tmp_path if files else tmp_path / "empty"
     names = {"{d}": here, "{out}": out_with_a_run, "{run}": out_with_a_run / "tiny/pretrain", "{base}": trained_runs}
     names["{val}"] = trained_runs / "data/val"
