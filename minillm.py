@@ -1625,6 +1625,18 @@ class BPETokenizer:
 # 6 Data: files -> records -> memory-mapped token ids -> batches.
 # ======================================================================================================================
 
+# The life of a batch, from a file to the loss:
+#   1  make_trainer asks make_loader for the loader of the stage, say PretrainDataLoader, which calls encode_data.
+#   2  There is a cache folder for these contents and this code: go on at 6. Otherwise encode_once makes it.
+#   3  Reader.documents opens the files, knows each record by its keys (form_of), and takes what can be trained.
+#   4  Reader.items divides train from val and yields TextPart or Example; parallel_map gives them to processes.
+#   5  There .encode of each asks the tokenizer for ids, and for which of them are trained.
+#   6  The loader maps the arrays into memory. BatchLoader.__iter__ goes through the order of an epoch.
+#   7  collate copies the rows: {"input_ids", "labels"}, (B, T), labels -100 where nothing is trained.
+#   8  Trainer.step hands accumulation_steps of them to update, which counts their labels and splits them to fit memory.
+#   9  PreTrainer.loss moves the labels by one, runs MiniGPT.hidden_states and sums the loss in chunked_cross_entropy.
+#  10  _accumulate divides by the count of all and runs backward; clipping and the optimizers' steps follow.
+
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # of data files, in any case
 LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from about so much text at most

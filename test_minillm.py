@@ -311,6 +311,7 @@ def one_error(capsys) -> str:
 # ======================================================================================================================
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def test_sizes_that_are_left_out_follow_from_the_others():
@@ -386,6 +387,87 @@ def test_presets_have_their_size(name, low, high):
     assert dataclasses.asdict(getattr(m, f"get_{name}_config")()) == dataclasses.asdict(model.config)
     if name == "moe":
         assert 22e6 <= model.num_params(active=True) <= 28e6
+
+
+def sizes_of(config: m.MiniGPTConfig) -> dict[str, tuple]:
+    return {name: tuple(p.shape) for name, p in m.MiniGPT(config).state_dict().items()}
+
+
+def logits_of(config: m.MiniGPTConfig) -> list:
+    return random_model(config)(random_ids(2, 12)).tolist()
+
+
+def trained_logits_of(config: m.MiniGPTConfig) -> list:
+    return random_model(config).train()(random_ids(2, 12)).tolist()
+
+
+def loss_of(config: m.MiniGPTConfig) -> float:
+    tokenizer = m.BPETokenizer()
+    return m.PreTrainer(random_model(config).train(), tokenizer).loss(lm_batch(2, 8)).item()
+
+
+def context_of(config: m.MiniGPTConfig) -> list[int]:
+    model, fits = random_model(config), []
+    for T in (16, 24, 32):
+        with contextlib.suppress(m.UserError):
+            fits.append(model(random_ids(1, T)).shape[1])
+    return fits
+
+
+# A field of MiniGPTConfig: two values, and what must differ between them.
+FIELDS_OF_A_MODEL = {
+    "vocab_size": (300, 320, sizes_of),
+    "hidden_size": (32, 64, sizes_of),
+    "num_hidden_layers": (1, 2, sizes_of),
+    "num_attention_heads": (2, 4, sizes_of),
+    "num_key_value_heads": (1, 2, sizes_of),
+    "head_dim": (8, 16, sizes_of),
+    "intermediate_size": (64, 96, sizes_of),
+    "max_position_embeddings": (16, 24, context_of),
+    "rms_norm_eps": (1e-6, 1e-2, logits_of),
+    "rope_theta": (1e4, 1e3, logits_of),
+    "rope_scaling": (None, {"rope_type": "linear", "factor": 2.0}, logits_of),
+    "qk_norm": (True, False, sizes_of),
+    "tie_word_embeddings": (True, False, sizes_of),
+    "dropout": (0.0, 0.5, trained_logits_of),
+    "num_experts": (4, 5, sizes_of),
+    "num_experts_per_tok": (1, 2, logits_of),
+    "num_shared_experts": (1, 2, sizes_of),
+    "moe_intermediate_size": (24, 48, sizes_of),
+    "norm_topk_prob": (True, False, logits_of),
+    "router_aux_loss_coef": (0.0, 0.5, loss_of),
+    **{name: (0, 7, lambda config, name=name: m.hf_config(config)[name]) for name in m.TOKEN_IDS},
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(m.MiniGPTConfig)])
+def test_every_field_of_a_model_has_an_effect(field):
+    one, other, observe = FIELDS_OF_A_MODEL[field]
+    fields = [field.name for field in dataclasses.fields(m.MiniGPTConfig)]
+    is_sparse = "num_experts" in fields[: fields.index(field) + 1] and not field.endswith("token_id")
+    base = moe_shape if is_sparse else shape
+    first, second = (observe(base(**{field: value})) for value in (one, other))
+    assert first != second and first == observe(base(**{field: one}))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "option", "value"),
+    [
+        (YARN, "factor", 8.0),
+        (YARN, "original_max_position_embeddings", 64),
+        (YARN | {"original_max_position_embeddings": 4096}, "beta_fast", 8),
+        (YARN, "beta_slow", 2),
+        (YARN, "attention_factor", 1.0),
+        (YARN | {"beta_fast": 3.0}, "truncate", False),
+        (LLAMA3, "factor", 8.0),
+        (LLAMA3, "original_max_position_embeddings", 64),
+        (LLAMA3, "low_freq_factor", 0.5),
+        (LLAMA3, "high_freq_factor", 2.0),
+    ],
+)
+def test_every_option_of_rope_has_an_effect(scaling, option, value):
+    one, other = (m.rope_tables(shape(head_dim=32, rope_scaling=s)) for s in (scaling, scaling | {option: value}))
+    assert not torch.equal(torch.cat(one), torch.cat(other))
 
 
 def test_an_unknown_preset_is_named():
@@ -3318,6 +3400,73 @@ def test_one_beam_is_greedy_and_more_are_likelier(generator):
 
     wide = dataclasses.replace(config, num_beams=8)
     assert logp(generator.beam_search(ids, wide)) > logp(generator.greedy_search(ids, config))
+
+
+# A field of GenerationConfig: two values between which what is written must differ, and the other options.
+FIELDS_OF_GENERATION = {
+    "max_new_tokens": (5, 7, {}),
+    "min_new_tokens": (0, 9, {"do_sample": False}),
+    "max_length": (10, 12, {"max_new_tokens": None}),
+    "do_sample": (True, False, {}),
+    "temperature": (0.5, 3.0, {}),
+    "top_k": (0, 2, {}),
+    "top_p": (1.0, 0.3, {}),
+    "min_p": (0.0, 0.5, {}),
+    "repetition_penalty": (1.0, 1.5, {"do_sample": False, "min_new_tokens": 12}),
+    "num_beams": (2, 3, {}),
+    "length_penalty": (-2.0, 2.0, {"num_beams": 3}),
+    "early_stopping": (False, True, {"num_beams": 3}),
+    "stop": (None, ["e", "a", "1", "的", "o"], {"min_new_tokens": 12}),
+    "seed": (0, 1, {}),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(m.GenerationConfig)])
+def test_every_field_of_generation_has_an_effect(tokenizer, field):
+    """With many ends, so that beams end at different lengths."""
+    generator = m.TextGenerator(random_model(shape()), ending_at(tokenizer, *range(5, 40)))
+    rows = random_ids(8, 5).tolist()
+
+    def write(value) -> list[str] | list[list[int]]:
+        options = FIELDS_OF_GENERATION[field][2] | {field: value}
+        config = settings(**{"seed": 0} | options)
+        return generator.generate(rows, config) if field == "stop" else generator.continue_ids(rows, config)
+
+    one, other, _ = FIELDS_OF_GENERATION[field]
+    assert write(one) == write(one) != write(other)
+
+
+def test_temperature_0_is_greedy(generator):
+    ids = random_ids(3, 5)
+    greedy = generator.greedy_search(ids, settings())
+    assert torch.equal(generator.sample_generate(ids, settings(temperature=0)), greedy)
+    assert torch.equal(generator.sample_generate(ids, settings(temperature=1e-5, seed=0)), greedy)  # nearly
+
+
+def test_the_naive_loop_samples_from_the_distribution(generator):
+    ids, model = random_ids(1, 4), generator.model
+    drawn = model.generate(ids.expand(4000, -1), 1, temperature=0.5, generator=torch.Generator().manual_seed(0))
+    probs = (model(ids)[0, -1] / 0.5).softmax(-1)
+    share = drawn[:, -1].bincount(minlength=300) / 4000
+    assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / 4000).sqrt() + 1e-3).all()
+
+
+def test_an_empty_prompt_begins_as_a_document_does(generator, tokenizer):
+    config = settings(do_sample=False)
+    assert generator.generate("", config) == generator.generate([[tokenizer.bos_id]], config)[0]
+    without_bos = copy.copy(tokenizer)
+    without_bos.bos_id = None  # as Qwen's
+    qwen = m.TextGenerator(generator.model, without_bos)
+    assert (
+        qwen.generate("", config) == "".join(qwen.stream("", config)) == qwen.generate([[tokenizer.eos_id]], config)[0]
+    )
+
+
+def test_texts_messages_and_ids_are_prompts(generator, tokenizer):
+    config, messages = settings(do_sample=False), turns("hi")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    reply = generator.chat(messages, config)
+    assert generator.generate([messages, ids, "hi"], config) == [reply, reply, generator.generate("hi", config)]
 
 
 class Scripted(m.MiniGPT):
