@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import codecs
 import contextlib
 import copy
 import ctypes
@@ -169,28 +168,20 @@ class MiniGPTConfig:
         check(self, H % self.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={H}")
         check(self, self.head_dim % 2 == 0, "head_dim", "even, as RoPE turns pairs")
         check(self, not E or self.num_experts_per_tok <= E, "num_experts_per_tok", f"at most num_experts={E}")
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            check(self, 0 <= getattr(self, field) < self.vocab_size, field, f"in 0 … {self.vocab_size - 1}")
-        forms = ", ".join(f"{kind} ({', '.join(keys)})" for kind, keys in ROPE_KEYS.items())
-        check(
-            self,
-            self.rope_scaling is None or is_rope_scaling(self.rope_scaling),
-            "rope_scaling",
-            f"none or numbers with a rope_type: {forms}; yarn may have {', '.join(YARN_OPTIONS)} too",
-        )
+        check_fields(self, {f"[0, {self.vocab_size - 1}]": "bos_token_id eos_token_id pad_token_id"})
+        forms = f"none, or one of these rope_types and its numbers: {ROPE_KEYS}; yarn may have {YARN_OPTIONS} too"
+        check(self, self.rope_scaling is None or is_rope_scaling(self.rope_scaling), "rope_scaling", forms)
 
     def _fill_in_defaults(self):
         C, H = self.hidden_size, self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = H
+        self.num_key_value_heads = self.num_key_value_heads or H
         if self.head_dim is None:
             check(self, C % H == 0, "num_attention_heads", f"a divisor of hidden_size={C} unless head_dim is given")
             self.head_dim = C // H
-        if self.intermediate_size is None:
-            self.intermediate_size = -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
-        if self.num_experts and self.moe_intermediate_size is None:
-            active = self.num_experts_per_tok + self.num_shared_experts
-            self.moe_intermediate_size = max(32, self.intermediate_size // active // 32 * 32)
+        self.intermediate_size = self.intermediate_size or -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
+        if self.num_experts:
+            share = self.intermediate_size // (self.num_experts_per_tok + self.num_shared_experts)
+            self.moe_intermediate_size = self.moe_intermediate_size or max(32, share // 32 * 32)
 
 
 ROPE_KEYS = {  # what each way to stretch RoPE needs; rope_tables explains them
@@ -203,53 +194,36 @@ YARN_OPTIONS = ["beta_fast", "beta_slow", "attention_factor", "truncate"]
 
 def is_rope_scaling(scaling: dict) -> bool:
     """Return whether a dict has the keys of its rope_type, with possible values."""
-    kind = scaling.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_KEYS or type(scaling.get("truncate", True)) is not bool:
+    kind, least = scaling.get("rope_type"), {"factor": 1, "original_max_position_embeddings": 1}
+    needed, options = ROPE_KEYS.get(str(kind)), YARN_OPTIONS if kind == "yarn" else []
+    if needed is None or not set(needed) <= scaling.keys() <= {"rope_type", *needed, *options}:
         return False
     numbers = {key: value for key, value in scaling.items() if key not in ("rope_type", "truncate")}
-    allowed = ROPE_KEYS[kind] + (YARN_OPTIONS if kind == "yarn" else [])
-    return (
-        set(ROPE_KEYS[kind]) <= scaling.keys() <= {"rope_type", *allowed}
-        and all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers.values())
-        and min(numbers["factor"], numbers.get("original_max_position_embeddings", 1)) >= 1
+    return type(scaling.get("truncate", True)) is bool and all(
+        type(value) in (int, float) and least.get(key, 0) <= value < math.inf for key, value in numbers.items()
     )
 
 
-PRESET_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-PRESETS: dict[str, dict] = {
-    name: dict(zip(PRESET_FIELDS, values, strict=True))
-    for name, values in {
-        # vocabulary, width, layers, heads, kv heads, ffn width, context
-        "tiny": (2048, 128, 6, 2, 1, 384, 256),  # ~1.4 M parameters: learns to write on a laptop CPU in minutes
-        "small": (6400, 512, 8, 8, 2, 1408, 512),  # ~25 M: an evening on a CPU, minutes on a GPU
-        "medium": (8192, 768, 12, 12, 4, 2048, 1024),  # ~80 M: GPT-2 small without its large vocabulary
-        "large": (16384, 1024, 28, 16, 8, 3072, 2048),  # ~350 M: for one serious GPU
-        "moe": (6400, 512, 8, 8, 2, 1408, 512),
-    }.items()
-}  # ~75 M, of which a token uses ~25 M
-PRESETS["moe"] |= {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 480}
+PRESETS = {  # vocabulary, width, layers, heads, kv heads, head dim, ffn width, context: MiniGPTConfig's first fields
+    "tiny": (2048, 128, 6, 2, 1, 64, 384, 256),  # ~1.4 M parameters: learns to write on a laptop CPU in minutes
+    "small": (6400, 512, 8, 8, 2, 64, 1408, 512),  # ~25 M: an evening on a CPU, minutes on a GPU
+    "medium": (8192, 768, 12, 12, 4, 64, 2048, 1024),  # ~80 M: GPT-2 small without its large vocabulary
+    "large": (16384, 1024, 28, 16, 8, 64, 3072, 2048),  # ~350 M: for one serious GPU
+    "moe": (6400, 512, 8, 8, 2, 64, 1408, 512),  # ~60 M, of which a token uses ~25 M
+}
+EXPERTS = {"moe": {"num_experts": 8, "num_shared_experts": 1, "moe_intermediate_size": 480}}
 
 
 def get_config(name: str) -> MiniGPTConfig:
     """Return the preset called `name`: tiny, small, medium, large or moe."""
     if name not in PRESETS:
         raise UserError(f"config {name!r} is unknown: choose from {', '.join(PRESETS)}")
-    return MiniGPTConfig(**PRESETS[name])
+    return MiniGPTConfig(*PRESETS[name], **EXPERTS.get(name, {}))
 
 
-get_tiny_config = functools.partial(get_config, "tiny")
-get_small_config = functools.partial(get_config, "small")
-get_medium_config = functools.partial(get_config, "medium")
-get_large_config = functools.partial(get_config, "large")
-get_moe_config = functools.partial(get_config, "moe")
+get_tiny_config, get_small_config, get_medium_config, get_large_config, get_moe_config = (
+    functools.partial(get_config, name) for name in PRESETS
+)
 
 # ======================================================================================================================
 # 2 Model: a pre-norm Transformer with the conventions of Hugging Face's Llama and Qwen3.
@@ -326,8 +300,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
     """Return cosines and signed sines of rotary position embedding (arXiv:2104.09864), each (max_positions, D).
 
-    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`: linear slows all of them; YaRN and
-    Llama 3 only those that turn seldom within the original context, with a blend between.
+    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`: linear slows all of them; YaRN
+    (arXiv:2309.00071) and Llama 3 only those that turn seldom within the original context, with a blend between.
     """
     D, base = config.head_dim, config.rope_theta
     inv_freq = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
@@ -339,7 +313,13 @@ def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         slow = 1 - ((turns - low) / (high - low)).clamp(0, 1)
     elif scaling["rope_type"] == "yarn":
-        slow = yarn_ramp(scaling, original, D, base)
+        # the dimensions that turn beta_fast and beta_slow times within the original context: a line from 0 to 1 between
+        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
         attention_factor = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0)
     inv_freq = inv_freq / scaling["factor"] * slow + inv_freq * (1 - slow)
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
@@ -347,20 +327,6 @@ def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     # half-split: dimension d is paired with d + D / 2; the sine's sign belongs to the rotation
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def yarn_ramp(scaling: dict, original: int, D: int, base: float) -> Tensor:
-    """Return YaRN's blend (arXiv:2309.00071), (D / 2,): 0 for fast rotations, 1 for slow ones, a line between."""
-
-    def dimension(turns: float) -> float:
-        """The dimension that turns so often within the original context."""
-        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    return ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -423,20 +389,19 @@ class KVCache:
     """
 
     def __init__(self, model: MiniGPT, batch_size: int, max_length: int):
-        config, weight = model.config, model.embed_tokens.weight
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k, self.v = ([weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
+        shape = (batch_size, model.config.num_key_value_heads, max_length, model.config.head_dim)
+        self.k, self.v = ([model.embed_tokens.weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
         self.length, self.max_length = 0, max_length
         self.position: Tensor | None = None
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, K, T, D) to a layer; return all that it holds, (B, K, length + T, D)."""
-        all_k, all_v, T = self.k[layer], self.v[layer], k.shape[2]
+        all_k, all_v, start, T = self.k[layer], self.v[layer], self.length, k.shape[2]
         if self.position is not None:
             return all_k.index_copy_(2, self.position, k), all_v.index_copy_(2, self.position, v)
-        all_k.narrow(2, self.length, T).copy_(k)  # into the slots length … length + T - 1
-        all_v.narrow(2, self.length, T).copy_(v)
-        return all_k.narrow(2, 0, self.length + T), all_v.narrow(2, 0, self.length + T)
+        all_k.narrow(2, start, T).copy_(k)  # into the slots start … start + T - 1
+        all_v.narrow(2, start, T).copy_(v)
+        return all_k.narrow(2, 0, start + T), all_v.narrow(2, 0, start + T)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row `rows[i]`; there may be more rows than before, or fewer."""
@@ -455,8 +420,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.qkv_proj = Linear(config.hidden_size, H * D, K * D, K * D)
         self.o_proj = Linear(H * D, config.hidden_size)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -464,7 +430,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
         q = apply_rope(self.q_norm(q), cos, sin)
         k = apply_rope(self.k_norm(k), cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         out = attend(q, k, v, mask)  # (B, H, T, D)
@@ -516,8 +482,8 @@ class MixtureOfExperts(nn.Module):
             return weights, experts, probs.new_zeros(())
         E = probs.shape[-1]
         counted = torch.ones(len(x), device=x.device) if token_mask is None else token_mask.flatten().float()  # (N,)
-        f = torch.zeros(E, device=x.device).index_add_(0, experts.flatten(), counted.repeat_interleave(self.k))
-        f = f / f.sum().clamp(min=1)  # share of all visits that goes to each expert
+        visits = torch.zeros_like(probs).scatter_(1, experts, counted[:, None].expand_as(experts)).sum(0)  # (E,)
+        f = visits / visits.sum().clamp(min=1)  # share of all visits that goes to each expert
         P = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)  # mean probability of each expert
         return weights, experts, E * (f * P).sum()
 
@@ -526,11 +492,12 @@ class MixtureOfExperts(nn.Module):
         flat = x.reshape(-1, x.shape[-1])  # (N, C)
         weights, experts, balance = self.route(flat, token_mask)
         order = experts.flatten().argsort(stable=True)  # the N · k visits, sorted by expert
-        visits = flat.index_select(0, order // self.k)
+        tokens = order // self.k  # the token of each
         sizes = experts.flatten().bincount(minlength=len(self.gate.weight)).tolist()
-        outs = [self._expert(e, part) for e, part in enumerate(visits.split(sizes)) if len(part)]
-        outs = torch.cat(outs) * weights.flatten()[order, None].to(x.dtype)
-        mixed = outs.new_zeros(flat.shape).index_add_(0, order // self.k, outs).view_as(x)
+        visits = flat.index_select(0, tokens).split(sizes)
+        outs = torch.cat([self._expert(e, part) for e, part in enumerate(visits) if len(part)])
+        outs = outs * weights.flatten()[order, None].to(x.dtype)
+        mixed = outs.new_zeros(flat.shape).index_add_(0, tokens, outs).view_as(x)
         return (mixed if self.shared is None else mixed + self.shared(x)), balance
 
     def _expert(self, e, x):
@@ -563,11 +530,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | float]:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))  # (B, T, C)
-        out, balance = self.post_attention_layernorm(x), 0.0
-        if isinstance(self.mlp, MixtureOfExperts):
-            out, balance = self.mlp(out, token_mask)
-        else:
-            out = self.mlp(out)
+        normed = self.post_attention_layernorm(x)
+        is_sparse = isinstance(self.mlp, MixtureOfExperts)
+        out, balance = self.mlp(normed, token_mask) if is_sparse else (self.mlp(normed), 0.0)
         return x + self.dropout(out), balance
 
 
@@ -631,27 +596,25 @@ class MiniGPT(nn.Module):
         cache: the T tokens follow those in it, and are added to it.
         """
         T = input_ids.shape[1]
-        if cache is None or cache.position is None:
-            start = 0 if cache is None else cache.length
+        start, limit = cache.length if cache else 0, self.config.max_position_embeddings
+        if cache and cache.position is not None:  # fixed shapes: every slot of the cache is a key
+            slots, S, fast = cache.position, cache.max_length, False
+        else:
             slots, S = torch.arange(start, start + T, device=input_ids.device), start + T
             fast = attention_mask is None and T in (1, S)  # no mask: plain causal, or one query after all keys
-        else:  # fixed shapes: every slot of the cache is a key
-            slots, S, fast = cache.position, cache.max_length, False
-        if position_ids is None and S > self.config.max_position_embeddings:
-            raise UserError(
-                f"{S} tokens exceed the context of max_position_embeddings={self.config.max_position_embeddings}"
-            )
+        if position_ids is None and S > limit:
+            raise UserError(f"{S} tokens exceed the context of max_position_embeddings={limit}")
         mask = None if fast else visible_keys(slots, S, attention_mask)
         position_ids = slots[None] if position_ids is None else position_ids
         cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D)
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:  # keep x alone
+            if self.gradient_checkpointing and torch.is_grad_enabled() and not cache:  # keep x alone
                 x, balance = recompute(block, x, cos, sin, mask, token_mask, use_reentrant=False)
             else:
                 x, balance = block(x, cos, sin, mask, token_mask, cache)
             balances.append(balance)
-        if cache is not None and cache.position is None:
+        if cache and cache.position is None:
             cache.length += T
         return self.norm(x), sum(balances) / len(balances)
 
@@ -700,8 +663,10 @@ class MiniGPT(nn.Module):
     def num_params(self, active: bool = False) -> int:
         """Count parameters; with `active` only those that a token uses (all of a dense model)."""
         c, total = self.config, sum(p.numel() for p in self.parameters())
-        idle = c.num_hidden_layers * (c.num_experts - c.num_experts_per_tok) if active and c.num_experts else 0
-        return total - idle * 3 * c.hidden_size * (c.moe_intermediate_size or 0)
+        if not active or not c.num_experts:
+            return total
+        idle = c.num_hidden_layers * (c.num_experts - c.num_experts_per_tok)
+        return total - idle * 3 * c.hidden_size * c.moe_intermediate_size
 
     def flops_per_token(self, seq_len: int) -> int:
         """Count floating-point operations of forward and backward for a token of a row (arXiv:2204.02311, B).
@@ -709,11 +674,10 @@ class MiniGPT(nn.Module):
         Six for each weight of a matrix product. Six for each element of causal attention's two products, of which the
         mask leaves half.
         """
-        c = self.config
-        weights = self.num_params(active=True)
+        c, weights = self.config, self.num_params(active=True)
         if not c.tie_word_embeddings:
-            weights -= c.vocab_size * c.hidden_size  # a look-up is no product
-        return 6 * weights + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
+            weights -= self.embed_tokens.weight.numel()  # a look-up is no product
+        return 6 * (weights + c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len)
 
 
 @contextlib.contextmanager
@@ -739,8 +703,8 @@ class LoRALinear(nn.Module):
         self.out_features = base.stacked["weight"]
         rows, columns = base.weight.shape
         # B A is 0 at first, so that training starts from the model as it is
-        self.lora_a = nn.Parameter(torch.randn(rank, columns, device=base.weight.device) * columns**-0.5)
-        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
+        self.lora_a = nn.Parameter(torch.randn(rank, columns, device=self.weight.device) * columns**-0.5)
+        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
@@ -788,7 +752,7 @@ class RewardModel(MiniGPT):
     """
 
     def __init__(self, source: MiniGPT | MiniGPTConfig):
-        super().__init__(source.config if isinstance(source, MiniGPT) else source)
+        super().__init__(getattr(source, "config", source))
         self.score = Linear(self.config.hidden_size, 1)
         nn.init.zeros_(self.score.weight)
         if isinstance(source, MiniGPT):
@@ -843,20 +807,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden, weight = hidden.to(half), weight.to(half)
         wide = torch.promote_types(hidden.dtype, torch.float32)  # losses and sums are never in half precision
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(labels), chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk]  # (chunk, C), (chunk,)
-            trained = y != -100
-            y = y.where(trained, 0)[:, None]  # any valid index: masked below
+        parts = (x.split(chunk) for x in (hidden, labels, d_hidden))
+        for h, y, d_h in zip(*parts, strict=True):  # (chunk, C), (chunk,), (chunk, C)
+            trained = (y != -100)[:, None]  # (chunk, 1)
+            y = y[:, None].where(trained, 0)  # any valid index: masked below
             logits = (h @ weight.T).to(wide)  # (chunk, V)
-            log_sum = logits.logsumexp(dim=-1)  # (chunk,)
-            loss += ((log_sum - logits.gather(1, y)[:, 0]) * trained).sum()
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (chunk, 1)
+            loss += ((log_sum - logits.gather(1, y)) * trained).sum()
             # d loss / d logits = softmax - onehot, written over the logits
-            grad = logits.sub_(log_sum[:, None]).exp_()
-            grad = grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide)).mul_(trained[:, None]).to(h.dtype)
-            if d_hidden is not None:
-                d_hidden[start : start + chunk] = grad @ weight
+            grad = logits.sub_(log_sum).exp_()
+            grad = grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide)).mul_(trained).to(h.dtype)
+            d_h.copy_(grad @ weight)
             if d_weight is not None:
                 d_weight.add_((grad.T @ h).to(wide))  # the sum over chunks in float32
         ctx.save_for_backward(d_hidden, d_weight)
@@ -865,10 +828,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors  # of the sum: the chain rule only scales them
-        d_hidden = None if d_hidden is None else d_hidden.mul(grad.to(d_hidden.dtype))
-        d_weight = None if d_weight is None else d_weight.mul(grad)
-        return d_hidden, d_weight, None, None
+        # the gradients of the sum: the chain rule only scales them
+        return *(d if d is None else d.mul(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None
 
 
 def token_logprobs(
@@ -1657,6 +1618,18 @@ class BPETokenizer:
 # ======================================================================================================================
 # 6 Data: files -> records -> memory-mapped token ids -> batches.
 # ======================================================================================================================
+
+# The life of a batch, from a file to the loss:
+#   1  make_trainer asks make_loader for the loader of the stage, say PretrainDataLoader, which calls encode_data.
+#   2  There is a cache folder for these contents and this code: go on at 6. Otherwise encode_once makes it.
+#   3  Reader.documents opens the files, knows each record by its keys (form_of), and takes what can be trained.
+#   4  Reader.items divides train from val and yields TextPart or Example; parallel_map gives them to processes.
+#   5  There .encode of each asks the tokenizer for ids, and for which of them are trained.
+#   6  The loader maps the arrays into memory. BatchLoader.__iter__ goes through the order of an epoch.
+#   7  collate copies the rows: {"input_ids", "labels"}, (B, T), labels -100 where nothing is trained.
+#   8  Trainer.step hands accumulation_steps of them to update, which counts their labels and splits them to fit memory.
+#   9  PreTrainer.loss moves the labels by one, runs MiniGPT.hidden_states and sums the loss in chunked_cross_entropy.
+#  10  _accumulate divides by the count of all and runs backward; clipping and the optimizers' steps follow.
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # of data files, in any case
 LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
@@ -3003,7 +2976,7 @@ class GenerationConfig:
     min_new_tokens: int = 0  # no end before so many
     max_length: int | None = None  # longest prompt (with its padding) and continuation; max_new_tokens wins
     do_sample: bool = True  # draw from the distribution; off is greedy
-    temperature: float = 0.8  # below 1 sharpens, above 1 flattens
+    temperature: float = 0.8  # below 1 sharpens, above 1 flattens; 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 0.95  # keep the fewest tokens whose probabilities reach p; 1 keeps all
     min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest
@@ -3026,8 +2999,7 @@ class GenerationConfig:
             "[0, 4294967295]": "seed",
         }
         check_fields(self, ranges)
-        greedy = "1e-5 or more (for greedy: do_sample=False, or --strategy greedy)"
-        check(self, self.temperature >= 1e-5, "temperature", greedy)
+        check(self, self.temperature == 0 or self.temperature >= 1e-5, "temperature", "0 (greedy), or 1e-5 or more")
         check(self, all(isinstance(text, str) and text for text in self.stop or []), "stop", "texts that are not empty")
 
     def new_tokens(self, prompt_len: int) -> int:
@@ -3078,11 +3050,9 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.searchsorted(cumulative, number, right=True)[:, 0]
 
 
-def decode_step(
-    model: MiniGPT, ids: Tensor, positions: Tensor, attention_mask: Tensor | None, cache: KVCache
-) -> Tensor:
+def _decode_step(model, ids, positions, mask, cache):
     """Return the logits (B, V) after ids (B, T): what is compiled for decoding, where all shapes are fixed."""
-    hidden, _ = model.hidden_states(ids, position_ids=positions, attention_mask=attention_mask, cache=cache)
+    hidden, _ = model.hidden_states(ids, position_ids=positions, attention_mask=mask, cache=cache)
     return model.logits(hidden[:, -1])
 
 
@@ -3091,14 +3061,24 @@ class _Decoding:
 
     def __init__(self, generator, input_ids, config, attention_mask):
         self.model, self.tokenizer, self.compiled = generator.model, generator.tokenizer, generator.compiled
-        self.config, self.device = config, self.model.embed_tokens.weight.device
+        self.config, self.device = config, generator.device
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         limit, V = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        self._check(input_ids, mask, limit, V)
+        # 1 check the prompts
+        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
+            raise UserError(f"prompts must be integers (B, T), int64, not {input_ids.dtype} {tuple(input_ids.shape)}")
+        if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+            raise UserError("prompts of unequal length must be padded on the left, where attention_mask (B, T) is 0")
         B, T = input_ids.shape
+        if T >= limit:
+            raise UserError(f"a prompt of {T} tokens leaves no room in the context of {limit}: shorten it")
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= V:
+            raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
         self.prompt_len, self.new_tokens = T, min(config.new_tokens(T), limit - T)
         if self.new_tokens < 1:
             raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
+        # 2 make room for them and what follows
         size = T + self.new_tokens
         if self.compiled:  # code is compiled for a shape: sizes in steps of 256 let calls share it
             size = min(limit, -(-size // 256) * 256)
@@ -3108,24 +3088,11 @@ class _Decoding:
         self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)  # the tokens that occurred
         self.stop_ids = torch.tensor(self.tokenizer.stop_ids, dtype=torch.long, device=self.device)
 
-    def _check(self, input_ids, mask, limit, V):
-        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
-            raise UserError(f"prompts must be integers (B, T), int64, not {input_ids.dtype} {tuple(input_ids.shape)}")
-        if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
-            raise UserError("prompts of unequal length must be padded on the left, where attention_mask (B, T) is 0")
-        if input_ids.shape[1] >= limit:
-            raise UserError(
-                f"a prompt of {input_ids.shape[1]} tokens leaves no room in the context of {limit}: shorten it"
-            )
-        low, high = input_ids.min(), input_ids.max()
-        if low < 0 or high >= V:
-            raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
-
     def feed(self, ids):
         """Append ids (B, t) to every row; return the logits (B, V), in float32, of the token that comes next."""
         # 1 run the model
         cache, start, end = self.cache, self.cache.length, self.cache.length + ids.shape[1]
-        step, size = decode_step, end
+        step, size = _decode_step, end
         if self.compiled and start:  # fixed shapes: every slot of the cache is a key
             step, size, cache.position = self.compiled, cache.max_length, torch.tensor([start], device=self.device)
         positions = mask = None  # faster, where no row is padded
@@ -3151,9 +3118,7 @@ class _Decoding:
 
 def length_groups(lengths: Tensor, rows: Tensor | None = None, size: int = 64) -> list[Tensor]:
     """Return rows (default: all) in groups of at most `size` of similar length: mixed ones would be mostly padding."""
-    if rows is None:
-        rows = torch.arange(len(lengths))
-    rows = rows.to(lengths.device)
+    rows = (torch.arange(len(lengths)) if rows is None else rows).to(lengths.device)
     return list((rows if len(rows) <= size else rows[lengths[rows].argsort(stable=True)]).split(size))
 
 
@@ -3171,6 +3136,7 @@ class TextGenerator:
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.compiled = compile_decode_step(model) if compile else None
+        self.written = 0  # tokens that the last call of generate, stream or chat has written so far
 
     def greedy_search(
         self, input_ids: Tensor, config: GenerationConfig | None = None, attention_mask: Tensor | None = None
@@ -3195,15 +3161,17 @@ class TextGenerator:
                     ended[row] |= clip_at_stop(self._text(ids), config.stop)[1]
         return torch.cat((input_ids.to(ended.device), torch.stack(steps, dim=1)), dim=1)
 
-    def generate(self, prompts: str | list[str], config: GenerationConfig | None = None) -> str | list[str]:
-        """Return the continuation of each prompt, without the prompt: a text for a text, a list for a list."""
+    def generate(
+        self, prompts: str | list, config: GenerationConfig | None = None, batch_size: int = 128
+    ) -> str | list[str]:
+        """Return what continues each prompt, up to a stop text: a text for a text, a list for a list of prompts.
+
+        In a list, a prompt is a text, chat messages (their reply comes back), or ids.
+        """
         if isinstance(prompts, str):
             return self.generate([prompts], config)[0]
-        return self.continue_rows([self._prompt_ids(text) for text in prompts], config or GenerationConfig())
-
-    def continue_rows(self, rows: list[list[int]], config: GenerationConfig, batch_size: int = 128) -> list[str]:
-        """Return the text that continues each row of ids, up to a stop text."""
-        replies = self.continue_ids(rows, config, batch_size)
+        config = config or GenerationConfig()
+        replies = self.continue_ids([self._prompt_ids(prompt) for prompt in prompts], config, batch_size)
         return [clip_at_stop(self._text(ids), config.stop)[0] for ids in replies]
 
     def continue_ids(
@@ -3215,16 +3183,16 @@ class TextGenerator:
     ) -> list[list[int]]:
         """Return the ids that continue each row, up to its first end; rows of similar length share a batch."""
         replies, random = [[]] * len(rows), random or self._random(config)
-        for group in length_groups(torch.tensor([len(row) for row in rows]), size=batch_size) if rows else []:
+        for group in length_groups(torch.tensor(list(map(len, rows))), size=batch_size) if rows else []:
             ids, mask = pad_left([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
-            output = (
-                self.beam_search(ids, config, mask)
-                if config.num_beams > 1
-                else self.sample_generate(ids, config, mask, random)
-            )
+            if config.num_beams > 1:
+                output = self.beam_search(ids, config, mask)
+            else:
+                output = self.sample_generate(ids, config, mask, random)
             for i, reply in zip(group.tolist(), output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(reply, 1) if token in self.tokenizer.stop_ids), None)
                 replies[i] = reply[:end]  # what follows an end is padding
+        self.written = sum(map(len, replies))
         return replies
 
     def stream(self, prompt: str | list[dict], config: GenerationConfig | None = None) -> Iterator[str]:
@@ -3232,36 +3200,42 @@ class TextGenerator:
         config = config or GenerationConfig()
         if config.num_beams > 1:
             raise UserError(f"num_beams={config.num_beams} cannot stream: beams are only known at the end")
-        decoder = codecs.getincrementaldecoder("utf-8")("ignore")  # holds back the bytes of an unfinished character
-        text = ""  # not shown yet
+        ids, shown = [], 0  # the ids so far, and how many of their characters have been shown
         for token, _ in self._decode(torch.tensor([self._prompt_ids(prompt)]), config):
-            new_text = decoder.decode(self.tokenizer.decode_bytes(token.tolist()))
-            text, is_stopped = clip_at_stop(text + new_text, config.stop)
+            ids.append(token.item())
+            self.written = len(ids)
+            text, is_stopped = clip_at_stop(self._text(ids), config.stop)
             if is_stopped:
                 break
             # the beginning of a stop text waits until it is clear whether it becomes one
             end = len(text) - length_of_stop_prefix(text, config.stop)
-            if end:
-                yield text[:end]
-            text = text[end:]
-        if text:
-            yield text
+            if end > shown:
+                yield text[shown:end]
+                shown = end
+        if text[shown:]:
+            yield text[shown:]
 
     def chat(self, messages: list[dict], config: GenerationConfig | None = None) -> str:
         """Return the assistant's reply to [{"role", "content"}, …]."""
         return "".join(self.stream(messages, config))
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
     def _prompt_ids(self, prompt):
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special_tokens=True)
+            ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+            return ids or [self.tokenizer.eos_id]  # without text and BOS, what stands between documents
+        if prompt and isinstance(prompt[0], int):
+            return prompt
         return self.tokenizer.apply_chat_template(as_messages(prompt, "user", []), add_generation_prompt=True)
 
     def _text(self, ids):
         return self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")  # the last character may be unfinished
 
     def _random(self, config):
-        device = self.model.embed_tokens.weight.device
-        return None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
+        return None if config.seed is None else torch.Generator(self.device).manual_seed(config.seed)
 
     @torch.no_grad()
     def _decode(self, input_ids, config, attention_mask=None, random=None):
@@ -3269,20 +3243,16 @@ class TextGenerator:
 
         Finished rows are dropped from the batch as soon as they make up half of it: rollouts end at different lengths.
         """
-        random = random or self._random(config)
+        random, greedy = random or self._random(config), not config.do_sample or config.temperature == 0
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
-            next_ids = input_ids.to(state.device, torch.long)
-            running = torch.arange(len(input_ids), device=state.device)  # rows that are still in the batch
-            ended = torch.zeros_like(running, dtype=torch.bool)
+            next_ids = input_ids.to(self.device, torch.long)
+            running = torch.arange(len(input_ids), device=self.device)  # rows that are still in the batch
+            ended, padding = running < 0, torch.full_like(running, self.tokenizer.pad_id)  # (B,): none has ended yet
             for _ in range(state.new_tokens):
                 logits = state.feed(next_ids)
-                tokens = draw(sampling_probs(logits, config), random) if config.do_sample else logits.argmax(dim=-1)
-                written = tokens
-                if len(running) < len(ended):  # some rows have left the batch
-                    written = torch.full_like(ended, self.tokenizer.pad_id, dtype=torch.long)
-                    written.index_copy_(0, running, tokens)
-                written = written.masked_fill(ended, self.tokenizer.pad_id)  # (B,): finished rows write padding
+                tokens = logits.argmax(dim=-1) if greedy else draw(sampling_probs(logits, config), random)
+                written = padding.index_copy(0, running, tokens).where(~ended, padding)  # ended rows write padding
                 ended |= (written[:, None] == state.stop_ids).any(dim=1)
                 yield written, ended
                 unfinished = int((~ended).sum())  # waits for the device
@@ -3307,45 +3277,44 @@ class TextGenerator:
         most_ends = k if config.early_stopping else math.inf  # after these, a prompt is done
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
-            ids = input_ids.to(state.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
+            ids = input_ids.to(self.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
             logits = state.feed(ids)  # (rows, V)
             (B, V), logprobs = logits.shape, logits.new_zeros(len(ids), 1)  # (B, beams)
-            best, num_ends = [(-math.inf, row) for row in ids], [0] * B  # of each prompt's hypotheses: (score, ids)
+            best, best_score, num_ends = list(ids), [-math.inf] * B, [0] * B  # of each prompt's hypotheses
             for length in range(1, state.new_tokens + 1):
                 # 1 extend: enough candidates that k unfinished ones remain even if all stop tokens are among them
                 totals = (logprobs.view(-1, 1) + logits.log_softmax(dim=-1)).view(B, -1)  # (B, beams V)
                 totals, flat = totals.topk(min(k * (len(state.stop_ids) + 1), totals.shape[1]))  # (B, n)
-                rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=state.device)[:, None]
+                rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=self.device)[:, None]
                 tokens = flat % V
                 candidates = torch.cat((ids[rows], tokens[:, :, None]), dim=2)  # (B, n, T + length)
                 # 2 finish: an end counts only among the best k; at the last step all end
                 ends = torch.isin(tokens, state.stop_ids) | (length == state.new_tokens)
                 for b, i in (ends & totals.isfinite())[:, :k].nonzero().tolist():
                     score = totals[b, i].item() / length**penalty
-                    if score > best[b][0] and num_ends[b] < most_ends:
-                        best[b] = score, candidates[b, i]
+                    if score > best_score[b] and num_ends[b] < most_ends:
+                        best_score[b], best[b] = score, candidates[b, i]
                     num_ends[b] += 1
                 # 3 go on with the best k of the others, unless none can win: a log-probability only falls, but divided
                 # by a power of the length it can still rise until the maximum length
                 logprobs, others = totals.masked_fill(ends, -math.inf).topk(min(k, totals.shape[1]))  # (B, k)
                 divisor = (state.new_tokens if penalty > 0 else length) ** penalty
                 highest = [logprob / divisor for logprob in logprobs[:, 0].tolist()]
-                if all(best[b][0] >= highest[b] or num_ends[b] >= most_ends for b in range(B)):
+                if all(best_score[b] >= highest[b] or num_ends[b] >= most_ends for b in range(B)):
                     break
                 state.reorder(rows.gather(1, others).flatten())
                 ids = candidates.take_along_dim(others[:, :, None], dim=1).flatten(0, 1)  # (B k, T + length)
                 logits = state.feed(ids[:, -1:].contiguous())  # compiled code is for fixed strides, too
-        best = [row for _, row in best]
         return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=self.tokenizer.pad_id)
 
 
 def compile_decode_step(model: MiniGPT) -> Callable:
-    """Return `decode_step` through torch.compile: on a CPU with frozen weights, on CUDA as CUDA graphs."""
+    """Return `_decode_step` through torch.compile: on a CPU with frozen weights, on CUDA as CUDA graphs."""
     if model.config.num_experts:
         raise UserError("a mixture of experts cannot be compiled for decoding: its shapes depend on the data")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}
-    compiled = torch.compile(decode_step, dynamic=False, **options)
+    compiled = torch.compile(_decode_step, dynamic=False, **options)
 
     def step(*args) -> Tensor:
         try:
@@ -4114,7 +4083,7 @@ class Trainer:
         """Return greedy replies to chats that end in a generation prompt."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, do_sample=False)
         generator = TextGenerator(self.model, self.tokenizer)
-        return self.in_memory(lambda parts: generator.continue_rows(prompts, settings, 128 // parts), 128)
+        return self.in_memory(lambda parts: generator.generate(prompts, settings, 128 // parts), 128)
 
     def _evaluate_and_save(self):
         """Evaluate on the first `eval_tokens`; after a step also save, keep the best and show a sample.
@@ -4351,7 +4320,9 @@ class PreTrainer(Trainer):
         for special in self.tokenizer.special_tokens.values():  # they stand between documents
             text = text.replace(special, "\n")
         begins = (re.search(pattern, text, re.MULTILINE) for pattern in ("^[一-鿿].{5}", r"^[^\s一-鿿]\S*( \S+){3}"))
-        return [begin[0] for begin in begins if begin] or [text.strip()[:8]]
+        # they are shown in a command to paste, which a newline or an escape would break
+        lines = [begin[0] for begin in begins if begin and begin[0].isprintable()]
+        return lines or [*re.findall(r"\w{1,8}", text), ""][:1]
 
 
 class SFTTrainer(Trainer):
@@ -5770,6 +5741,11 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")
+
+    def _parse_optional(self, arg_string):
+        """Take "-abc" for a text: flags begin with two dashes and a letter. (-config is a mistyped --config.)"""
+        is_flag = re.match("--[a-z]|-h$", arg_string) or f"-{arg_string}" in self._option_string_actions
+        return super()._parse_optional(arg_string) if is_flag else None
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)

@@ -1,12 +1,16 @@
 """Generate with a trained model: `python sample.py` continues texts with the newest run, `--chat` talks with it."""
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import re
+import shlex
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
@@ -21,8 +25,10 @@ def build_parser() -> m.FlagParser:
         prog="sample.py", description=__doc__, usage="sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
     )
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
-    parser.add_argument("--out", default="out", metavar="DIR", help="where to look for the newest run [out]")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue [one Chinese, one English]")
+    parser.add_argument("--out", metavar="DIR", help="where to look for the newest run [out]")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
+    texts = "texts to continue, also empty ones [one Chinese, one English]"
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help=texts)
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
     parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
@@ -32,66 +38,127 @@ def build_parser() -> m.FlagParser:
     return parser
 
 
+ONLY_WITH = {  # options that one strategy alone uses
+    "sample": ("temperature", "top_k", "top_p", "min_p", "seed"),
+    "beam": ("num_beams", "length_penalty", "early_stopping"),
+}
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # of --stop: people type '\n' where they mean a newline
+
+
+def typed_texts(flag: str, texts: list[str]) -> list[str]:
+    """Return the texts of a flag. Bytes that the locale cannot spell are read as UTF-8."""
+    try:
+        return [text.encode("utf-8", "surrogateescape").decode() for text in texts]
+    except UnicodeError as error:
+        raise m.UserError(f"{flag} is not UTF-8 ({error.reason}): convert it, or check the locale") from None
+
+
 def generation_config(args) -> m.GenerationConfig:
-    given = {"max_new_tokens": 200} if not hasattr(args, "max_length") else {}
-    given |= m.given_flags(args, m.GenerationConfig)
-    strategy = args.strategy or ("beam" if given.get("num_beams", 1) > 1 else "sample")
-    if strategy == "beam":
-        given.setdefault("num_beams", 4)
-    elif given.get("num_beams", 1) > 1:
-        raise m.UserError(f"--num-beams {given['num_beams']} contradicts --strategy {strategy}")
-    return m.GenerationConfig(do_sample=strategy == "sample", **given)
+    """Return the options that the flags give; a flag that would have no effect is an error."""
+    given = m.given_flags(args, m.GenerationConfig)
+    if "stop" in given:
+        stops = typed_texts("--stop", given["stop"])
+        given["stop"] = [re.sub(r"\\[nt\\]", lambda typed: ESCAPES[typed[0]], text) for text in stops]
+    if "max_length" in given and "max_new_tokens" in given:
+        raise m.UserError("--max-length has no effect beside --max-new-tokens: give one of them")
+    config = m.GenerationConfig(**{"max_new_tokens": None if "max_length" in given else 200} | given)
+    strategy = args.strategy or ("beam" if config.num_beams > 1 else "sample")
+    mode = f"--strategy {strategy}"
+    if config.temperature == 0 and args.strategy != "beam":
+        strategy, mode = "greedy", "--temperature 0"
+        del given["temperature"]
+    for owner, names in ONLY_WITH.items():
+        for name in names:
+            if name in given and owner != strategy:
+                flag = "--" + name.replace("_", "-")
+                raise m.UserError(f"{flag} has no effect with {mode}: it is for --strategy {owner}")
+    if strategy == "beam" and "num_beams" not in given:
+        config.num_beams = 4
+    return dataclasses.replace(config, do_sample=strategy == "sample")
+
+
+def check_flags(args) -> None:
+    """Refuse flags that exclude each other or have no effect, and a terminal that cannot be used."""
+    if args.chat and args.prompt:
+        raise m.UserError("--chat and --prompt exclude each other: say it in the conversation")
+    if args.system is not None and not args.chat:
+        raise m.UserError("--system has no effect without --chat")
+    if args.run and args.out:
+        raise m.UserError("--out has no effect beside --run, which names the run already")
+    if getattr(sys.stdout, "closed", True):  # None where the process was started without one
+        raise m.UserError("stdout is closed: there is nowhere to write to")
+    if args.chat and getattr(sys.stdin, "closed", True):
+        raise m.UserError("--chat reads from stdin, which is closed: use --prompt")
 
 
 def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ?
+    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
     try:
         args = build_parser().parse_args(argv)
         config = generation_config(args)
-        if args.chat and args.prompt:
-            raise m.UserError("--chat and --prompt exclude each other: say it in the conversation")
-        run_dir = args.run or m.newest_run(args.out)
-        model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device))
+        check_flags(args)
+        run_dir = args.run or m.newest_run(args.out or "out")
+        if args.checkpoint and "model_type" in m.run_config(run_dir):
+            raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
+        model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device), args.checkpoint or "best")
         if isinstance(model, m.RewardModel):
             raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
         generator = m.TextGenerator(model, tokenizer, args.compile)
         print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)")
         if args.chat:
-            chat(generator, config, args.system)
+            if state["config"]["stage"] == "pretrain" and "model_type" not in state["config"]:
+                print(
+                    "(a base model: it was never trained on conversations and only continues texts. Use --prompt, or "
+                    f"teach it to answer: python train.py --stage sft --init {shlex.quote(str(run_dir))})"
+                )
+            chat(generator, config, typed_texts("--system", [args.system or ""])[0])
         else:
-            for prompt in args.prompt or PROMPTS:
+            for prompt in typed_texts("--prompt", args.prompt or PROMPTS):
                 write(generator, prompt, config)
+        sys.stdout.flush()
     except BrokenPipeError:
         m.silence_stdout()
-    except (m.UserError, OSError, RuntimeError) as error:
+    except (m.UserError, OSError, RuntimeError, UnicodeError) as error:
         if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
             raise
         print(f"sample.py: error: {error}", file=sys.stderr)
+        try:
+            sys.stdout and sys.stdout.flush()
+        except OSError:  # a full disk: what is left must not fail again at the end
+            m.silence_stdout()
         return 2
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
         return 130
     return 0
 
 
+def pieces(generator: m.TextGenerator, prompt: str | list[dict], config: m.GenerationConfig) -> Iterator[str]:
+    """Yield the continuation of a text, or the reply to messages, as it comes; that of beams at the end."""
+    if config.num_beams > 1:
+        yield from generator.generate([prompt], config)
+    else:
+        yield from generator.stream(prompt, config)
+
+
 def write(generator: m.TextGenerator, prompt: str, config: m.GenerationConfig) -> None:
-    """Print the prompt and its continuation as it comes, then the speed."""
-    start, text = time.monotonic(), ""
-    pieces = [generator.generate(prompt, config)] if config.num_beams > 1 else generator.stream(prompt, config)
+    """Print the prompt and its continuation as it comes, then the count of tokens and the speed."""
+    start = time.monotonic()
     print(f"\n{prompt}", end="", flush=True)
-    for piece in pieces:
+    for piece in pieces(generator, prompt, config):
         print(piece, end="", flush=True)
-        text += piece
-    count = len(generator.tokenizer.encode(text))
-    print(f"\n[{count} tokens, {count / (time.monotonic() - start):.0f} tok/s]")
+    print(f"\n[{generator.written} tokens, {generator.written / (time.monotonic() - start):.0f} tok/s]")
 
 
-def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str | None) -> None:
+def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) -> None:
     """Hold a conversation until the end of input. Ctrl-C ends a reply, and at the prompt the conversation."""
     start = [{"role": "system", "content": system}] if system else []
     messages, limit = list(start), generator.model.config.max_position_embeddings
+    with contextlib.suppress(ImportError):  # where there is one, arrow keys edit the line and bring back earlier ones
+        import readline  # noqa: F401
     print("(/reset begins anew, Ctrl-D or Ctrl-C ends)")
     while True:
         try:
@@ -120,11 +187,7 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
     """Print the reply as it comes and return it, after Ctrl-C as far as it came."""
     text = ""
     try:
-        for piece in (
-            [generator.continue_rows([generator.tokenizer.apply_chat_template(messages, True)], config)[0]]
-            if config.num_beams > 1
-            else generator.stream(messages, config)
-        ):
+        for piece in pieces(generator, messages, config):
             print(piece, end="", flush=True)
             text += piece
     except KeyboardInterrupt:

@@ -318,6 +318,7 @@ def one_error(capsys) -> str:
 # ======================================================================================================================
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def test_sizes_that_are_left_out_follow_from_the_others():
@@ -365,7 +366,8 @@ def test_sizes_that_are_left_out_follow_from_the_others():
         (m.TrainConfig, "dtype", "float8"),
         (m.TrainConfig, "grad_clip", math.inf),
         (m.TrainConfig, "seed", 2**32),
-        (m.GenerationConfig, "temperature", 0),
+        (m.GenerationConfig, "temperature", 1e-6),
+        (m.GenerationConfig, "temperature", -1.0),
         (m.GenerationConfig, "top_p", 0.0),
         (m.GenerationConfig, "num_beams", 0),
         (m.GenerationConfig, "max_new_tokens", 0),
@@ -392,6 +394,87 @@ def test_presets_have_their_size(name, low, high):
     assert dataclasses.asdict(getattr(m, f"get_{name}_config")()) == dataclasses.asdict(model.config)
     if name == "moe":
         assert 22e6 <= model.num_params(active=True) <= 28e6
+
+
+def sizes_of(config: m.MiniGPTConfig) -> dict[str, tuple]:
+    return {name: tuple(p.shape) for name, p in m.MiniGPT(config).state_dict().items()}
+
+
+def logits_of(config: m.MiniGPTConfig) -> list:
+    return random_model(config)(random_ids(2, 12)).tolist()
+
+
+def trained_logits_of(config: m.MiniGPTConfig) -> list:
+    return random_model(config).train()(random_ids(2, 12)).tolist()
+
+
+def loss_of(config: m.MiniGPTConfig) -> float:
+    tokenizer = m.BPETokenizer()
+    return m.PreTrainer(random_model(config).train(), tokenizer).loss(lm_batch(2, 8)).item()
+
+
+def context_of(config: m.MiniGPTConfig) -> list[int]:
+    model, fits = random_model(config), []
+    for T in (16, 24, 32):
+        with contextlib.suppress(m.UserError):
+            fits.append(model(random_ids(1, T)).shape[1])
+    return fits
+
+
+# A field of MiniGPTConfig: two values, and what must differ between them.
+FIELDS_OF_A_MODEL = {
+    "vocab_size": (300, 320, sizes_of),
+    "hidden_size": (32, 64, sizes_of),
+    "num_hidden_layers": (1, 2, sizes_of),
+    "num_attention_heads": (2, 4, sizes_of),
+    "num_key_value_heads": (1, 2, sizes_of),
+    "head_dim": (8, 16, sizes_of),
+    "intermediate_size": (64, 96, sizes_of),
+    "max_position_embeddings": (16, 24, context_of),
+    "rms_norm_eps": (1e-6, 1e-2, logits_of),
+    "rope_theta": (1e4, 1e3, logits_of),
+    "rope_scaling": (None, {"rope_type": "linear", "factor": 2.0}, logits_of),
+    "qk_norm": (True, False, sizes_of),
+    "tie_word_embeddings": (True, False, sizes_of),
+    "dropout": (0.0, 0.5, trained_logits_of),
+    "num_experts": (4, 5, sizes_of),
+    "num_experts_per_tok": (1, 2, logits_of),
+    "num_shared_experts": (1, 2, sizes_of),
+    "moe_intermediate_size": (24, 48, sizes_of),
+    "norm_topk_prob": (True, False, logits_of),
+    "router_aux_loss_coef": (0.0, 0.5, loss_of),
+    **{name: (0, 7, lambda config, name=name: m.hf_config(config)[name]) for name in m.TOKEN_IDS},
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(m.MiniGPTConfig)])
+def test_every_field_of_a_model_has_an_effect(field):
+    one, other, observe = FIELDS_OF_A_MODEL[field]
+    fields = [field.name for field in dataclasses.fields(m.MiniGPTConfig)]
+    is_sparse = "num_experts" in fields[: fields.index(field) + 1] and not field.endswith("token_id")
+    base = moe_shape if is_sparse else shape
+    first, second = (observe(base(**{field: value})) for value in (one, other))
+    assert first != second and first == observe(base(**{field: one}))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "option", "value"),
+    [
+        (YARN, "factor", 8.0),
+        (YARN, "original_max_position_embeddings", 64),
+        (YARN | {"original_max_position_embeddings": 4096}, "beta_fast", 8),
+        (YARN, "beta_slow", 2),
+        (YARN, "attention_factor", 1.0),
+        (YARN | {"beta_fast": 3.0}, "truncate", False),
+        (LLAMA3, "factor", 8.0),
+        (LLAMA3, "original_max_position_embeddings", 64),
+        (LLAMA3, "low_freq_factor", 0.5),
+        (LLAMA3, "high_freq_factor", 2.0),
+    ],
+)
+def test_every_option_of_rope_has_an_effect(scaling, option, value):
+    one, other = (m.rope_tables(shape(head_dim=32, rope_scaling=s)) for s in (scaling, scaling | {option: value}))
+    assert not torch.equal(torch.cat(one), torch.cat(other))
 
 
 def test_an_unknown_preset_is_named():
@@ -3177,8 +3260,8 @@ def test_sampling_draws_from_the_distribution(generator):
 def test_a_seed_draws_anew_in_each_batch_of_prompts(generator, prompts, options):
     """Equal prompts in the first 128 and in the next: the same random numbers would write the same texts twice."""
     rows, config = [[1, 70, 80]] * prompts, settings(seed=3, temperature=3.0)
-    replies = generator.continue_rows(rows, config, **options)
-    assert replies == generator.continue_rows(rows, config, **options)  # yet the seed decides
+    replies = generator.generate(rows, config, **options)
+    assert replies == generator.generate(rows, config, **options)  # yet the seed decides
     size = options.get("batch_size", 128)
     batches = [replies[i : i + size] for i in range(0, prompts, size)]
     for one, other in itertools.combinations(batches, 2):
@@ -3324,6 +3407,73 @@ def test_one_beam_is_greedy_and_more_are_likelier(generator):
 
     wide = dataclasses.replace(config, num_beams=8)
     assert logp(generator.beam_search(ids, wide)) > logp(generator.greedy_search(ids, config))
+
+
+# A field of GenerationConfig: two values between which what is written must differ, and the other options.
+FIELDS_OF_GENERATION = {
+    "max_new_tokens": (5, 7, {}),
+    "min_new_tokens": (0, 9, {"do_sample": False}),
+    "max_length": (10, 12, {"max_new_tokens": None}),
+    "do_sample": (True, False, {}),
+    "temperature": (0.5, 3.0, {}),
+    "top_k": (0, 2, {}),
+    "top_p": (1.0, 0.3, {}),
+    "min_p": (0.0, 0.5, {}),
+    "repetition_penalty": (1.0, 1.5, {"do_sample": False, "min_new_tokens": 12}),
+    "num_beams": (2, 3, {}),
+    "length_penalty": (-2.0, 2.0, {"num_beams": 3}),
+    "early_stopping": (False, True, {"num_beams": 3}),
+    "stop": (None, ["e", "a", "1", "的", "o"], {"min_new_tokens": 12}),
+    "seed": (0, 1, {}),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(m.GenerationConfig)])
+def test_every_field_of_generation_has_an_effect(tokenizer, field):
+    """With many ends, so that beams end at different lengths."""
+    generator = m.TextGenerator(random_model(shape()), ending_at(tokenizer, *range(5, 40)))
+    rows = random_ids(8, 5).tolist()
+
+    def write(value) -> list[str] | list[list[int]]:
+        options = FIELDS_OF_GENERATION[field][2] | {field: value}
+        config = settings(**{"seed": 0} | options)
+        return generator.generate(rows, config) if field == "stop" else generator.continue_ids(rows, config)
+
+    one, other, _ = FIELDS_OF_GENERATION[field]
+    assert write(one) == write(one) != write(other)
+
+
+def test_temperature_0_is_greedy(generator):
+    ids = random_ids(3, 5)
+    greedy = generator.greedy_search(ids, settings())
+    assert torch.equal(generator.sample_generate(ids, settings(temperature=0)), greedy)
+    assert torch.equal(generator.sample_generate(ids, settings(temperature=1e-5, seed=0)), greedy)  # nearly
+
+
+def test_the_naive_loop_samples_from_the_distribution(generator):
+    ids, model = random_ids(1, 4), generator.model
+    drawn = model.generate(ids.expand(4000, -1), 1, temperature=0.5, generator=torch.Generator().manual_seed(0))
+    probs = (model(ids)[0, -1] / 0.5).softmax(-1)
+    share = drawn[:, -1].bincount(minlength=300) / 4000
+    assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / 4000).sqrt() + 1e-3).all()
+
+
+def test_an_empty_prompt_begins_as_a_document_does(generator, tokenizer):
+    config = settings(do_sample=False)
+    assert generator.generate("", config) == generator.generate([[tokenizer.bos_id]], config)[0]
+    without_bos = copy.copy(tokenizer)
+    without_bos.bos_id = None  # as Qwen's
+    qwen = m.TextGenerator(generator.model, without_bos)
+    assert (
+        qwen.generate("", config) == "".join(qwen.stream("", config)) == qwen.generate([[tokenizer.eos_id]], config)[0]
+    )
+
+
+def test_texts_messages_and_ids_are_prompts(generator, tokenizer):
+    config, messages = settings(do_sample=False), turns("hi")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    reply = generator.chat(messages, config)
+    assert generator.generate([messages, ids, "hi"], config) == [reply, reply, generator.generate("hi", config)]
 
 
 class Scripted(m.MiniGPT):
@@ -4490,6 +4640,24 @@ def test_evaluation_of_conversations_against_plain_cross_entropy(tmp_path, token
     assert result == pytest.approx(
         {"loss": nats / count, "bpb": nats / math.log(2) / size, "tokens": count, "bytes": size}, rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("Once upon a time there was", "Once upon a time"),
+        ("ab\n\ncd\nef", "ab"),  # neither four words nor six Chinese characters in a line
+        ("\t$(x) \x1b[31m", "x"),
+        ("\n\n\n", ""),
+        ("a \x1b[31m b c d\n", "a"),  # no escapes for the terminal
+    ],
+)
+def test_a_prompt_from_held_out_text_can_be_pasted(tokenizer, text, prompt):
+    trainer = trainer_for(tokenizer)
+    trainer.val_data = m.PretrainDataLoader.__new__(m.PretrainDataLoader)
+    trainer.val_data.tokens = torch.tensor(tokenizer.encode(text))
+    assert trainer.prompts() == [prompt]
+    assert all(map(str.isprintable, trainer.prompts()))
 
 
 def test_evaluation_without_anything_to_score(tokenizer):
@@ -6430,6 +6598,139 @@ def test_sample_continues_prompts(pretraining, capsys):
         assert sample.main(["--run", f"{out}/tiny/pretrain", "--prompt", "第", *short, "--strategy", strategy]) == 0
 
 
+def shown_by(capsys, *argv: str) -> str:
+    """What sample.py shows below its first line, without the speed."""
+    assert sample.main(list(argv)) == 0
+    return re.sub(r", \d+ tok/s", "", capsys.readouterr().out.partition("\n")[2])
+
+
+def test_what_people_type_at_sample(pretraining, capsys, monkeypatch):
+    run = ["--run", str(pretraining["out"] / "tiny/pretrain"), "--max-new-tokens", "5"]
+    greedy = shown_by(capsys, *run, "--prompt", "The", "--strategy", "greedy")
+    assert shown_by(capsys, *run, "--prompt", "The", "--temperature", "0") == greedy
+    assert shown_by(capsys, *run, "--prompt", "-abc", "--3").startswith("\n-abc")  # texts, not flags
+    assert "\n\n--3" in shown_by(capsys, *run, "--prompt", "-abc", "--3")
+    assert "tokens]" in shown_by(capsys, *run, "--prompt", "")
+    undecoded = "小".encode().decode("ascii", "surrogateescape")  # as Python gives it in a locale without Chinese
+    assert shown_by(capsys, *run, "--prompt", undecoded, "--seed", "1").startswith("\n小")
+    seen = []
+    monkeypatch.setattr(m.TextGenerator, "stream", lambda _, prompt, config: seen.append((prompt, config.stop)) or [])
+    shown_by(capsys, *run, "--prompt", "a\\n", "--stop", r"\n", r"\t\t", r"\\n", undecoded, "-")
+    assert seen == [("a\\n", ["\n", "\t\t", r"\n", "小", "-"])]
+
+
+def test_sample_counts_what_was_written(tokenizer, capsys):
+    """The bytes of one character, a token each: encoded anew they could be fewer."""
+    generator = scripted(tokenizer, "龘靐")
+    assert len(list(generator.stream("x", settings(do_sample=False)))) == 2
+    assert generator.written == len(tokenizer.encode("龘靐")) + 1  # with the end
+    sample.write(generator, "x", settings(do_sample=False, max_new_tokens=2))
+    assert "[2 tokens, " in capsys.readouterr().out  # which are no whole character
+    assert generator.generate(["x", "x"], settings(do_sample=False, max_new_tokens=3)) and generator.written == 6
+
+
+MODES = {  # what sets the mode, the flags without effect there, and what the error calls the mode
+    "sample": (["--strategy", "sample"], "num_beams length_penalty early_stopping system", "--strategy sample"),
+    "greedy": (
+        ["--strategy", "greedy"],
+        "temperature top_k top_p min_p seed num_beams length_penalty early_stopping system",
+        "--strategy greedy",
+    ),
+    "zero": (
+        ["--temperature", "0"],
+        "top_k top_p min_p seed num_beams length_penalty early_stopping system",
+        "--temperature 0",
+    ),
+    "beam": (["--strategy", "beam"], "temperature top_k top_p min_p seed system", "--strategy beam"),
+    "chat": (["--chat"], "prompt num_beams length_penalty early_stopping", "--"),
+}
+SAMPLE_FLAGS = {
+    "max_new_tokens": "3", "min_new_tokens": "2", "max_length": "60", "temperature": "0.5", "top_k": "3",
+    "top_p": "0.5", "min_p": "0.1", "repetition_penalty": "1.2", "num_beams": "1", "length_penalty": "2",
+    "early_stopping": None, "stop": "a", "seed": "1", "system": "b", "prompt": "c",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("field", SAMPLE_FLAGS)
+def test_a_flag_of_sample_without_effect_is_an_error(out_with_a_run, monkeypatch, capsys, mode, field):
+    """All flags in all modes: each is used, or refused by an error that names it and the mode."""
+    assert {f.name for f in dataclasses.fields(m.GenerationConfig)} - {"do_sample"} < SAMPLE_FLAGS.keys()
+    monkeypatch.setattr(m, "load_run", lambda *_, **__: (_ for _ in ()).throw(m.UserError("used")))
+    flags, useless, name = MODES[mode]
+    flag, value = "--" + field.replace("_", "-"), SAMPLE_FLAGS[field]
+    argv = [*flags, flag, *([value] if value else []), "--run", "x"]
+    if mode == "zero" and field == "temperature":
+        argv = [*flags, "--strategy", "greedy", "--run", "x"]  # the same said twice
+    assert sample.main(argv) == 2
+    error = one_error(capsys)
+    if field in useless.split():
+        assert flag in error and (name in error or "--chat" in error)
+    else:
+        assert error == "sample.py: error: used\n"
+
+
+def test_sample_takes_the_best_weights_or_the_last(pretrained_copy, tmp_path, capsys):
+    run = pretrained_copy[1]
+    best = m.load_checkpoint(run / "best.pt")
+    for name, p in best["model"].items():
+        best["model"][name] = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    m.save_checkpoint(run / "best.pt", best | {"step": 3})
+    shown = {}
+    for which in ("best", "last"):
+        argv = ["--run", str(run), "--prompt", "The", "--strategy", "greedy", "--max-new-tokens", "9"]
+        assert sample.main([*argv, "--checkpoint", which]) == 0
+        shown[which] = capsys.readouterr().out.splitlines()
+    assert "(step 3, " in shown["best"][0] and "(step 6, " in shown["last"][0] and shown["best"][2] != shown["last"][2]
+    assert sample.main(argv) == 0 and capsys.readouterr().out.splitlines()[:3] == shown["best"][:3]  # the default
+    (run / "best.pt").write_bytes(b"torn")
+    assert sample.main(argv) == 0 and "sample.py: warning: " in capsys.readouterr().err
+    folder = tmp_path / "imported"
+    folder.mkdir()
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert sample.main(["--run", str(folder), "--checkpoint", "last"]) == 2
+    assert "--checkpoint has no effect" in one_error(capsys)
+
+
+def test_chat_without_a_terminal(every_stage, monkeypatch, capsys):
+    argv = ["--run", str(every_stage["out"] / "tiny/sft"), "--chat", "--max-new-tokens", "3"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))  # ends after one message
+    assert sample.main(argv) == 0 and capsys.readouterr().out.count("> ") == 2
+    assert "readline" in sys.modules or not importlib.util.find_spec("readline")
+    for nothing in (None, io.StringIO()):
+        if nothing:
+            nothing.close()
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert sample.main(argv) == 2 and "stdin, which is closed: use --prompt" in one_error(capsys)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert sample.main(["--run", argv[1]]) == 2 and "stdout is closed" in one_error(capsys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_sample_into_a_full_disk_is_one_message(out_with_a_run):
+    argv = [sys.executable, "sample.py", "--run", str(out_with_a_run / "tiny/pretrain"), "--max-new-tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, cwd=HERE, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_base_model_in_chat_is_named(pretraining, every_stage, monkeypatch, capsys):
+    for out, stage, is_base in ((pretraining["out"], "pretrain", True), (every_stage["out"], "sft", False)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        assert sample.main(["--run", str(out / "tiny" / stage), "--chat"]) == 0
+        shown = capsys.readouterr().out
+        assert ("a base model: it was never trained on conversations" in shown) == is_base
+        assert (f"--stage sft --init {out}/tiny/pretrain" in shown) == is_base
+
+
+def test_beams_in_chat_are_shown_at_the_end(every_stage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    argv = ["--run", str(every_stage["out"] / "tiny/sft"), "--chat", "--strategy", "beam", "--max-new-tokens", "4"]
+    assert sample.main(argv) == 0 and "cannot stream" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -6876,7 +7177,7 @@ def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
     ("argv", "message"),
     [
         (["--out", "{tmp}"], "no run in"),
-        (["--temperature", "0"], "temperature=0.0"),
+        (["--temperature", "-1"], "temperature=-1.0 is not possible: it must be 0 (greedy), or 1e-5 or more"),
         (["--tempreture", "1"], "--temperature"),
         (["--run", "{tmp}"], "no run directory"),
     ],
@@ -7776,12 +8077,12 @@ MISTAKES = [
         for *words, message in (
             ("--run", "/no/such", "/no/such is no run directory"),
             ("--run", "{base}/reward", "holds a reward model"),
-            ("--temperature", "0", "temperature=0.0"),
+            ("--temperature", "1e-6", "temperature=1e-06"),
             ("--top-p", "2", "top_p=2.0"),
             ("--top-k", "-1", "top_k=-1"),
             ("--min-p", "2", "min_p=2.0"),
             ("--num-beams", "0", "num_beams=0"),
-            ("--num-beams", "2", "--strategy", "greedy", "contradicts --strategy greedy"),
+            ("--num-beams", "2", "--strategy", "greedy", "--num-beams has no effect with --strategy greedy"),
             ("--num-beams", "2", "--length-penalty", "-1000", "length_penalty=-1000"),
             ("--repetition-penalty", "0", "repetition_penalty=0.0"),
             ("--seed", "-1", "seed=-1"),
@@ -7789,6 +8090,21 @@ MISTAKES = [
             ("--max-length", "1", "--prompt", "小猫", "max_length=1"),
             ("--prompt", "very long " * 99, "leaves no room in the context"),
             ("--chat", "--prompt", "a", "--chat and --prompt exclude each other"),
+            ("--system", "be brief", "--system has no effect without --chat"),
+            ("--out", "{d}", "--out has no effect beside --run"),
+            ("--strategy", "greedy", "--temperature", "1", "it is for --strategy sample"),
+            ("--strategy", "beam", "--top-p", "0.5", "--top-p has no effect with --strategy beam"),
+            ("--temperature", "0", "--seed", "1", "--seed has no effect with --temperature 0"),
+            (
+                "--length-penalty",
+                "2",
+                "--length-penalty has no effect with --strategy sample: it is for --strategy beam",
+            ),
+            ("--max-length", "9", "--max-new-tokens", "9", "--max-length has no effect beside --max-new-tokens"),
+            ("--prompt", "a\udcff", "--prompt is not UTF-8"),
+            ("--stop", "\ud800", "--stop is not UTF-8"),
+            ("--prompt", "a", "-seed", "1", "unknown argument -seed: did you mean --seed?"),
+            ("--chat", "--stop", "the end", "", "stop=['the end', '']"),
         )
     ),
     *(
@@ -7824,7 +8140,8 @@ def test_mistakes_are_one_message_and_cost_nothing(
         else:
             path.write_bytes(content)
         if "checkpoint" in name:
-            (tmp_path / "run/checkpoint.prev.pt").unlink(missing_ok=True)
+            for other in ("checkpoint.prev.pt", "best.pt"):  # which would take its place
+                (tmp_path / "run" / other).unlink(missing_ok=True)
     here = tmp_path if files else tmp_path / "empty"
     names = {"{d}": here, "{out}": out_with_a_run, "{run}": out_with_a_run / "tiny/pretrain", "{base}": trained_runs}
     names["{val}"] = trained_runs / "data/val"
