@@ -51,6 +51,7 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
@@ -1299,6 +1300,10 @@ BYTE_TO_CHAR = {b: chr(b) if b in _PRINTABLE else chr(256 + b - sum(p < b for p 
 CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 
 
+def spell_bytes(token: bytes) -> str:
+    return "".join(map(BYTE_TO_CHAR.get, token))
+
+
 def count_words(texts: Iterable[str]) -> Counter:
     return Counter(itertools.chain.from_iterable(map(re.compile(WORD_PATTERN).findall, texts)))
 
@@ -1559,7 +1564,6 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         """Return the Hugging Face `tokenizer.json`. Equal tokenizers give equal text."""
-        spell = {token: "".join(map(BYTE_TO_CHAR.get, token)) for token in self.token_bytes}
         data = json.loads(EMPTY_TOKENIZER)
         data["added_tokens"] = [
             example | {"id": i, "content": name}
@@ -1568,9 +1572,9 @@ class BPETokenizer:
         ]
         data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = self.pattern
         data["model"]["vocab"] = {name: i for i, name in enumerate(SPECIAL_TOKENS)} | {
-            spell[token]: i for i, token in enumerate(self.token_bytes) if token
+            spell_bytes(token): i for i, token in enumerate(self.token_bytes) if token
         }
-        data["model"]["merges"] = [[spell[a], spell[b]] for a, b in self.merges]
+        data["model"]["merges"] = [list(map(spell_bytes, pair)) for pair in self.merges]
         return json.dumps(data, ensure_ascii=False, indent=1)
 
     def content_hash(self) -> str:
@@ -5373,6 +5377,172 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+# -- GGUF: one file for llama.cpp and ollama ---------------------------------------------------------------------------
+
+GGUF_NAMES = {  # of our parameters, there; a matrix of several becomes several tensors
+    "embed_tokens": ("token_embd",),
+    "norm": ("output_norm",),
+    "lm_head": ("output",),
+    "input_layernorm": ("attn_norm",),
+    "self_attn.qkv_proj": ("attn_q", "attn_k", "attn_v"),
+    "self_attn.q_norm": ("attn_q_norm",),
+    "self_attn.k_norm": ("attn_k_norm",),
+    "self_attn.o_proj": ("attn_output",),
+    "post_attention_layernorm": ("ffn_norm",),
+    "mlp.gate": ("ffn_gate_inp",),
+    "mlp.gate_up_proj": ("ffn_gate", "ffn_up"),
+    "mlp.down_proj": ("ffn_down",),
+    "mlp.shared.gate_up_proj": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "mlp.shared.down_proj": ("ffn_down_shexp",),
+}
+GGUF_FIELDS = {  # of our config, there
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+}
+GGUF_EXPERT_FIELDS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "num_shared_experts": "expert_shared_count",
+    "norm_topk_prob": "expert_weights_norm",
+}
+GGUF_TYPES = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}  # number there, and how `struct` packs it
+GGUF_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+
+
+def gguf_architecture(config: MiniGPTConfig) -> str:
+    """Return llama.cpp's name of the architecture that computes the same; a UserError names what none does."""
+    rope, experts = config.rope_scaling or {"rope_type": "default"}, config.num_experts
+    betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    name = "bailingmoe2" if experts and config.num_shared_experts else "qwen3moe" if experts else "qwen3"
+    name = name if config.qk_norm else "llama"
+    problems = {
+        "qk_norm": experts and not config.qk_norm,
+        "norm_topk_prob": name == "qwen3moe" and not config.norm_topk_prob,
+        "head_dim": name == "bailingmoe2" and config.num_attention_heads * config.head_dim != config.hidden_size,
+        "rope_scaling": rope["rope_type"] == "llama3"
+        and name != "llama"
+        or rope["rope_type"] == "yarn"
+        and (betas != (32, 1) or not rope.get("truncate", True)),
+    }
+    for field, is_problem in problems.items():
+        check(config, not is_problem, field, "another one for GGUF: llama.cpp computes this model differently")
+    return name
+
+
+def gguf_metadata(model: MiniGPT, tokenizer: BPETokenizer, add_bos: bool) -> dict:
+    """Return what a GGUF file says about a model beside its tensors."""
+    c, arch, rope = model.config, gguf_architecture(model.config), model.config.rope_scaling or {}
+    names = GGUF_FIELDS | (GGUF_EXPERT_FIELDS if c.num_experts else {})
+    fields = {there: getattr(c, here) for here, there in names.items()}
+    fields |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), c.head_dim)
+    fields |= {"attention.layer_norm_rms_epsilon": float(c.rms_norm_eps), "rope.freq_base": float(c.rope_theta)}
+    fields |= {"expert_gating_func": 1} if c.num_experts else {}  # softmax
+    if rope.get("rope_type") in ("linear", "yarn"):
+        fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    if rope.get("rope_type") == "yarn":  # llama.cpp multiplies by the usual attention factor itself
+        usual = 0.1 * math.log(rope["factor"]) + 1
+        fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+        fields["rope.scaling.attn_factor"] = rope.get("attention_factor", usual) / usual
+    vocabulary = {
+        "model": "gpt2",
+        "pre": "qwen2",  # our words lie inside Qwen2's, so that the ids are the same
+        "tokens": [*SPECIAL_TOKENS, *map(spell_bytes, tokenizer.token_bytes[FIRST_BYTE:])],
+        "token_type": [3] * FIRST_BYTE + [1] * (tokenizer.vocab_size - FIRST_BYTE),  # 3 is control, 1 normal
+        "merges": [" ".join(map(spell_bytes, pair)) for pair in tokenizer.merges],
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "eot_token_id": tokenizer.im_end_id,
+        "eos_token_ids": list(tokenizer.stop_ids),
+        "padding_token_id": tokenizer.pad_id,
+        "add_bos_token": add_bos,
+    }
+    return {
+        "general.architecture": arch,
+        **{f"{arch}.{name}": value for name, value in fields.items()},
+        **{f"tokenizer.ggml.{name}": value for name, value in vocabulary.items()},
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def gguf_tensors(model: MiniGPT, vocab_size: int) -> Batch:
+    """Return the model's weights under GGUF's names."""
+    c, arch, tensors = model.config, gguf_architecture(model.config), {}
+    for name, p in model.named_parameters():
+        layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+?)(?:\.weight)?", name).groups()
+        if part not in GGUF_NAMES:
+            raise UserError(f"the parameter {name} cannot be exported: no architecture of llama.cpp has it")
+        names = ("attn_qkv",) if arch == "bailingmoe2" and "qkv" in part else GGUF_NAMES[part]
+        rows = [p.shape[-2] // len(names)] * len(names) if p.dim() > 1 else [len(p)]
+        if len(names) == 3:
+            rows = [n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)]
+        for there, tensor in zip(names, p.detach().split(rows, dim=-2 if p.dim() > 1 else 0), strict=True):
+            if arch == "llama" and there in ("attn_q", "attn_k"):  # it turns neighbours, not halves
+                tensor = tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            prefix = f"blk.{layer}." if layer else ""
+            tensors[f"{prefix}{there}{'_exps' if p.dim() == 3 else ''}.weight"] = tensor
+    tensors["token_embd.weight"] = tensors["token_embd.weight"][:vocab_size]  # rows that no token has are left out
+    if arch == "bailingmoe2":  # has no tied weights
+        tensors.setdefault("output.weight", tensors["token_embd.weight"])
+    if "output.weight" in tensors:
+        tensors["output.weight"] = tensors["output.weight"][:vocab_size]
+    if c.rope_scaling and c.rope_scaling["rope_type"] == "llama3":  # how much slower each rotation is than without
+        angles = torch.atan2(model.sin[1], model.cos[1])[c.head_dim // 2 :]  # at position 1
+        tensors["rope_freqs.weight"] = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim) / angles
+    return tensors
+
+
+def gguf_value(value: object) -> tuple[int, bytes]:
+    """Return a value's type in GGUF and its bytes."""
+    if isinstance(value, str):
+        return 8, struct.pack("<Q", len(value.encode())) + value.encode()
+    if isinstance(value, list):
+        items = [(5, struct.pack("<i", item)) if isinstance(item, int) else gguf_value(item) for item in value]
+        return 9, struct.pack("<IQ", items[0][0] if items else 8, len(items)) + b"".join(data for _, data in items)
+    number, code = GGUF_TYPES[type(value)]
+    return number, struct.pack("<" + code, value)
+
+
+@torch.no_grad()
+def write_gguf(
+    path: AnyPath, model: MiniGPT, tokenizer: BPETokenizer, add_bos: bool, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write model and tokenizer as one GGUF file (version 3), complete or not at all.
+
+    add_bos: whether llama.cpp puts BOS before a text, as pretraining does; conversations have none. Vectors and routers
+    stay float32. A UserError names what llama.cpp would compute differently.
+    """
+    if isinstance(tokenizer, ImportedTokenizer):
+        raise UserError("GGUF of an imported tokenizer is not supported: convert the Hugging Face directory instead")
+    model = copy.deepcopy(model)
+    merge_lora(model)
+    metadata = gguf_metadata(model, tokenizer, add_bos)
+    tensors = {
+        name: tensor.to("cpu", dtype if tensor.dim() > 1 and "gate_inp" not in name else torch.float32).contiguous()
+        for name, tensor in gguf_tensors(model, tokenizer.vocab_size).items()
+    }
+    with atomic_write(path) as file:
+        # 1 counts and metadata
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+        for name, value in metadata.items():
+            number, data = gguf_value(value)
+            file.write(gguf_value(name)[1] + struct.pack("<I", number) + data)
+        # 2 the table of tensors: name, sizes from the fastest axis on, type, and where its numbers begin
+        offset = 0
+        for name, tensor in tensors.items():
+            sizes = struct.pack(f"<I{tensor.dim()}Q", tensor.dim(), *reversed(tensor.shape))
+            file.write(gguf_value(name)[1] + sizes + struct.pack("<IQ", GGUF_DTYPES[tensor.dtype], offset))
+            offset += -(-tensor.nbytes // 32) * 32
+        # 3 the numbers; each tensor begins at a multiple of 32 bytes
+        for tensor in tensors.values():
+            file.write(bytes(-file.tell() % 32))
+            file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 # -- tokenizers and chat templates of other families -------------------------------------------------------------------

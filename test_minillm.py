@@ -50,6 +50,7 @@ import sys
 import time
 import traceback
 import unicodedata
+import urllib.request
 import warnings
 import zipfile
 from collections import Counter
@@ -5774,6 +5775,116 @@ def test_what_cannot_be_exported_is_named(tmp_path, model, message):
     with pytest.raises(m.UserError, match=message):
         model().save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ======================================================================================================================
+# 12 Edges: GGUF, for llama.cpp
+# ======================================================================================================================
+
+GGUF_CASES = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "untied": {"tie_word_embeddings": False, "rope_theta": 500},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "yarn": {"rope_scaling": YARN},
+    "yarn with its attention factor": {"rope_scaling": YARN | {"attention_factor": 1.3}},
+    "llama3": {"qk_norm": False, "rope_scaling": LLAMA3},
+    "qwen3moe": {"num_experts": 4, "moe_intermediate_size": 24},
+    "shared expert": {"num_experts": 4, "num_shared_experts": 1, "moe_intermediate_size": 24},
+    "shared experts": {"num_experts": 4, "num_shared_experts": 2, "moe_intermediate_size": 24, "norm_topk_prob": False},
+}
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
+    """Ids, log-probabilities and greedy text, with more rows in the embedding than the tokenizer has tokens."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    model = random_model(shape(vocab_size=tokenizer.vocab_size + 8, **GGUF_CASES[name]))
+    m.write_gguf(tmp_path / "model.gguf", model, tokenizer, add_bos=True)
+    options = llama_cpp.CommonParams()
+    options.model.path, options.n_ctx, options.cpuparams.n_threads = str(tmp_path / "model.gguf"), 64, 1
+    options.warmup = False
+    options.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    server = llama_cpp.Server(options)
+
+    def ask(place: str, **question) -> dict:
+        data = json.dumps(question).encode()
+        request = urllib.request.Request(server.listening_address + place, data, {"Content-Type": "application/json"})
+        return json.loads(urllib.request.urlopen(request).read())
+
+    settings = m.GenerationConfig(max_new_tokens=8, do_sample=False)
+    for text in (*TEXTS[:3], "小猫吃了 12 条鱼。\n\nThe cat's fish!"):
+        ids = tokenizer.encode(text[:40], add_special_tokens=True)
+        assert ask("/tokenize", content=text[:40], add_special=True)["tokens"] == ids
+        options = {"prompt": ids, "temperature": 0, "cache_prompt": False}
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].log_softmax(-1)
+        letter = [[tokenizer.encode("a")[0], 100.0]]  # probabilities come with whole characters only
+        answer = ask("/completion", n_predict=1, n_probs=5, logit_bias=letter, **options)
+        for token in answer["completion_probabilities"][0]["top_logprobs"]:
+            assert token["logprob"] == pytest.approx(logprobs[token["id"]].item(), abs=1e-4)
+        greedy = m.TextGenerator(model, tokenizer).continue_ids([ids], settings)[0]
+        there = ask("/completion", n_predict=8, return_tokens=True, **options)["tokens"]
+        assert [t for t in there if t not in (2, 4)] == [t for t in greedy if t not in (2, 4)]
+    chat = turns("小猫吃什么？")
+    assert ask("/apply-template", messages=chat)["prompt"] == tokenizer.decode(
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True), skip_special_tokens=False
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gguf_holds_every_weight(tmp_path, tokenizer, dtype):
+    gguf = pytest.importorskip("gguf")
+    model = random_model(shape(qk_norm=False))
+    m.add_lora(model, 2, 4.0)
+    torch.nn.init.normal_(model.layers[1].mlp.down_proj.lora_b)
+    m.write_gguf(tmp_path / "model.gguf", model, tokenizer, add_bos=False, dtype=dtype)
+    assert any("lora" in name for name, _ in model.named_parameters())  # the caller keeps it
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    m.merge_lora(model)
+    assert len(there) == 2 + 2 * 9
+    sizes = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16}
+    for name, expected in {
+        "token_embd": model.embed_tokens.weight,
+        "output_norm": model.norm.weight,
+        "blk.1.ffn_down": model.layers[1].mlp.down_proj.weight,
+        "blk.0.ffn_up": model.layers[0].mlp.gate_up_proj.weight[64:],
+        "blk.0.attn_v": model.layers[0].self_attn.qkv_proj.weight[-16:],
+    }.items():
+        tensor = there[f"{name}.weight"]
+        kind = dtype if expected.dim() > 1 else torch.float32
+        assert tensor.tensor_type == sizes.get(kind, gguf.GGMLQuantizationType.BF16)
+        held = torch.frombuffer(bytearray(tensor.data.tobytes()), dtype=kind).view(expected.shape)
+        torch.testing.assert_close(held, expected.detach().to(kind), rtol=0, atol=0)
+    # q and k: dimension d and d + D/2 of a head become neighbours
+    q = model.layers[0].self_attn.qkv_proj.weight[:8].detach()
+    held = torch.frombuffer(bytearray(there["blk.0.attn_q.weight"].data.tobytes()), dtype=dtype).view(32, 32)[:8]
+    assert torch.equal(held, q[[0, 4, 1, 5, 2, 6, 3, 7]].to(dtype))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.add_bos_token"] is False and fields["tokenizer.chat_template"] == m.CHAT_TEMPLATE
+    assert fields["tokenizer.ggml.eos_token_ids"] == [2, 4] and fields["tokenizer.ggml.token_type"][3:6] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 4, "norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"num_experts": 4, "qk_norm": False}, "qk_norm=False"),
+        ({"num_experts": 4, "num_shared_experts": 1, "head_dim": 16}, "head_dim=16"),
+        ({"rope_scaling": LLAMA3}, "rope_scaling="),
+        ({"rope_scaling": YARN | {"beta_fast": 16.0}}, "rope_scaling="),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling="),
+    ],
+)
+def test_gguf_refuses_what_llama_cpp_computes_differently(tmp_path, tokenizer, changes, message):
+    (tmp_path / "model.gguf").write_text("as before")
+    with pytest.raises(m.UserError, match=f"{message}.*llama.cpp computes this model differently"):
+        m.write_gguf(tmp_path / "model.gguf", random_model(shape(**changes)), tokenizer, add_bos=True)
+    with pytest.raises(m.UserError, match="score.weight cannot be exported"):
+        m.write_gguf(tmp_path / "model.gguf", m.RewardModel(shape()), tokenizer, add_bos=True)
+    assert (tmp_path / "model.gguf").read_text() == "as before"
 
 
 # ======================================================================================================================
