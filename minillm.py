@@ -5527,6 +5527,7 @@ def write_gguf(
         name: tensor.to("cpu", dtype if tensor.dim() > 1 and "gate_inp" not in name else torch.float32).contiguous()
         for name, tensor in gguf_tensors(model, tokenizer.vocab_size).items()
     }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         # 1 counts and metadata
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
@@ -5843,12 +5844,13 @@ USES = {  # what trains no stage uses these flags, and --config, --stage and --o
     "--stage tokenizer": "data val_data vocab_size on_bad_record",
     "--stage eval": "data val_data init checkpoint device dtype batch_size seq_len compile eval_tokens eval_prompts "
     "reply_tokens on_bad_record",
-    "--stage export": "init checkpoint overwrite dtype",
+    "--stage export": "init checkpoint overwrite dtype format",
     "--inspect": "inspect data val_data init seq_len on_bad_record",
     "--plot": "plot png",
 }
 NEEDS = {  # an option, another one, and the values of that with which it has an effect (or any but 0)
     "png": "plot",
+    "format": "stage export",
     "lora_alpha": "lora_rank",
     "decay_fraction": "schedule wsd",
     "min_learning_rate": "schedule cosine wsd",

@@ -5833,6 +5833,32 @@ def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     )
 
 
+def test_export_writes_every_format_that_can_hold_the_model(tmp_path, tokenizer, capsys):
+    for name, config in (("dense", shape()), ("moe", moe_shape()), ("odd", moe_shape(head_dim=16))):
+        trainer = m.PreTrainer(m.MiniGPT(config), tokenizer, config=m.TrainConfig(max_steps=1))
+        trainer.run_dir = tmp_path / name
+        trainer.step([lm_batch(2, 8)])
+        trainer.save_checkpoint(tmp_path / name / "checkpoint.pt")
+        tokenizer.save(tmp_path / name / "tokenizer.json")
+        (tmp_path / name / "config.json").write_text(json.dumps(trainer.config_dict()))
+
+    def export(name: str, *flags: str) -> tuple[int, set[str], str]:
+        argv = ["--stage", "export", "--init", str(tmp_path / name), "--out", str(tmp_path / f"out {name} {flags}")]
+        status, folder = train.main([*argv, *flags]), Path(argv[-1]) / "tiny/export"
+        return status, {path.suffix for path in folder.glob("model.*")}, "".join(capsys.readouterr())
+
+    assert export("dense")[:2] == (0, {".safetensors", ".gguf"})
+    assert export("dense", "--format", "hf")[:2] == (0, {".safetensors"})
+    assert export("dense", "--format", "gguf")[:2] == (0, {".gguf"})
+    status, files, text = export("moe")  # no architecture of transformers has shared experts
+    assert (status, files) == (0, {".gguf"}) and "not for transformers: num_shared_experts=1" in text
+    assert export("moe", "--format", "hf")[:2] == (2, set())
+    status, files, text = export("odd")
+    assert (status, files) == (2, set()) and "head_dim=16" in text
+    status, files, text = export("dense", "--format", "onnx")
+    assert (status, files) == (2, set()) and "--format onnx: choose from hf, gguf" in text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gguf_holds_every_weight(tmp_path, tokenizer, dtype):
     gguf = pytest.importorskip("gguf")
@@ -7371,7 +7397,7 @@ SPECIAL = {
 SPECIAL["rlhf"] = " ".join(SPECIAL[stage] for stage in ("pretrain", "sft", "reward", "ppo"))
 ALONE = {  # all that a stage uses
     "tokenizer": "config data val_data out vocab_size on_bad_record",
-    "export": "config init checkpoint out overwrite dtype",
+    "export": "config init checkpoint out overwrite dtype format",
     "eval": "config data val_data init checkpoint out device dtype batch_size seq_len compile eval_tokens eval_prompts "
     "reply_tokens on_bad_record",
 }
@@ -7385,7 +7411,11 @@ def test_every_flag_is_used_or_refused(trained_runs, stage):
     used = set(ALONE.get(stage, SPECIAL.get(stage, "")).split()) | (shape if stage != "tokenizer" else set())
     for action in train.build_parser()._option_string_actions.values():
         name = action.dest
-        if name in ("help", "stage", "png", "plot", "inspect") or name in ("reward", "checkpoint") and stage == "rlhf":
+        if (
+            name in ("help", "stage", "png", "plot", "inspect", "format")
+            or name in ("reward", "checkpoint")
+            and stage == "rlhf"
+        ):
             continue
         value = [] if action.nargs == 0 else [values.get(name) or next(iter(action.choices or ["1"]))]
         try:

@@ -44,6 +44,7 @@ class Command:
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
     png: str = "plot.png"  # file that --plot draws
     out: str = "out"  # where runs and caches go
+    format: list[str] | None = None  # formats of an export: hf for transformers, gguf for llama.cpp [both if possible]
     resume: bool = False  # go on with the run in OUT/CONFIG/STAGE
     overwrite: bool = False  # replace the run in OUT/CONFIG/STAGE
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -211,6 +212,12 @@ def can_resume(run_dir: Path, args) -> bool:
     return args.resume and m.holds_run(run_dir)
 
 
+def set_dtype(config: m.TrainConfig, stage: str, device: torch.device) -> None:
+    """Let auto be the fastest dtype; RL compares probabilities, which rounding would blur."""
+    if config.dtype == "auto" and m.STAGES[stage].loader.kind != "prompt":
+        config.dtype = m.fastest_dtype(device)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +294,7 @@ def train(args) -> int:
             config = imported_config(args, args.stage, model)
             config.seq_len = config.seq_len or imported_seq_len(args, config, model, tokenizer, device)
         set_seq_len(config, model.config)
+    set_dtype(config, args.stage, device)
     m.check_needs(args.given, config, model.config)
     origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute()), "checkpoint": which}
     origin |= {"imported": args.imported} if args.imported else {}
@@ -388,8 +396,9 @@ def rlhf(args) -> int:
     for stage in stages if args.imported else ():
         configs[stage] = imported_config(args, stage, model)
         configs[stage].seq_len = configs[stage].seq_len or min(1024, model.config.max_position_embeddings)
-    for config in configs.values():
+    for stage, config in configs.items():
         set_seq_len(config, model.config)
+        set_dtype(config, stage, device)
     m.check_needs(args.given, *configs.values(), model.config)
     m.keep_freed_memory()
     pipeline = m.RLHFPipeline(rl, base, args.runs, sources, configs, device=device, cache_dir=args.cache)
@@ -449,8 +458,27 @@ def export(args) -> int:
     model, tokenizer, state = m.load_run(run_dir, which=args.checkpoint)
     check_shape(args, model.config)
     dtype = args.given.get("dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
-    model.save_pretrained(folder, tokenizer, dtype)
-    print(f"{run_dir} at step {state['step']} is now in {folder} in {dtype}, as transformers reads it")
+    add_bos = state["config"]["stage"] == "pretrain"  # texts begin with one, conversations do not
+    formats = {
+        "hf": ("for transformers", lambda: model.save_pretrained(folder, tokenizer, dtype)),
+        "gguf": (
+            "for llama.cpp and ollama",
+            lambda: m.write_gguf(folder / "model.gguf", model, tokenizer, add_bos, getattr(torch, dtype)),
+        ),
+    }
+    written = []
+    if unknown := set(args.format or ()) - formats.keys():
+        raise m.UserError(f"--format {', '.join(unknown)}: choose from {', '.join(formats)}")
+    for name in args.format or formats:
+        users, write = formats[name]
+        try:
+            write()
+            written.append(users)
+        except m.UserError as error:
+            if args.format or name == "gguf" and not written:
+                raise
+            print(f"not {users}: {error}")
+    print(f"{run_dir} at step {state['step']} is now in {folder} in {dtype}, {', and '.join(written)}")
     return 0
 
 
