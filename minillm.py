@@ -1608,7 +1608,10 @@ class BPETokenizer:
             tokenizer = cls(FIRST_MERGE + len(merges))
             # an older file has an older word pattern, which its ids depend on
             tokenizer._set_merges(merges, data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
-            if json.loads(tokenizer.to_json()) != data | {"post_processor": None}:
+            # transformers adds how it padded and truncated last, and tokens that it was given
+            if json.loads(tokenizer.to_json()) != data | dict.fromkeys(("post_processor", "padding", "truncation")):
+                if Path(path).with_name("tokenizer_config.json").exists():
+                    return ImportedTokenizer(path)
                 raise UserError(
                     f"{path} is not a tokenizer.json that MiniLLM wrote: its special tokens, words or vocabulary differ"
                 )
@@ -5605,12 +5608,9 @@ class ImportedTokenizer(BPETokenizer):
         # BOS is what the file puts before every text
         self.bos_id = next((i for i in self._backend.encode("a").ids[:1] if i in added), None)
         # tokens that are special already are left out: to add them again would reset their flags
-        ordinary = [
-            text
-            for text in (*self._template_tokens.values(), "<|im_start|>", "<|im_end|>")
-            if text in ids and not is_special.get(text)
-        ]
-        self._backend.add_special_tokens(ordinary)
+        ends = [token.content for i, token in added.items() if i in self._ends()]
+        names = (*self._template_tokens.values(), *ends, "<|im_start|>", "<|im_end|>")
+        self._backend.add_special_tokens([text for text in names if text in ids and not is_special.get(text)])
 
     def _read_vocabulary(self):
         """Find the bytes of every id, and how to recognise special tokens in a template's text."""
@@ -5637,8 +5637,7 @@ class ImportedTokenizer(BPETokenizer):
 
     def _read_chat_template(self):
         """Take the chat template, or ChatML where its tokens exist, and find the tokens that end a text or a turn."""
-        ends = self._generation.get("eos_token_id")
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        ends = self._ends()
         if not all(i in range(self.vocab_size) for i in ends):
             raise UserError(f"generation_config.json: eos_token_id={ends} is outside the vocabulary")
         template, self._template = self._config.get("chat_template"), None
@@ -5654,6 +5653,10 @@ class ImportedTokenizer(BPETokenizer):
                 ids, trained = self.encode_chat(chat)
                 ends += [i for i in ids[trained.index(True) :] if i in self.special_tokens][:1]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *ends]))
+
+    def _ends(self):
+        ends = self._generation.get("eos_token_id")
+        return [ends] if isinstance(ends, int) else list(ends or [])
 
     def _encode_text(self, text):
         ids = []

@@ -6227,6 +6227,40 @@ def test_saved_again_by_transformers(tmp_path, family):
     )
 
 
+def test_our_own_export_saved_again_by_transformers(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "ours")
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "ours")
+    auto(["a b c", "d"], padding="max_length", truncation=True, max_length=5)
+    auto.save_pretrained(tmp_path / "again")
+    assert load_imported(tmp_path / "again").content_hash() == tokenizer.content_hash()
+    auto.add_special_tokens({"pad_token": "<|padding|>"})
+    auto.save_pretrained(tmp_path / "padded")
+    padded, chat = load_imported(tmp_path / "padded"), turns("小猫 <|eos|>", "喵", "?")
+    assert padded.pad_id == tokenizer.vocab_size and set(padded.stop_ids) == set(tokenizer.stop_ids)
+    for text in [*TEXTS, "<|padding|>"]:
+        assert padded.encode(text, add_special_tokens=True) == tokenizer.encode(text, add_special_tokens=True)
+    assert padded.apply_chat_template(chat, True) == tokenizer.apply_chat_template(chat, True)
+    auto.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare/tokenizer_config.json").unlink()  # then it may be damaged
+    with pytest.raises(m.UserError, match="its special tokens, words or vocabulary differ"):
+        load_imported(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("family", ["qwen", "smollm"])
+def test_a_second_end_that_the_file_has_as_ordinary_stops_and_is_not_shown(tmp_path, family):
+    """As in Qwen's releases: <|endoftext|> beside <|im_end|>, named by generation_config.json alone."""
+    theirs = huggingface_tokenizer(family, tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    change_json(tmp_path, added_tokens=[token | {"special": False} for token in data["added_tokens"]])
+    ends = [theirs.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>")]
+    change_json(tmp_path, "generation_config.json", eos_token_id=ends)
+    ours = load_imported(tmp_path)
+    assert set(ours.stop_ids) == set(ends) and ours.decode([*ours.encode("a"), *ends]) == "a"
+    for text in ("<|endoftext|>", "a<|im_end|>b", "<|im_start|>"):
+        ids = ours.encode(text)
+        assert not set(ids) & set(ours.special_tokens) and ours.decode(ids) == text
+
+
 @families
 def test_an_imported_tokenizer_is_saved_and_loaded(tmp_path, family):
     huggingface_tokenizer(family, tmp_path, template=LLAMA if family == "llama3" else None)
@@ -7172,7 +7206,18 @@ def test_an_exported_run_is_the_same_in_transformers_and_comes_back(tmp_path, to
     assert all(map(torch.equal, again.parameters(), merged.parameters()))
     assert train.main(["--stage", "export", "--out", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert train.main(["--stage", "export", "--out", str(tmp_path), "--overwrite", "--init", str(run)]) == 0
+    again = ["--stage", "export", "--out", str(tmp_path), "--overwrite", "--init", str(run), "--dtype"]
+    assert train.main([*again, "bfloat16"]) == 0
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert (
+        theirs.dtype
+        == torch.bfloat16
+        == m.import_extra("safetensors.torch", "hf").load_file(folder / "model.safetensors")["model.norm.weight"].dtype
+    )
+    weights = zip(m.MiniGPT.from_pretrained(folder).parameters(), merged.parameters(), strict=True)
+    assert all(torch.equal(half, full.bfloat16().float()) for half, full in weights)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Qwen3Moe"])
