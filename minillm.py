@@ -1691,8 +1691,8 @@ def read_json(path: AnyPath) -> dict:
     return data
 
 
-def batched(items: Iterable, size: Callable, limit: int = 1 << 19) -> Iterator[list]:
-    """Yield lists of consecutive items whose sizes add up to about `limit`."""
+def batched(items: Iterable, size: Callable = lambda _: 1, limit: int = 1 << 19) -> Iterator[list]:
+    """Yield lists of consecutive items whose sizes, or else whose number, add up to about `limit`."""
     batch, total = [], 0
     for item in items:
         batch.append(item)
@@ -1722,7 +1722,7 @@ def parallel_map(fn: Callable, items: Iterable) -> Iterator:
         start = workers, get_context("fork"), _start_child, (fn, os.getpid())
         with warnings.catch_warnings(), ProcessPoolExecutor(*start) as pool:
             warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use none
-            for wave in batched(items, lambda _: 1, 8 * workers):  # so many are in flight
+            for wave in batched(items, limit=8 * workers):  # so many are in flight
                 yield from pool.map(_run_child, wave)
     except BrokenProcessPool as error:
         raise UserError(
@@ -2559,7 +2559,8 @@ def _encode_items(items, tokenizer):
     }
     for item in items:
         for name, values in item.encode(tokenizer).items():
-            arrays[f"{item.split}.{name}"].extend(values)
+            part = arrays[f"{item.split}.{name}"]
+            part += array.array(part.typecode, values)  # bytes at once
     return {name: values.tobytes() for name, values in arrays.items()}
 
 
@@ -2826,9 +2827,9 @@ class RecordDataLoader(BatchLoader):
         random, size = self._epoch_generator(), self.batch_size
         # 1. Shuffle the records. 2. Sort them by length, but only near ones. 3. Shuffle the batches.
         items = self._whole_batches(_shuffled(self.items, random))  # not after sorting: always the longest
-        windows = batched(items, lambda _: 1, self.window * size)
+        windows = batched(items, limit=self.window * size)
         near = [i for window in windows for i in sorted(window, key=self.lengths.__getitem__)]
-        batches = list(batched(near, lambda _: 1, size))
+        batches = list(batched(near, limit=size))
         return list(itertools.chain(*_shuffled(batches, random)))
 
 
@@ -2953,21 +2954,23 @@ class LanguageModelingDataset(torch.utils.data.Dataset):
     def __init__(self, texts: Iterable[str], tokenizer: BPETokenizer, max_length: int):
         if max_length < 2:
             raise UserError(f"max_length={max_length} is not possible: it must be 2 or more")
-        rows = []
+        self.pad_id, self.max_length, self.rows = tokenizer.pad_id, max_length, []
         for text in [texts] if isinstance(texts, str) else texts:
-            ids = [*tokenizer.encode(text, add_special_tokens=True), tokenizer.eos_id]
+            ids = torch.tensor([*tokenizer.encode(text, add_special_tokens=True), tokenizer.eos_id])
             # Rows overlap by one token, which is an input only in the later one.
-            rows += [ids[i : i + max_length] for i in range(0, len(ids) - 1, max_length - 1)]
-        self.lengths = [len(row) for row in rows]
-        self.input_ids = torch.tensor([row + [tokenizer.pad_id] * (max_length - len(row)) for row in rows])
+            self.rows += [ids[i : i + max_length] for i in range(0, len(ids) - 1, max_length - 1)]
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.rows)
 
     def __getitem__(self, i: int):
-        ids = self.input_ids[i]
-        token_mask = torch.arange(len(ids)) < self.lengths[i]  # (max_length,)
-        return {"input_ids": ids, "labels": ids.where(token_mask, -100), "attention_mask": token_mask.long()}
+        ids = self.rows[i]
+        room = 0, self.max_length - len(ids)
+        return {
+            "input_ids": F.pad(ids, room, value=self.pad_id),
+            "labels": F.pad(ids, room, value=-100),
+            "attention_mask": F.pad(torch.ones_like(ids), room),
+        }
 
 
 # ======================================================================================================================

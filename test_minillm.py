@@ -6988,6 +6988,24 @@ def every_stage(trained_runs, tmp_path_factory) -> dict:
     return {"out": out, "flags": flags, "shown": shown}
 
 
+def test_a_newcomers_folder_trains(out_with_a_run, tmp_path, capsys):
+    """Five conversations in several files beside what is no data: one command, which says what it used and what not."""
+    data = tmp_path / "data"
+    write_jsonl(data / "a.jsonl", CHATS[:2])
+    write_jsonl(data / "sub/B.JSONL", CHATS[2:3])
+    write_jsonl(data / ".ipynb_checkpoints/a-copy.jsonl", CHATS[:2])
+    (data / "c.json").write_text(json.dumps([CHATS[3], {"messages": turns("5?", "five")}], indent=2))
+    (data / "empty.json").touch()
+    for name in ("README.md", "table.csv"):
+        (data / name).write_text("no data")
+    flags = ["--stage", "sft", "--init", str(out_with_a_run / "tiny/pretrain"), "--data", str(data), "--max-steps", "1"]
+    assert train.main([*flags, "--out", str(tmp_path / "out"), *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert "data: 4 records to train on, 1 to validate on" in out
+    assert err.count("passed over 2 files that are not .txt, .json") == 1
+    assert err.count("1 × file without records, the first at ") == 1
+
+
 @pytest.mark.parametrize("stage", STAGE_FLAGS)
 def test_train_runs_every_stage(every_stage, stage, capsys):
     run, shown = every_stage["out"] / "tiny" / stage, every_stage["shown"][stage]
@@ -8174,6 +8192,41 @@ MISTAKES = [
     data_mistake("", "and its kin: it is empty", "sft"),
     data_mistake(" \n\n", 'nothing for this stage, which takes text: .txt files and {"text": …}: it is empty'),
     data_mistake("a,b", "unknown kind of data file", "pretrain", "a.csv"),
+    # records laid out in other ways than one a line
+    data_mistake('{\n "text": 3\n}', 'a.jsonl:1: "text" must be a string'),
+    data_mistake('{\n "text": "a"\n}\n{\n "text": oops\n}', "a.jsonl:5:10: not JSON"),
+    data_mistake('{\n "text": "a"\n}\n{\n "text": oops\n}', "a.json:5: not JSON", "pretrain", "a.json"),
+    data_mistake('[{"text": "a"},\n{"text": 1}]', 'a.jsonl[1]: "text" must be a string'),
+    data_mistake('[{"text": "a"}, {"text": 1}]', 'a.jsonl:1[1]: "text" must be a string'),
+    data_mistake('{"text": "a"} {"text": 1}', 'a.jsonl:1: "text" must be a string'),
+    data_mistake('{"text": "a"},\n', "a.jsonl:1:14: not JSON"),
+    data_mistake('[{"text": "a"},\n', "a.jsonl:1:16: not JSON"),
+    # files that are empty, of odd names, or no files
+    data_mistake("", 'text: .txt files and {"text": …}: it is empty', "pretrain", "a.json"),
+    data_mistake("\ufeff", "it is empty", "pretrain", "A.TXT"),
+    data_mistake("not json", "A.JSONL:1:1: not JSON", "pretrain", "A.JSONL"),
+    data_mistake('{"text": ""}', "(records left out or changed: 1 × empty text, the first at {d}/a.jsonl:1)"),
+    data_mistake("PAR1 and no more", "a.parquet: damaged .parquet file", "pretrain", "a.parquet"),
+    data_mistake("", "unknown kind of data file", "pretrain", "a.parquet.gz"),
+    ({"a.jsonl": b'{"a": 1}'}, ["train", "--data", "{d}", *RUN], "1 × file without records, the first at {d}/a.jsonl"),
+    (
+        {"a.jsonl": b'{"a": 1}\n{"text": "b"}'},
+        ["train", "--data", "{d}", *RUN],
+        "a.jsonl:1: unknown form of record (a)",
+    ),
+    ({".a.txt": b"hidden"}, ["train", "--data", "{d}", *RUN], "a directory without any data file"),
+    # one document cannot be divided
+    *(
+        (
+            {"a.jsonl": content},
+            ["train", "--stage", "sft", "--init", "{run}", "--data", "{d}/a.jsonl", *RUN[2:]],
+            message,
+        )
+        for content, message in (
+            (b'{"prompt": "a", "completion": "b"}', "a.jsonl: no validation data: there is only one document"),
+            (b'{"prompt": "a", "completion": "b"}\n' * 9, "or copies of it, which cannot be divided: give more"),
+        )
+    ),
     data_mistake('{"a": 1', "a.json:1: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
     data_mistake('[{"text": "a"},\n\n{"text" 1}]', "a.json:3: not JSON", "pretrain", "a.json"),
     data_mistake('[{"text": "a"}, {"b": 1}]', "a.json[1]: unknown form", "pretrain", "a.json"),
