@@ -2519,7 +2519,11 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable,
             for path in temporary.iterdir():  # on the disk before the folder gets its name
                 with open(path, "ab") as file:
                     os.fsync(file.fileno())
-            os.rename(temporary, folder)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not _is_whole(folder):  # where nothing can be locked, another process may have been faster
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

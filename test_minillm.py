@@ -47,6 +47,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import unicodedata
@@ -2298,6 +2299,20 @@ def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkey
     with pytest.raises(m.UserError, match="encodes the data was killed"):
         m.encode_corpus(path, tokenizer, "train", tmp_path / "cache")
     assert forks and not list((tmp_path / "cache").iterdir())
+
+
+def test_without_locks_the_first_result_stays(tmp_path, monkeypatch):
+    """As on Windows: both do the work."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    both = threading.Barrier(2, timeout=20)
+
+    def encode(batch):
+        both.wait()
+        return {"a": b"".join(batch)}
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: m.encode_once(tmp_path / "folder", [b"x", b"y"], len, encode), range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and (tmp_path / "folder/a").read_bytes() == b"xy"
 
 
 ENCODE = """
