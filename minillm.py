@@ -2324,8 +2324,10 @@ class Reader:
         """Yield (file:row, record) for every row of a .parquet file; what is null is left out."""
         parquet = import_extra("pyarrow.parquet", "data")
         try:
-            batches = parquet.ParquetFile(path).iter_batches(1000, use_threads=False)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)  # few in memory
+            # A thousand rows and a megabyte of the file are in memory at a time.
+            file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+            batches = file.iter_batches(1000, use_threads=False)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, 1):
                 # Through JSON: dates and the like become texts, as they are in the other files.
                 yield f"{path}:{number}", json.loads(json.dumps(row, default=str), object_hook=without_nulls)
@@ -2641,19 +2643,16 @@ def _pad_right(rows, pad_id):
     It is {"input_ids", "labels" (-100 where not trained), "position_ids", "segments"}: the sequences of a row are
     numbered from 1 (0 is padding), and positions restart with each.
     """
-    numbered = [
-        [
+    padding = {"input_ids": pad_id, "labels": -100, "position_ids": 0, "segments": 0}
+    columns = {name: [] for name in padding}
+    for row in rows:
+        parts = [
             (ids, ids.where(trained, -100), torch.arange(len(ids)), torch.full_like(ids, k))
             for k, (ids, trained) in enumerate(row, 1)
         ]
-        for row in rows
-    ]
-    # Each column of a row is one tensor (T of the row,); all rows get the length of the longest.
-    padding = {"input_ids": pad_id, "labels": -100, "position_ids": 0, "segments": 0}
-    return {
-        name: nn.utils.rnn.pad_sequence([torch.cat([parts[k] for parts in row]) for row in numbered], True, value)
-        for k, (name, value) in enumerate(padding.items())
-    }
+        for column, sequences in zip(columns.values(), zip(*parts, strict=True), strict=True):
+            column.append(torch.cat(sequences))  # (T of the row,); all rows get the length of the longest
+    return {name: nn.utils.rnn.pad_sequence(columns[name], True, value) for name, value in padding.items()}
 
 
 class Source(NamedTuple):
@@ -2867,11 +2866,11 @@ class ConversationDataLoader(RecordDataLoader):
         self.lengths = kept.where(~self.truncated, self.seq_len).tolist()
         # 3. Of a truncated conversation a part of a reply must be left.
         items = [i for i, n in enumerate(kept.tolist()) if n or self.sequence(i)[1][: self.seq_len].any()]
-        if long := int((full > self.seq_len).sum()):
-            truncated = int(self.truncated[full > self.seq_len].sum())
+        cut = self.truncated[full > self.seq_len].tolist()
+        if cut:
             warnings.warn(
-                f"of {len(full)} conversations {long} exceed {self.seq_len} tokens: "
-                f"{long - truncated} lose turns at their end, {truncated} are truncated and lack their "
+                f"of {len(full)} conversations {len(cut)} exceed {self.seq_len} tokens: "
+                f"{cut.count(False)} lose turns at their end, {cut.count(True)} are truncated and lack their "
                 f"end-of-turn, {len(full) - len(items)} of which hold nothing to train on and are left out",
                 stacklevel=5,
             )
