@@ -4782,7 +4782,7 @@ def test_a_checkpoint_of_lora_holds_what_lora_trains(tmp_path, trained_runs, sta
     state = m.load_checkpoint(path)
     assert all("lora_" in name or name == "score.weight" for name in state["model"])
     whole = tmp_path / "whole.pt"
-    trainer.origin, trainer.base = {}, {}
+    trainer.origin, trainer.base = {}, {}  # as from Python, without a base
     trainer.save_checkpoint(whole)
     assert path.stat().st_size < 0.7 * whole.stat().st_size
     model = m.load_run(tmp_path / stage, which="last")[0]
@@ -5492,6 +5492,19 @@ def test_everything_in_a_checkpoint_is_restored(tmp_path, trained_runs):
     assert (
         len(counters) == 8 and new.elapsed_s() == pytest.approx(trainer.elapsed_s(), abs=60) and new.elapsed_s() > 900
     )
+
+
+def test_the_second_gpu_has_random_numbers_of_its_own(tmp_path, tokenizer, monkeypatch):
+    """Generators of the CPU stand for those of two GPUs."""
+    generators = tuple(torch.Generator().manual_seed(seed) for seed in (1, 2))
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    trainer = trainer_for(tokenizer)
+    trainer.device = torch.device("cuda:1")
+    trainer.save_checkpoint(tmp_path / "checkpoint.pt")
+    first, second = (torch.rand(3, generator=generator) for generator in generators)
+    trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert torch.equal(torch.rand(3, generator=generators[1]), second)
+    assert not torch.equal(torch.rand(3, generator=generators[0]), first)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
@@ -7882,6 +7895,33 @@ def test_an_export_that_fails_leaves_the_one_before_whole(tmp_path, tokenizer, m
         with pytest.raises(OSError, match="No space"):
             random_model(shape(num_hidden_layers=1), seed=1).save_pretrained(target, tokenizer)
     assert everything(tmp_path) == before and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_second_interrupt_during_a_save_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
+    config = m.TrainConfig(max_steps=9, save_every=2, eval_every=0, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run")
+    plain_open, plain_step = open, trainer.step
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            if trainer.step_count == 3:
+                signal.raise_signal(signal.SIGINT)  # the second one: the first came in the step before
+            return super().write(data)
+
+    def step(batches):
+        if trainer.step_count == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain_step(batches)
+
+    def slow_open(path, mode="r", **options):
+        return Slow(path, "w") if mode == "wb" else plain_open(path, mode, **options)
+
+    monkeypatch.setattr(m, "open", slow_open, raising=False)
+    trainer.step = step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.step_count == 3 and m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
