@@ -3668,8 +3668,7 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
 class Trainer:
     """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass defines `loss`, and `count` if not of tokens.
 
-    Only losses of text have the routers' balance loss: later stages move a mixture of experts too little to unbalance
-    it, and on a few completions its gradient would be mostly noise.
+    Only losses of text have the routers' balance loss: the later stages change a model little.
 
     config: TrainConfig. train_data, val_data: iterables of batches; `fit` repeats train_data as often as it takes, and
     one with `state_dict` is resumed where it stood. run_dir: where `fit` keeps checkpoints and metrics. started: the
@@ -3678,19 +3677,12 @@ class Trainer:
     """
 
     stage = ""
-    counters = (
-        "step_count",
-        "tokens_seen",
-        "skipped",
-        "skipped_in_row",
-        "micro_splits",
-        "best",
-        "best_figures",
-        "epochs_done",
-    )
+    counters = ("step_count", "epochs_done", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
+    counters += ("best_figures", "first_figures")
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation
+    first_figures: Metrics = {}  # the figures of the evaluation before the first step
     best_figures: Metrics = {}  # the figures of that evaluation, and its "step"
     epochs_done = 0.0  # passes over the data
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
@@ -3965,10 +3957,18 @@ class Trainer:
             f"best: the evaluation of step {best.get('step')} ({describe(best)}); "
             "later stages, sample.py, eval and export take its weights, best.pt"
         )
-        if best and not self.quality(last) >= self.best - 0.02 * abs(self.best):  # a NaN is worse, too
+        if best and self._is_worse(last, best):
             warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=4)
         elif best:
             self.line.say(text)
+        if best and self.first_figures and self._is_worse(best, self.first_figures):
+            problem = f"before the first step held-out figures were better: {describe(self.first_figures)}"
+            warnings.warn(f"{problem}: try a smaller --learning-rate", stacklevel=4)
+
+    def _is_worse(self, figures, others):
+        """Return whether an evaluation is clearly worse than another; a NaN is."""
+        quality = self.quality(others)
+        return not self.quality(figures) >= quality - 0.02 * abs(quality)
 
     def _check_can_fit(self):
         limits = self.config.max_steps or self.config.minutes or self.config.epochs
@@ -4103,6 +4103,7 @@ class Trainer:
             self._log({f"val_{name}": value for name, value in result.items()})
             self.line.say(f"step {self.step_count}: validation {describe(result)}")
         if self.step_count == 0:  # nothing to save yet
+            self.first_figures = result
             return result
         # 2 save, and keep a copy of the best; a NaN is never the best
         if is_best := bool(result) and self.quality(result) > self.best:

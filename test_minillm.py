@@ -3669,6 +3669,26 @@ def test_a_run_is_its_best_evaluation_unless_the_last_is_wanted(overfitted):
     assert (trainer.step_count, trainer.best, trainer.best_figures["step"]) == (4, -2.0, 2)
 
 
+@pytest.mark.parametrize(("losses", "worse"), [([2.0, 3.0, 2.5], True), ([2.0, 3.0, 1.5], False), ([2.0, 2.01], False)])
+def test_training_that_has_only_done_harm_says_so(tmp_path, tokenizer, losses, worse):
+    left = iter(losses)
+
+    class Measured(m.PreTrainer):
+        stage = "mine"  # evaluated before the first step, as all but pretraining
+
+        def measure(self, batch):
+            return super().measure(batch) | {"loss": (next(left), 1)}
+
+    config = m.TrainConfig(max_steps=len(losses) - 1, eval_every=1, warmup_steps=0, sample_tokens=0)
+    data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
+    trainer = Measured(random_model(shape()), tokenizer, config=config, **data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit()
+    says = [str(warning.message) for warning in caught if "before the first step" in str(warning.message)]
+    assert len(says) == worse and all("loss 2.0000" in text and "--learning-rate" in text for text in says)
+
+
 def test_a_best_that_is_damaged_or_of_another_run_is_not_taken(overfitted, tmp_path):
     best, content = overfitted / "best.pt", (overfitted / "best.pt").read_bytes()
     best.write_bytes(content[: len(content) // 2])
@@ -5470,7 +5490,7 @@ def test_everything_in_a_checkpoint_is_restored(tmp_path, trained_runs):
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
     trainer.fit()
     for k, name in enumerate(trainer.counters):
-        setattr(trainer, name, {"step": 7, "loss": 1.5} if name == "best_figures" else 3 + k)
+        setattr(trainer, name, {"step": 7, "loss": 1.5} if "figures" in name else 3 + k)
     trainer.started -= 1000
     trainer.save_checkpoint(tmp_path / "checkpoint.pt")
     expected = torch.rand(5)  # the first numbers after it
@@ -5490,7 +5510,7 @@ def test_everything_in_a_checkpoint_is_restored(tmp_path, trained_runs):
     counters = {name: getattr(trainer, name) for name in trainer.counters}
     assert {name: getattr(new, name) for name in trainer.counters} == counters
     assert (
-        len(counters) == 8 and new.elapsed_s() == pytest.approx(trainer.elapsed_s(), abs=60) and new.elapsed_s() > 900
+        len(counters) == 9 and new.elapsed_s() == pytest.approx(trainer.elapsed_s(), abs=60) and new.elapsed_s() > 900
     )
 
 
