@@ -4095,6 +4095,15 @@ def test_a_line_of_metrics_holds_the_means_of_its_steps_by_hand(tmp_path, tokeni
     assert f"loss {steps[0]['loss']:.4f}, z {z[0]:.4g} |" in line
 
 
+def test_tokens_and_operations_of_a_step_by_hand(tokenizer):
+    """Worked example: rows of 9 and 5 ids are 8 and 4 inputs; operations are those of the first batch's width."""
+    trainer = trainer_for(tokenizer)
+    metrics = trainer.step([lm_batch(2, 9), lm_batch(3, 5)])
+    assert metrics["tokens"] == 2 * 8 + 3 * 4 and metrics["flops"] == 28 * trainer.model.flops_per_token(8)
+    padded = lm_batch(2, 9) | {"attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5])}
+    assert trainer.tokens(padded) == 13  # padding is not counted
+
+
 def test_the_time_that_is_left_by_hand(tmp_path, tokenizer, monkeypatch, capsys):
     """Worked example: steps take ten seconds, so twenty are left after step 4 of 6, the first of a resumption, too."""
     clock = [1000.0]
@@ -5231,6 +5240,18 @@ def test_any_callable_is_a_reward(tokenizer, tmp_path, kind):
 
     reward = Score() if kind == "object" else functools.partial(lambda x, *_: x, 1.0)
     rl_trainer(m.GRPOTrainer, tokenizer, reward).save_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_the_update_that_moves_too_far_is_the_last_by_hand(tokenizer):
+    """Worked example: of moves 0.04, 0.1, 0.11 and 0.3, with stop_kl=0.1, three are made; "moved" is the last one."""
+    moves = [0.04, 0.1, 0.11, 0.3]
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: len(moves), minibatch_size=8, update_epochs=4)
+    batch = prompt_batch(tokenizer, ["a"])
+    rewards = itertools.cycle([0.0, 1.0])
+    trainer.reward = lambda *_: next(rewards)
+    trainer.update = lambda batches: {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "moved": moves.pop(0)}
+    metrics = trainer.step([batch])
+    assert metrics["updates"] == 3 and metrics["moved"] == 0.11 and moves == [0.3]
 
 
 def test_updates_end_early_when_the_policy_has_moved_too_far(tokenizer, monkeypatch):
