@@ -3851,6 +3851,19 @@ def test_metrics_that_a_kill_cut_short_are_read(trained_runs, tmp_path):
         m.read_metrics(tmp_path)
 
 
+def test_metrics_of_steps_that_a_resumed_run_repeats_are_dropped(tmp_path, tokenizer):
+    for steps in (2, 4):
+        config = m.TrainConfig(max_steps=steps, log_every=1, warmup_steps=0, sample_tokens=0)
+        trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path)
+        if steps == 4:
+            with open(tmp_path / "metrics.jsonl", "a") as file:  # of the steps before a kill
+                file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n')
+            trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+        trainer.fit()
+    rows = m.read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["loss"] < 9 for row in rows)
+
+
 def test_metrics_that_are_none_stop_a_resumed_run_before_it_changes_anything(trained_runs, tmp_path):
     run = tmp_path / "tiny/pretrain"
     shutil.copytree(trained_runs / "pretrain", run)
