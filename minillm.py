@@ -3363,8 +3363,9 @@ def length_of_stop_prefix(text: str, stops: list[str] | None) -> int:
 # 8 Runs: a run directory holds checkpoint.pt, config.json, tokenizer.json and metrics.jsonl.
 # ======================================================================================================================
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-FORMAT = 2  # of checkpoints; those of format 1 can be used, but not resumed
+# signals that ask for an end; Windows has fewer
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+FORMAT = 2  # the checkpoints' format; those of format 1 can be used, but not resumed
 
 
 def save_checkpoint(path: AnyPath, state: dict) -> None:
@@ -3448,7 +3449,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
     finally:
-        with contextlib.suppress(OSError):  # of a file system without locks
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(directory, fcntl.LOCK_UN)  # though a child may still have the directory open
         os.close(directory)
 
@@ -3467,8 +3468,11 @@ def catch_signals() -> Iterator[list[int]]:
         caught.append(number)
 
     in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    numbers = [getattr(signal, name) for name in SIGNALS if in_main and hasattr(signal, name)]  # Windows has fewer
-    before = {number: signal.signal(number, _note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    before = {
+        number: signal.signal(number, _note)
+        for number in SIGNALS
+        if in_main and signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield caught
     finally:  # the handlers that were there
@@ -3677,6 +3681,8 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
 class Trainer:
     """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass defines `loss`, and `count` if not of tokens.
 
+    Only losses of text have the routers' balance loss: the later stages change a model little.
+
     config: TrainConfig. train_data, val_data: iterables of batches; `fit` repeats train_data as often as it takes, and
     one with `state_dict` is resumed where it stood. run_dir: where `fit` keeps checkpoints and metrics. started: the
     time.monotonic() from which `minutes` count. rl_config: the options of preferences and rewards. Precision,
@@ -3684,24 +3690,16 @@ class Trainer:
     """
 
     stage = ""
-    counters = (
-        "step_count",
-        "tokens_seen",
-        "skipped",
-        "skipped_in_row",
-        "micro_splits",
-        "best",
-        "best_figures",
-        "epochs_done",
-    )
+    counters = ("step_count", "epochs_done", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
+    counters += ("best_figures", "first_figures")
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation
-    best_figures: Metrics = {}  # of that evaluation, and its "step"
+    first_figures: Metrics = {}  # the figures of the evaluation before the first step
+    best_figures: Metrics = {}  # the figures of that evaluation, and its "step"
     epochs_done = 0.0  # passes over the data
-    base: dict[str, str] = {}  # of a LoRA run's checkpoints
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
-    part_names: dict = {}  # of the loss
+    part_names: dict = {}  # names of the loss and its parts
 
     def __init__(
         self,
@@ -3876,7 +3874,7 @@ class Trainer:
 
     def _accumulate(self, micro_batches):
         """Sum the gradients of Σ loss / Σ count over all micro-batches; return that mean, its parts' and the count."""
-        count = sum(map(self.count, micro_batches))  # of all, before any backward
+        count = sum(map(self.count, micro_batches))  # the count of all, before any backward
         if not count:
             raise UserError("a batch holds nothing to train on: all of its labels are -100")
         means = defaultdict(float)
@@ -3924,11 +3922,11 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with locked(self.run_dir), catch_signals() as caught:
             self._start_run()
-            first = self.step_count
+            saved = self.step_count
             try:
                 evaluation = self._train(caught)
             except (UserError, RuntimeError):
-                if self.step_count > first:
+                if self.step_count > saved:
                     self.save_checkpoint(self.run_dir / "checkpoint.pt")
                 raise
         return evaluation | ({"signal": caught[0]} if caught else {})
@@ -3972,10 +3970,18 @@ class Trainer:
             f"best: the evaluation of step {best.get('step')} ({describe(best)}); "
             "later stages, sample.py, eval and export take its weights, best.pt"
         )
-        if best and not self.quality(last) >= self.best - 0.02 * abs(self.best):  # a NaN is worse, too
+        if best and self._is_worse(last, best):
             warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=4)
         elif best:
             self.line.say(text)
+        if best and self.first_figures and self._is_worse(best, self.first_figures):
+            problem = f"before the first step held-out figures were better: {describe(self.first_figures)}"
+            warnings.warn(f"{problem}: try a smaller --learning-rate", stacklevel=4)
+
+    def _is_worse(self, figures, others):
+        """Return whether an evaluation is clearly worse than another; a NaN is."""
+        quality = self.quality(others)
+        return not self.quality(figures) >= quality - 0.02 * abs(quality)
 
     def _check_can_fit(self):
         limits = self.config.max_steps or self.config.minutes or self.config.epochs
@@ -3987,7 +3993,7 @@ class Trainer:
             and not hasattr(self.train_data, "__len__")
         ):
             raise UserError("epochs need train_data with a length: give max_steps or minutes instead")
-        if self.progress() >= 1:  # of a resumed run
+        if self.progress() >= 1:  # a resumed run that is over
             raise UserError(
                 f"the run is over: {self.step_count} steps, {self.epochs_done:.3g} epochs and {self.elapsed_s():.0f} s "
                 "are done: give a larger --max-steps, --epochs or --minutes"
@@ -4110,6 +4116,7 @@ class Trainer:
             self._log({f"val_{name}": value for name, value in result.items()})
             self.line.say(f"step {self.step_count}: validation {describe(result)}")
         if self.step_count == 0:  # nothing to save yet
+            self.first_figures = result
             return result
         # 2 save, and keep a copy of the best; a NaN is never the best
         if is_best := bool(result) and self.quality(result) > self.best:
@@ -4138,7 +4145,7 @@ class Trainer:
         row = {name: total / steps[name] if steps[name] else math.nan for name, total in sums.items()}
         del row["count"]
         step_s = row.pop("seconds")
-        # of the learning rate the last one; speeds are sums over sums
+        # the last learning rate; speeds are sums over sums
         row |= {
             "lr": window[-1]["lr"],
             "tok_per_s": row.pop("tokens") / step_s,
@@ -4213,8 +4220,9 @@ class Trainer:
         """Return what is saved by its state_dict, if it has one, by the name in a checkpoint."""
         return {**self.trained, "scaler": self.scaler, "data": self.train_data}
 
-    def _base(self):
-        """Return the fingerprints of the weights that LoRA leaves as another run has them, by module; else {}."""
+    @functools.cached_property
+    def base(self) -> dict[str, str]:
+        """The fingerprints of the weights that LoRA leaves as another run has them, by module; else {}."""
         if not self.config.lora_rank or "parent" not in self.origin:
             return {}
         return {name: fingerprint(module, trained_weights(module)) for name, module in self.trained.items()}
@@ -4233,7 +4241,6 @@ class Trainer:
 
         Of a LoRA run that starts from another run's weights, these are left out; their fingerprint is in "base".
         """
-        base = self.base = self.base or self._base()
         parts = {name: getattr(part, "state_dict", lambda: None)() for name, part in self._parts().items()}
         save_checkpoint(
             path,
@@ -4245,8 +4252,8 @@ class Trainer:
                 "tokenizer_hash": self.tokenizer.content_hash(),
                 "extra": self.extra_state(),
                 **parts,
-                **{name: trained_weights(self.trained[name]) for name in base},
-                "base": base,
+                **{name: trained_weights(self.trained[name]) for name in self.base},
+                "base": self.base,
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "rng": {name: generator.get_state() for name, generator in self._random_states().items()},
                 "counters": {name: getattr(self, name) for name in self.counters},
@@ -4488,7 +4495,7 @@ class DPOTrainer(PairTrainer):
         loss = self.dpo_loss(policy, self.reference_logprobs(batch))
         if self.rl.dpo_sft_coef:
             # a weighted log-likelihood per token beside it, since DPO lowers that of both completions
-            lengths = (batch["labels"][:, 0] != -100).sum(dim=1)  # of the chosen completions
+            lengths = (batch["labels"][:, 0] != -100).sum(dim=1)  # tokens of the chosen completions
             loss = loss - self.rl.dpo_sft_coef * (policy[:, 0] / lengths).mean()
         return loss * len(policy)
 
@@ -4525,7 +4532,7 @@ class RewardTrainer(PairTrainer):
         scores = self.model.final_score(hidden, mask).view(-1, 2)  # (B, 2): chosen, rejected
         loss = reward_loss(*scores.T) + self.rl.reward_center_coef * scores.sum(dim=1).square().mean()
         if self.rl.reward_sft_coef:
-            hidden, labels = hidden[::2, :-1], labels[::2, 1:]  # of the chosen completions
+            hidden, labels = hidden[::2, :-1], labels[::2, 1:]  # those of the chosen completions
             logprobs = token_logprobs(hidden, self.model.output_weight, labels).sum(dim=1)
             loss = loss - self.rl.reward_sft_coef * (logprobs / (labels != -100).sum(dim=1)).mean()
         return loss * len(scores)
@@ -4746,8 +4753,8 @@ class RLTrainer(Trainer):
         self.step_count += 1
         updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-        share = stats.pop("rollout_s") / (time.monotonic() - start)  # of the step's time
-        tokens = int(stats["tokens"])  # of the whole rollout
+        share = stats.pop("rollout_s") / (time.monotonic() - start)  # share of the step's time
+        tokens = int(stats["tokens"])  # tokens of the whole rollout
         return (
             means
             | stats

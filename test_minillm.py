@@ -3698,6 +3698,26 @@ def test_a_run_is_its_best_evaluation_unless_the_last_is_wanted(overfitted):
     assert (trainer.step_count, trainer.best, trainer.best_figures["step"]) == (4, -2.0, 2)
 
 
+@pytest.mark.parametrize(("losses", "worse"), [([2.0, 3.0, 2.5], True), ([2.0, 3.0, 1.5], False), ([2.0, 2.01], False)])
+def test_training_that_has_only_done_harm_says_so(tmp_path, tokenizer, losses, worse):
+    left = iter(losses)
+
+    class Measured(m.PreTrainer):
+        stage = "mine"  # evaluated before the first step, as all but pretraining
+
+        def measure(self, batch):
+            return super().measure(batch) | {"loss": (next(left), 1)}
+
+    config = m.TrainConfig(max_steps=len(losses) - 1, eval_every=1, warmup_steps=0, sample_tokens=0)
+    data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
+    trainer = Measured(random_model(shape()), tokenizer, config=config, **data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit()
+    says = [str(warning.message) for warning in caught if "before the first step" in str(warning.message)]
+    assert len(says) == worse and all("loss 2.0000" in text and "--learning-rate" in text for text in says)
+
+
 def test_a_best_that_is_damaged_or_of_another_run_is_not_taken(overfitted, tmp_path):
     best, content = overfitted / "best.pt", (overfitted / "best.pt").read_bytes()
     best.write_bytes(content[: len(content) // 2])
@@ -3858,6 +3878,19 @@ def test_metrics_that_a_kill_cut_short_are_read(trained_runs, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("nonsense\n" + text)
     with pytest.raises(m.UserError, match=r"metrics.jsonl:1"):
         m.read_metrics(tmp_path)
+
+
+def test_metrics_of_steps_that_a_resumed_run_repeats_are_dropped(tmp_path, tokenizer):
+    for steps in (2, 4):
+        config = m.TrainConfig(max_steps=steps, log_every=1, warmup_steps=0, sample_tokens=0)
+        trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path)
+        if steps == 4:
+            with open(tmp_path / "metrics.jsonl", "a") as file:  # of the steps before a kill
+                file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n')
+            trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+        trainer.fit()
+    rows = m.read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["loss"] < 9 for row in rows)
 
 
 def test_metrics_that_are_none_stop_a_resumed_run_before_it_changes_anything(trained_runs, tmp_path):
@@ -4102,6 +4135,15 @@ def test_a_line_of_metrics_holds_the_means_of_its_steps_by_hand(tmp_path, tokeni
     assert rows[1]["grad_norm"] != steps[2]["grad_norm"] and rows[2]["lr"] != rows[1]["lr"] != steps[1]["lr"]
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step     1"))
     assert f"loss {steps[0]['loss']:.4f}, z {z[0]:.4g} |" in line
+
+
+def test_tokens_and_operations_of_a_step_by_hand(tokenizer):
+    """Worked example: rows of 9 and 5 ids are 8 and 4 inputs; operations are those of the first batch's width."""
+    trainer = trainer_for(tokenizer)
+    metrics = trainer.step([lm_batch(2, 9), lm_batch(3, 5)])
+    assert metrics["tokens"] == 2 * 8 + 3 * 4 and metrics["flops"] == 28 * trainer.model.flops_per_token(8)
+    padded = lm_batch(2, 9) | {"attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5])}
+    assert trainer.tokens(padded) == 13  # padding is not counted
 
 
 def test_the_time_that_is_left_by_hand(tmp_path, tokenizer, monkeypatch, capsys):
@@ -4811,7 +4853,7 @@ def test_a_checkpoint_of_lora_holds_what_lora_trains(tmp_path, trained_runs, sta
     state = m.load_checkpoint(path)
     assert all("lora_" in name or name == "score.weight" for name in state["model"])
     whole = tmp_path / "whole.pt"
-    trainer.origin, trainer.base = {}, {}
+    trainer.origin, trainer.base = {}, {}  # as from Python, without a base
     trainer.save_checkpoint(whole)
     assert path.stat().st_size < 0.7 * whole.stat().st_size
     model = m.load_run(tmp_path / stage, which="last")[0]
@@ -5242,6 +5284,18 @@ def test_any_callable_is_a_reward(tokenizer, tmp_path, kind):
     rl_trainer(m.GRPOTrainer, tokenizer, reward).save_checkpoint(tmp_path / "checkpoint.pt")
 
 
+def test_the_update_that_moves_too_far_is_the_last_by_hand(tokenizer):
+    """Worked example: of moves 0.04, 0.1, 0.11 and 0.3, with stop_kl=0.1, three are made; "moved" is the last one."""
+    moves = [0.04, 0.1, 0.11, 0.3]
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: len(moves), minibatch_size=8, update_epochs=4)
+    batch = prompt_batch(tokenizer, ["a"])
+    rewards = itertools.cycle([0.0, 1.0])
+    trainer.reward = lambda *_: next(rewards)
+    trainer.update = lambda batches: {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "moved": moves.pop(0)}
+    metrics = trainer.step([batch])
+    assert metrics["updates"] == 3 and metrics["moved"] == 0.11 and moves == [0.3]
+
+
 def test_updates_end_early_when_the_policy_has_moved_too_far(tokenizer, monkeypatch):
     let_write(monkeypatch)
     rl = {"kl_coef": 0.1, "update_epochs": 5, "minibatch_size": 2}
@@ -5499,7 +5553,7 @@ def test_everything_in_a_checkpoint_is_restored(tmp_path, trained_runs):
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
     trainer.fit()
     for k, name in enumerate(trainer.counters):
-        setattr(trainer, name, {"step": 7, "loss": 1.5} if name == "best_figures" else 3 + k)
+        setattr(trainer, name, {"step": 7, "loss": 1.5} if "figures" in name else 3 + k)
     trainer.started -= 1000
     trainer.save_checkpoint(tmp_path / "checkpoint.pt")
     expected = torch.rand(5)  # the first numbers after it
@@ -5519,8 +5573,21 @@ def test_everything_in_a_checkpoint_is_restored(tmp_path, trained_runs):
     counters = {name: getattr(trainer, name) for name in trainer.counters}
     assert {name: getattr(new, name) for name in trainer.counters} == counters
     assert (
-        len(counters) == 8 and new.elapsed_s() == pytest.approx(trainer.elapsed_s(), abs=60) and new.elapsed_s() > 900
+        len(counters) == 9 and new.elapsed_s() == pytest.approx(trainer.elapsed_s(), abs=60) and new.elapsed_s() > 900
     )
+
+
+def test_the_second_gpu_has_random_numbers_of_its_own(tmp_path, tokenizer, monkeypatch):
+    """Generators of the CPU stand for those of two GPUs."""
+    generators = tuple(torch.Generator().manual_seed(seed) for seed in (1, 2))
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    trainer = trainer_for(tokenizer)
+    trainer.device = torch.device("cuda:1")
+    trainer.save_checkpoint(tmp_path / "checkpoint.pt")
+    first, second = (torch.rand(3, generator=generator) for generator in generators)
+    trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert torch.equal(torch.rand(3, generator=generators[1]), second)
+    assert not torch.equal(torch.rand(3, generator=generators[0]), first)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
@@ -8114,6 +8181,33 @@ def test_an_export_that_fails_leaves_the_one_before_whole(tmp_path, tokenizer, m
         with pytest.raises(OSError, match="No space"):
             random_model(shape(num_hidden_layers=1), seed=1).save_pretrained(target, tokenizer)
     assert everything(tmp_path) == before and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_second_interrupt_during_a_save_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
+    config = m.TrainConfig(max_steps=9, save_every=2, eval_every=0, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run")
+    plain_open, plain_step = open, trainer.step
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            if trainer.step_count == 3:
+                signal.raise_signal(signal.SIGINT)  # the second one: the first came in the step before
+            return super().write(data)
+
+    def step(batches):
+        if trainer.step_count == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain_step(batches)
+
+    def slow_open(path, mode="r", **options):
+        return Slow(path, "w") if mode == "wb" else plain_open(path, mode, **options)
+
+    monkeypatch.setattr(m, "open", slow_open, raising=False)
+    trainer.step = step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.step_count == 3 and m.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, tokenizer, monkeypatch):
