@@ -7152,9 +7152,9 @@ TEMPLATE = (  # as ChatML, but for the turn that it begins with
 )
 
 
-def huggingface_run(path: Path, kind: str = "Qwen3") -> Path:
-    """A directory as transformers' users have them: a random model, a tokenizer of Qwen's kind, a chat template."""
-    made = huggingface_tokenizer("qwen", path, pad_token="<|endoftext|>")
+def huggingface_run(path: Path, kind: str = "Qwen3", family: str = "qwen") -> Path:
+    """A directory as transformers' users have them: a random model, a tokenizer of a family, a chat template."""
+    made = huggingface_tokenizer(family, path, pad_token="<|endoftext|>")
     (path / "chat_template.jinja").write_text(TEMPLATE)
     changes = {"eos_token_id": made.token_to_id("<|im_end|>"), "pad_token_id": made.token_to_id("<|endoftext|>")}
     changes |= {"num_shared_experts": 0} if kind == "Qwen3Moe" else {}
@@ -7241,6 +7241,85 @@ def test_an_imported_model_is_trained_like_any_other(trained_runs, tmp_path, kin
     (there / "tokenizer.json").unlink()
     assert sample.main(["--run", str(there)]) == 2
     assert "tokenizer.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "4"]], ids=["whole", "lora"])
+def test_a_model_from_elsewhere_learns_by_its_defaults(tmp_path, capsys, lora):
+    """Shaped as SmolLM2, with a tokenizer that lacks 21 bytes: small rates, few tokens at once, a place of its own."""
+    there, out = huggingface_run(tmp_path / "SmolLM2-1M", "Llama", "smollm"), tmp_path / "out"
+    records = [{"messages": turns(f"Say cat {i} \x04", "cat " * (i % 4 + 1))} for i in range(90)]
+    data = str(write_jsonl(tmp_path / "mine.jsonl", records))
+    argv = ["--init", str(there), "--data", data, "--out", str(out)]
+    assert train.main(["--stage", "sft", *argv, *lora]) == 0
+    shown, run = capsys.readouterr().out, out / "SmolLM2-1M/sft"
+    config, rows = m.run_config(run), [row for row in m.read_metrics(run) if "val_loss" in row]
+    size = m.load_run(there)[0].num_params()
+    assert config["train"]["learning_rate"] == pytest.approx((10 if lora else 1) * 0.6 / size**0.5)
+    expected = {"optimizer": "adamw", "epochs": 3.0, "max_steps": 0, "minutes": 0.0, "batch_size": 8}
+    assert expected.items() <= config["train"].items() and config["imported"] == "SmolLM2-1M"
+    assert 20 < config["train"]["seq_len"] < 128  # the longest record, not the context
+    assert rows[0]["step"] == 0 and rows[-1]["val_loss"] < rows[0]["val_loss"]
+    for text in (
+        f"records to train on, 9 to validate on, from {data}",
+        "--optimizer adamw",
+        "about 0.0 minutes",
+        "3 epochs",
+    ):
+        assert text in shown or text.startswith("records"), text
+    assert f"from {data}" in shown and f"next:  python sample.py --run {run} --chat" in shown
+    assert sample.main(["--run", str(run), "--prompt", "a\x04b", "--max-new-tokens", "2"]) == 0
+    # what follows stays in its place, at small rates; the user's flags win; pretraining, too, is evaluated at first
+    more = ["--data", data, "--out", str(out), "--max-steps", "1"]
+    words = [{"text": f"the cat {i} sat down on the mat"} for i in range(300)]
+    text = ["--data", str(write_jsonl(tmp_path / "text.jsonl", words)), "--out", str(out), "--max-steps", "1"]
+    flags = ["--optimizer", "muon", "--learning-rate", "0.5", "--seq-len", "16"]
+    assert train.main(["--init", str(run), *text, *flags]) == 0
+    config = m.run_config(out / "SmolLM2-1M/pretrain")["train"]
+    assert (config["optimizer"], config["learning_rate"], config["seq_len"], config["epochs"]) == ("muon", 0.5, 16, 0)
+    assert m.read_metrics(out / "SmolLM2-1M/pretrain")[0].keys() >= {"val_bpb", "step"}
+    assert m.read_metrics(out / "SmolLM2-1M/pretrain")[0]["step"] == 0
+    assert train.main(["--stage", "sft", "--init", str(run), *more, "--config", "tiny"]) == 2
+    assert "contradict the loaded model" in one_error(capsys)
+
+
+@pytest.mark.parametrize(("stage", "epochs"), [("sft", 3), ("dpo", 1), ("reward", 2)])
+def test_the_users_own_data_are_gone_through_in_epochs(out_with_a_run, trained_runs, tmp_path, capsys, stage, epochs):
+    shutil.copytree(out_with_a_run / "tiny/pretrain", tmp_path / "tiny/pretrain")
+    argv = ["--stage", stage, "--init", str(tmp_path / "tiny/pretrain"), "--out", str(tmp_path), *quick(stage)]
+    argv += data_flags(trained_runs)
+    assert train.main(argv) == 0
+    shown, state = capsys.readouterr().out, m.load_checkpoint(tmp_path / "tiny" / stage / "checkpoint.pt")
+    config = state["config"]["train"]
+    assert (config["epochs"], config["max_steps"], config["minutes"]) == (epochs, 0, 0)
+    assert f"; {epochs} epochs on " in shown and state["finished"] and state["counters"]["epochs_done"] >= epochs
+    assert train.main([*argv, "--overwrite", "--epochs", "0.5"]) == 0
+    assert "; 0.5 epochs on " in capsys.readouterr().out
+    assert train.main([*argv, "--overwrite", "--max-steps", "1"]) == 0
+    config = m.run_config(tmp_path / "tiny" / stage)["train"]
+    assert (config["epochs"], config["max_steps"], config["minutes"]) == (0, 1, 0)
+
+
+def test_the_best_or_the_last_weights_are_taken(out_with_a_run, trained_runs, tmp_path, capsys):
+    base = tmp_path / "tiny/pretrain"
+    shutil.copytree(out_with_a_run / "tiny/pretrain", base)
+    state = m.load_checkpoint(base / "checkpoint.pt")
+    m.save_checkpoint(base / "best.pt", state | {"step": 1})
+    state["model"]["embed_tokens.weight"] *= 3
+    m.save_checkpoint(base / "checkpoint.pt", state)
+    scores, flags = {}, ["--init", str(base), "--out", str(tmp_path)]
+    for which, step in (("best", 1), ("last", 2)):
+        argv = [*flags, "--checkpoint", which]
+        assert train.main(["--stage", "eval", *argv, *data_flags(trained_runs)[2:]]) == 0
+        shown = capsys.readouterr().out
+        scores[which] = json.loads(shown.splitlines()[-1])["loss"]
+        assert f"pretrain at step {step} on" in shown
+        more = [*data_flags(trained_runs), *QUICK, "--max-steps", "1", "--overwrite"]
+        assert train.main(["--stage", "sft", *argv, *more]) == 0
+        assert f"sft: from {base} at step {step}" in capsys.readouterr().out
+        assert m.run_config(tmp_path / "tiny/sft")["checkpoint"] == which
+    assert scores["best"] != scores["last"]
+    again = ["--stage", "sft", "--out", str(tmp_path), "--resume", "--max-steps", "2"]
+    assert train.main(again) == 0 and "at step 2" in capsys.readouterr().out  # as it started
 
 
 # -- rlhf in one go ----------------------------------------------------------------------------------------------------
