@@ -46,6 +46,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import runpy
@@ -2565,8 +2566,10 @@ def _encode_items(items, tokenizer):
 
 def _memory_map(path, dtype):
     """Return a file of numbers as a memory-mapped tensor (N,)."""
-    size = path.stat().st_size // dtype.itemsize  # an empty file cannot be mapped
-    return torch.from_file(str(path), size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return torch.empty(0, dtype=dtype)
+    with open(path, "rb") as file:  # not torch.from_file, which wants a path in UTF-8
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=dtype)
 
 
 def encode_data(

@@ -6207,17 +6207,20 @@ def test_unknown_bytes_are_no_special_token(tmp_path):
 
 
 @families
-def test_saved_again_by_transformers(tmp_path, family):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_saved_again_by_transformers(tmp_path, family, side):
     theirs, ours = huggingface_tokenizer(family, tmp_path), load_imported(tmp_path)
     auto = auto_tokenizer(tmp_path)
+    auto.padding_side, auto.truncation_side = side, side
     auto.add_special_tokens({"pad_token": "<|padding|>"})
-    auto(["a b c", "d"], padding="max_length", truncation=True, max_length=5)
+    auto(["a b c", "d"], padding="max_length" if side == "left" else True, truncation=True, max_length=5)
     auto.save_pretrained(tmp_path / "again")
     assert '"truncation": {' in (tmp_path / "again/tokenizer.json").read_text()
     again = load_imported(tmp_path / "again")
     for text in [*HF_TEXTS, "a"]:
         assert again.encode(text) == ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert again.pad_id == ours.vocab_size == again.vocab_size - 1 and again.eos_id == ours.eos_id
+    assert again.stop_ids == ours.stop_ids and again.bos_id == ours.bos_id
     data = json.loads((tmp_path / "tokenizer.json").read_text())  # releases before 2024 spell a merge in one string
     change_json(tmp_path, model=data["model"] | {"merges": [" ".join(pair) for pair in data["model"]["merges"]]})
     change_json(tmp_path, "tokenizer_config.json", eos_token={"content": FAMILIES[family][0][0]})
@@ -6947,6 +6950,22 @@ def test_help_says_what_every_flag_does(capsys):
     assert "--grad-clip" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closed streams and names that are no UTF-8 are of POSIX")
+def test_closed_streams_and_names_that_the_locale_cannot_spell(tmp_path):
+    place = os.fsencode(tmp_path) + b"/x\xff\xe6\x97"
+    os.mkdir(place)
+    with open(place + b"/a.jsonl", "w") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    argv = [*SMALL, "--max-steps", "1", "--data", place + b"/a.jsonl", "--out", place + b"/out"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, HERE / "train.py", *argv]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&-', "sh", *command], env=env, stderr=subprocess.PIPE)
+    assert closed.returncode == 0 and b"Traceback" not in closed.stderr, closed.stderr
+    assert os.path.exists(place + b"/out/tiny/pretrain/checkpoint.pt")
+    again = subprocess.run(command, env=env, capture_output=True)
+    assert again.returncode == 2 and again.stderr.endswith(b"or another --out\n") and b"holds a run" in again.stderr
+
+
 def test_importing_has_no_side_effects():
     code = (
         "import torch, sys; state, threads = torch.get_rng_state(), torch.get_num_threads(); import minillm; "
@@ -6992,6 +7011,9 @@ def every_stage(trained_runs, tmp_path_factory) -> dict:
 def test_train_runs_every_stage(every_stage, stage, capsys):
     run, shown = every_stage["out"] / "tiny" / stage, every_stage["shown"][stage]
     assert "done: " in shown and "next:  python " in shown and str(run) in shown
+    if stage == "reward":  # with the flags that say where things are
+        places = " ".join(every_stage["flags"][stage][4:8])
+        assert f"next:  python train.py --stage ppo {places} --out '{every_stage['out']}'\n" in shown
     config = m.run_config(run)
     assert config["stage"] == stage and config["parent"].endswith("pretrain" if stage == "sft" else "sft")
     expected = {"sft": "val_exact_match", "ppo": "val_reward", "grpo": "val_reward"}.get(stage, "val_pair_accuracy")
@@ -7080,6 +7102,17 @@ def test_chat_forgets_on_reset(every_stage, monkeypatch, capsys):
 def test_a_reward_model_does_not_write(every_stage, capsys):
     assert sample.main(["--run", str(every_stage["out"] / "tiny/reward")]) == 2
     assert "holds a reward model" in one_error(capsys)
+
+
+def test_a_scored_dpo_run_keeps_its_options(every_stage, trained_runs, capsys):
+    run, scores = every_stage["out"] / "tiny/dpo", []
+    state = m.load_checkpoint(run / "best.pt")
+    for beta in (0.1, 0.7):
+        state["config"]["rl"]["dpo_beta"] = beta
+        m.save_checkpoint(run / "best.pt", state)
+        assert train.main(["--stage", "eval", "--init", str(run), "--out", str(every_stage["out"])]) == 0
+        scores.append(json.loads(capsys.readouterr().out.splitlines()[-1])["dpo_loss"])
+    assert scores[0] != scores[1]
 
 
 def test_plot_draws_several_runs(every_stage, tmp_path):
@@ -7336,7 +7369,18 @@ def test_train_rlhf_in_one_go(rlhf, capsys):
     assert train.main(rlhf) == 0
     shown = capsys.readouterr().out
     assert "held-out metric" in shown and "ppo --chat" in shown
-    assert train.main(rlhf) == 0 and "== " not in capsys.readouterr().out
+    assert train.main(rlhf) == 0
+    shown = capsys.readouterr().out
+    assert "== " not in shown and "changed since" not in shown
+    base = Path(rlhf[3]) / "tiny/pretrain"  # other flags, or another base, are not passed over in silence
+    shutil.copytree(base, base.parent.parent / "other")
+    more = ["--kl-coef", "0.2", "--learning-rate", "0.5", "--init", str(base.parent.parent / "other")]
+    assert train.main([*rlhf, *more]) == 0
+    said = re.findall(r"^(\w+): finished already, in \S+; changed since it began: (.*)$", capsys.readouterr().out, re.M)
+    changed = dict(said)
+    assert list(changed) == ["sft", "reward", "ppo"]
+    assert changed["sft"].startswith(f"parent {base} -> {base.parent.parent / 'other'}, learning_rate 0.004 -> 0.5")
+    assert "parent" not in changed["ppo"] and "kl_coef 0.05 -> 0.2" in changed["ppo"]
 
 
 def test_train_rlhf_begins_with_pretraining_where_there_is_none(rlhf, tmp_path, capsys):
@@ -8204,7 +8248,11 @@ def test_overwriting_costs_nothing_until_a_new_run_stands(rlhf, trained_runs, tm
     fails = ["--stage", "ppo", *one_stage, "--max-steps", "1"]
     assert train.main([*fails, "--reward", f"{tmp_path}/boom.py:f"]) == 2
     assert "boom.py:2: ZeroDivisionError" in capsys.readouterr().err and everything(out) == before
+    (out / "tiny/sft.old-1").mkdir()  # of a process that was killed
+    capsys.readouterr()
     assert train.main(["--stage", "sft", *one_stage, "--max-steps", "2"]) == 0
+    assert f"{out}/tiny/sft.old-1 is of an --overwrite that did not end" in capsys.readouterr().out
+    (out / "tiny/sft.old-1").rmdir()
     assert m.load_checkpoint(out / "tiny/sft/checkpoint.pt")["step"] == 2
     assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
 
@@ -8335,6 +8383,20 @@ MISTAKES = [
             ("--stage", "sft", "--init", "/no/such", "/no/such"),
             ("--resume", "--resume and --overwrite exclude each other"),
             ("--out", "{d}/file", "{d}/file"),
+            ("--epochs", "-1", "epochs=-1"),
+            ("--epochs", "0", "--max-steps", "0", "a run needs an end: give --max-steps, --epochs or --minutes"),
+            ("--checkpoint", "newest", "invalid choice: 'newest'"),
+            ("--stage", "grpo", "--init", "{run}", "--kl-coef", "5", "did you mean --grpo-kl-coef?"),
+            ("--stage", "sft", "--init", "{run}", "--dpo-beta", "1", "--dpo-beta has no effect in --stage sft"),
+            ("--stage", "dpo", "--init", "{run}", "--packing", "--packing has no effect in --stage dpo"),
+            ("--stage", "ppo", "--init", "{run}", "--eval-tokens", "9", "--eval-tokens has no effect in --stage ppo"),
+            ("--stage", "tokenizer", "no effect in --stage tokenizer"),
+            ("--stage", "eval", "--init", "{run}", "no effect in --stage eval"),
+            ("--stage", "rlhf", "--checkpoint", "last", "--checkpoint has no effect in --stage rlhf"),
+            ("--lora-alpha", "8", "--lora-alpha has no effect without --lora-rank"),
+            ("--lr", "1", "did you mean --learning-rate?"),
+            ("--reward", "answer", "--reward has no effect in --stage pretrain, but in ppo, grpo"),
+            ("--rope-scaling", "5", "'5' is no JSON object"),
         )
     ),
     *(
