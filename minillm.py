@@ -46,6 +46,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import runpy
@@ -2572,8 +2573,10 @@ def _encode_items(items, tokenizer):
 
 def _memory_map(path, dtype):
     """Return a file of numbers as a memory-mapped tensor (N,)."""
-    size = path.stat().st_size // dtype.itemsize  # an empty file cannot be mapped
-    return torch.from_file(str(path), size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return torch.empty(0, dtype=dtype)
+    with open(path, "rb") as file:  # not torch.from_file, which wants a path in UTF-8
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=dtype)
 
 
 def encode_data(
@@ -3590,6 +3593,34 @@ def _base_weights(path, config, expected, trained):
         if fingerprint(model, trained) == expected:
             return model.state_dict()
     raise UserError(f"{path} holds only what LoRA trained, and its base {parent} has changed since: restore that")
+
+
+@contextlib.contextmanager
+def replacing(overwrite: bool, *run_dirs: Path) -> Iterator[None]:
+    """With `overwrite`, move the old runs aside; they come back unless a new one with a checkpoint takes their place.
+
+    Of several, those that were not reached stay aside: beside new parents they would pass for finished.
+    """
+    for old in (old for run_dir in run_dirs for old in run_dir.parent.glob(f"{run_dir.name}.old-*")):
+        print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
+    aside = {}
+    try:
+        for run_dir in run_dirs if overwrite else ():
+            if run_dir.exists():
+                with locked(run_dir):  # unless somebody trains in it
+                    pass
+                aside[run_dir] = run_dir.rename(run_dir.with_name(f"{run_dir.name}.old-{time.time_ns()}"))
+        yield
+    finally:
+        some_new = any(map(holds_run, aside))
+        for run_dir, old in aside.items():
+            if holds_run(run_dir):
+                shutil.rmtree(old)
+            elif some_new:
+                print(f"not replaced yet: the old {run_dir} is in {old}")
+            else:
+                shutil.rmtree(run_dir, ignore_errors=True)
+                old.rename(run_dir)
 
 
 def newest_run(out: AnyPath = "out") -> Path:
@@ -4970,6 +5001,21 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
     *values, more = RECIPES[preset].get(stage, ({},))
     config = TrainConfig(**dict(zip(RECIPE_FIELDS, values, strict=False)) | more)
     config.save_every = config.eval_every
+    return config
+
+
+def get_imported_config(stage: str, model: MiniGPT, lora: bool = False) -> TrainConfig:
+    """Return the defaults for a model that was trained elsewhere: AdamW at a rate for its size, few tokens at once.
+
+    5e-5 for 135 M parameters; LoRA takes ten times that, learning from preferences and rewards a tenth.
+    """
+    config = get_train_config("small", stage)
+    scale = (10 if lora else 1) * (0.1 if stage in ("dpo", "ppo", "grpo") else 1)
+    config.learning_rate = scale * 0.6 / model.num_params() ** 0.5
+    config.optimizer, config.batch_size = "adamw", 8
+    config.eval_tokens, config.eval_every, config.save_every = 20_000, 100, 100
+    if STAGES[stage].loader is not PromptDataLoader:
+        config.max_steps, config.epochs = 0, STAGES[stage].epochs or 1.0
     return config
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -199,6 +201,40 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
 
 
 # -- what train.py shows -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def user_errors(program: str) -> Iterator[list[int]]:
+    """Print mistakes of the user, and warnings once each, in one line; the yielded list gets the exit status."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None is closed
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ? and training goes on
+    status: list[int] = []
+    with warnings.catch_warnings():
+        warn_once = functools.cache(lambda text: print(f"{program}: warning: {text}", file=sys.stderr))
+        warnings.showwarning = lambda message, *_, **__: warn_once(str(message))
+        try:
+            yield status
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
+            status.append(130)
+        except BrokenPipeError:
+            m.silence_stdout()
+            status.append(0)
+        except (m.UserError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
+                raise
+            print(f"{program}: error: {error}", file=sys.stderr)
+            status.append(2)
+
+
+def show_end(trainer: m.Trainer, result: dict) -> None:
+    """Print how a run went."""
+    is_text = trainer.train_data.kind == "text"
+    held_out = f" on {result['bytes']:,} held-out bytes" if is_text else ""
+    figures = m.describe(result, ("bpb",) if is_text else m.FIGURES)
+    print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {trainer.run_dir}")
 
 
 def show_run(trainer: m.Trainer, imported: str | None) -> None:

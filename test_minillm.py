@@ -6302,17 +6302,20 @@ def test_unknown_bytes_are_no_special_token(tmp_path):
 
 
 @families
-def test_saved_again_by_transformers(tmp_path, family):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_saved_again_by_transformers(tmp_path, family, side):
     theirs, ours = huggingface_tokenizer(family, tmp_path), load_imported(tmp_path)
     auto = auto_tokenizer(tmp_path)
+    auto.padding_side, auto.truncation_side = side, side
     auto.add_special_tokens({"pad_token": "<|padding|>"})
-    auto(["a b c", "d"], padding="max_length", truncation=True, max_length=5)
+    auto(["a b c", "d"], padding="max_length" if side == "left" else True, truncation=True, max_length=5)
     auto.save_pretrained(tmp_path / "again")
     assert '"truncation": {' in (tmp_path / "again/tokenizer.json").read_text()
     again = load_imported(tmp_path / "again")
     for text in [*HF_TEXTS, "a"]:
         assert again.encode(text) == ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert again.pad_id == ours.vocab_size == again.vocab_size - 1 and again.eos_id == ours.eos_id
+    assert again.stop_ids == ours.stop_ids and again.bos_id == ours.bos_id
     data = json.loads((tmp_path / "tokenizer.json").read_text())  # releases before 2024 spell a merge in one string
     change_json(tmp_path, model=data["model"] | {"merges": [" ".join(pair) for pair in data["model"]["merges"]]})
     change_json(tmp_path, "tokenizer_config.json", eos_token={"content": FAMILIES[family][0][0]})
@@ -7042,6 +7045,22 @@ def test_help_says_what_every_flag_does(capsys):
     assert "--grad-clip" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closed streams and names that are no UTF-8 are of POSIX")
+def test_closed_streams_and_names_that_the_locale_cannot_spell(tmp_path):
+    place = os.fsencode(tmp_path) + b"/x\xff\xe6\x97"
+    os.mkdir(place)
+    with open(place + b"/a.jsonl", "w") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    argv = [*SMALL, "--max-steps", "1", "--data", place + b"/a.jsonl", "--out", place + b"/out"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, HERE / "train.py", *argv]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&-', "sh", *command], env=env, stderr=subprocess.PIPE)
+    assert closed.returncode == 0 and b"Traceback" not in closed.stderr, closed.stderr
+    assert os.path.exists(place + b"/out/tiny/pretrain/checkpoint.pt")
+    again = subprocess.run(command, env=env, capture_output=True)
+    assert again.returncode == 2 and again.stderr.endswith(b"or another --out\n") and b"holds a run" in again.stderr
+
+
 def test_importing_has_no_side_effects():
     code = (
         "import torch, sys; state, threads = torch.get_rng_state(), torch.get_num_threads(); import minillm; "
@@ -7105,6 +7124,9 @@ def test_a_newcomers_folder_trains(out_with_a_run, tmp_path, capsys):
 def test_train_runs_every_stage(every_stage, stage, capsys):
     run, shown = every_stage["out"] / "tiny" / stage, every_stage["shown"][stage]
     assert "done: " in shown and "next:  python " in shown and str(run) in shown
+    if stage == "reward":  # with the flags that say where things are
+        places = " ".join(every_stage["flags"][stage][4:8])
+        assert f"next:  python train.py --stage ppo {places} --out '{every_stage['out']}'\n" in shown
     config = m.run_config(run)
     assert config["stage"] == stage and config["parent"].endswith("pretrain" if stage == "sft" else "sft")
     expected = {"sft": "val_exact_match", "ppo": "val_reward", "grpo": "val_reward"}.get(stage, "val_pair_accuracy")
@@ -7195,6 +7217,17 @@ def test_a_reward_model_does_not_write(every_stage, capsys):
     assert "holds a reward model" in one_error(capsys)
 
 
+def test_a_scored_dpo_run_keeps_its_options(every_stage, trained_runs, capsys):
+    run, scores = every_stage["out"] / "tiny/dpo", []
+    state = m.load_checkpoint(run / "best.pt")
+    for beta in (0.1, 0.7):
+        state["config"]["rl"]["dpo_beta"] = beta
+        m.save_checkpoint(run / "best.pt", state)
+        assert train.main(["--stage", "eval", "--init", str(run), "--out", str(every_stage["out"])]) == 0
+        scores.append(json.loads(capsys.readouterr().out.splitlines()[-1])["dpo_loss"])
+    assert scores[0] != scores[1]
+
+
 def test_plot_draws_several_runs(every_stage, tmp_path):
     pytest.importorskip("matplotlib")
     runs = [str(every_stage["out"] / "tiny" / stage) for stage in ("sft", "ppo")]
@@ -7265,9 +7298,9 @@ TEMPLATE = (  # as ChatML, but for the turn that it begins with
 )
 
 
-def huggingface_run(path: Path, kind: str = "Qwen3") -> Path:
-    """A directory as transformers' users have them: a random model, a tokenizer of Qwen's kind, a chat template."""
-    made = huggingface_tokenizer("qwen", path, pad_token="<|endoftext|>")
+def huggingface_run(path: Path, kind: str = "Qwen3", family: str = "qwen") -> Path:
+    """A directory as transformers' users have them: a random model, a tokenizer of a family, a chat template."""
+    made = huggingface_tokenizer(family, path, pad_token="<|endoftext|>")
     (path / "chat_template.jinja").write_text(TEMPLATE)
     changes = {"eos_token_id": made.token_to_id("<|im_end|>"), "pad_token_id": made.token_to_id("<|endoftext|>")}
     changes |= {"num_shared_experts": 0} if kind == "Qwen3Moe" else {}
@@ -7356,6 +7389,85 @@ def test_an_imported_model_is_trained_like_any_other(trained_runs, tmp_path, kin
     assert "tokenizer.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "4"]], ids=["whole", "lora"])
+def test_a_model_from_elsewhere_learns_by_its_defaults(tmp_path, capsys, lora):
+    """Shaped as SmolLM2, with a tokenizer that lacks 21 bytes: small rates, few tokens at once, a place of its own."""
+    there, out = huggingface_run(tmp_path / "SmolLM2-1M", "Llama", "smollm"), tmp_path / "out"
+    records = [{"messages": turns(f"Say cat {i} \x04", "cat " * (i % 4 + 1))} for i in range(90)]
+    data = str(write_jsonl(tmp_path / "mine.jsonl", records))
+    argv = ["--init", str(there), "--data", data, "--out", str(out)]
+    assert train.main(["--stage", "sft", *argv, *lora]) == 0
+    shown, run = capsys.readouterr().out, out / "SmolLM2-1M/sft"
+    config, rows = m.run_config(run), [row for row in m.read_metrics(run) if "val_loss" in row]
+    size = m.load_run(there)[0].num_params()
+    assert config["train"]["learning_rate"] == pytest.approx((10 if lora else 1) * 0.6 / size**0.5)
+    expected = {"optimizer": "adamw", "epochs": 3.0, "max_steps": 0, "minutes": 0.0, "batch_size": 8}
+    assert expected.items() <= config["train"].items() and config["imported"] == "SmolLM2-1M"
+    assert 20 < config["train"]["seq_len"] < 128  # the longest record, not the context
+    assert rows[0]["step"] == 0 and rows[-1]["val_loss"] < rows[0]["val_loss"]
+    for text in (
+        f"records to train on, 9 to validate on, from {data}",
+        "--optimizer adamw",
+        "about 0.0 minutes",
+        "3 epochs",
+    ):
+        assert text in shown or text.startswith("records"), text
+    assert f"from {data}" in shown and f"next:  python sample.py --run {run} --chat" in shown
+    assert sample.main(["--run", str(run), "--prompt", "a\x04b", "--max-new-tokens", "2"]) == 0
+    # what follows stays in its place, at small rates; the user's flags win; pretraining, too, is evaluated at first
+    more = ["--data", data, "--out", str(out), "--max-steps", "1"]
+    words = [{"text": f"the cat {i} sat down on the mat"} for i in range(300)]
+    text = ["--data", str(write_jsonl(tmp_path / "text.jsonl", words)), "--out", str(out), "--max-steps", "1"]
+    flags = ["--optimizer", "muon", "--learning-rate", "0.5", "--seq-len", "16"]
+    assert train.main(["--init", str(run), *text, *flags]) == 0
+    config = m.run_config(out / "SmolLM2-1M/pretrain")["train"]
+    assert (config["optimizer"], config["learning_rate"], config["seq_len"], config["epochs"]) == ("muon", 0.5, 16, 0)
+    assert m.read_metrics(out / "SmolLM2-1M/pretrain")[0].keys() >= {"val_bpb", "step"}
+    assert m.read_metrics(out / "SmolLM2-1M/pretrain")[0]["step"] == 0
+    assert train.main(["--stage", "sft", "--init", str(run), *more, "--config", "tiny"]) == 2
+    assert "contradict the loaded model" in one_error(capsys)
+
+
+@pytest.mark.parametrize(("stage", "epochs"), [("sft", 3), ("dpo", 1), ("reward", 2)])
+def test_the_users_own_data_are_gone_through_in_epochs(out_with_a_run, trained_runs, tmp_path, capsys, stage, epochs):
+    shutil.copytree(out_with_a_run / "tiny/pretrain", tmp_path / "tiny/pretrain")
+    argv = ["--stage", stage, "--init", str(tmp_path / "tiny/pretrain"), "--out", str(tmp_path), *quick(stage)]
+    argv += data_flags(trained_runs)
+    assert train.main(argv) == 0
+    shown, state = capsys.readouterr().out, m.load_checkpoint(tmp_path / "tiny" / stage / "checkpoint.pt")
+    config = state["config"]["train"]
+    assert (config["epochs"], config["max_steps"], config["minutes"]) == (epochs, 0, 0)
+    assert f"; {epochs} epochs on " in shown and state["finished"] and state["counters"]["epochs_done"] >= epochs
+    assert train.main([*argv, "--overwrite", "--epochs", "0.5"]) == 0
+    assert "; 0.5 epochs on " in capsys.readouterr().out
+    assert train.main([*argv, "--overwrite", "--max-steps", "1"]) == 0
+    config = m.run_config(tmp_path / "tiny" / stage)["train"]
+    assert (config["epochs"], config["max_steps"], config["minutes"]) == (0, 1, 0)
+
+
+def test_the_best_or_the_last_weights_are_taken(out_with_a_run, trained_runs, tmp_path, capsys):
+    base = tmp_path / "tiny/pretrain"
+    shutil.copytree(out_with_a_run / "tiny/pretrain", base)
+    state = m.load_checkpoint(base / "checkpoint.pt")
+    m.save_checkpoint(base / "best.pt", state | {"step": 1})
+    state["model"]["embed_tokens.weight"] *= 3
+    m.save_checkpoint(base / "checkpoint.pt", state)
+    scores, flags = {}, ["--init", str(base), "--out", str(tmp_path)]
+    for which, step in (("best", 1), ("last", 2)):
+        argv = [*flags, "--checkpoint", which]
+        assert train.main(["--stage", "eval", *argv, *data_flags(trained_runs)[2:]]) == 0
+        shown = capsys.readouterr().out
+        scores[which] = json.loads(shown.splitlines()[-1])["loss"]
+        assert f"pretrain at step {step} on" in shown
+        more = [*data_flags(trained_runs), *QUICK, "--max-steps", "1", "--overwrite"]
+        assert train.main(["--stage", "sft", *argv, *more]) == 0
+        assert f"sft: from {base} at step {step}" in capsys.readouterr().out
+        assert m.run_config(tmp_path / "tiny/sft")["checkpoint"] == which
+    assert scores["best"] != scores["last"]
+    again = ["--stage", "sft", "--out", str(tmp_path), "--resume", "--max-steps", "2"]
+    assert train.main(again) == 0 and "at step 2" in capsys.readouterr().out  # as it started
+
+
 # -- rlhf in one go ----------------------------------------------------------------------------------------------------
 
 
@@ -7370,7 +7482,18 @@ def test_train_rlhf_in_one_go(rlhf, capsys):
     assert train.main(rlhf) == 0
     shown = capsys.readouterr().out
     assert "held-out metric" in shown and "ppo --chat" in shown
-    assert train.main(rlhf) == 0 and "== " not in capsys.readouterr().out
+    assert train.main(rlhf) == 0
+    shown = capsys.readouterr().out
+    assert "== " not in shown and "changed since" not in shown
+    base = Path(rlhf[3]) / "tiny/pretrain"  # other flags, or another base, are not passed over in silence
+    shutil.copytree(base, base.parent.parent / "other")
+    more = ["--kl-coef", "0.2", "--learning-rate", "0.5", "--init", str(base.parent.parent / "other")]
+    assert train.main([*rlhf, *more]) == 0
+    said = re.findall(r"^(\w+): finished already, in \S+; changed since it began: (.*)$", capsys.readouterr().out, re.M)
+    changed = dict(said)
+    assert list(changed) == ["sft", "reward", "ppo"]
+    assert changed["sft"].startswith(f"parent {base} -> {base.parent.parent / 'other'}, learning_rate 0.004 -> 0.5")
+    assert "parent" not in changed["ppo"] and "kl_coef 0.05 -> 0.2" in changed["ppo"]
 
 
 def test_train_rlhf_begins_with_pretraining_where_there_is_none(rlhf, tmp_path, capsys):
@@ -8265,7 +8388,11 @@ def test_overwriting_costs_nothing_until_a_new_run_stands(rlhf, trained_runs, tm
     fails = ["--stage", "ppo", *one_stage, "--max-steps", "1"]
     assert train.main([*fails, "--reward", f"{tmp_path}/boom.py:f"]) == 2
     assert "boom.py:2: ZeroDivisionError" in capsys.readouterr().err and everything(out) == before
+    (out / "tiny/sft.old-1").mkdir()  # of a process that was killed
+    capsys.readouterr()
     assert train.main(["--stage", "sft", *one_stage, "--max-steps", "2"]) == 0
+    assert f"{out}/tiny/sft.old-1 is of an --overwrite that did not end" in capsys.readouterr().out
+    (out / "tiny/sft.old-1").rmdir()
     assert m.load_checkpoint(out / "tiny/sft/checkpoint.pt")["step"] == 2
     assert (out / "tiny/sft.old/mine.txt").exists() and not list((out / "tiny").glob("*.old-*"))
 
@@ -8431,6 +8558,20 @@ MISTAKES = [
             ("--stage", "sft", "--init", "/no/such", "/no/such"),
             ("--resume", "--resume and --overwrite exclude each other"),
             ("--out", "{d}/file", "{d}/file"),
+            ("--epochs", "-1", "epochs=-1"),
+            ("--epochs", "0", "--max-steps", "0", "a run needs an end: give --max-steps, --epochs or --minutes"),
+            ("--checkpoint", "newest", "invalid choice: 'newest'"),
+            ("--stage", "grpo", "--init", "{run}", "--kl-coef", "5", "did you mean --grpo-kl-coef?"),
+            ("--stage", "sft", "--init", "{run}", "--dpo-beta", "1", "--dpo-beta has no effect in --stage sft"),
+            ("--stage", "dpo", "--init", "{run}", "--packing", "--packing has no effect in --stage dpo"),
+            ("--stage", "ppo", "--init", "{run}", "--eval-tokens", "9", "--eval-tokens has no effect in --stage ppo"),
+            ("--stage", "tokenizer", "no effect in --stage tokenizer"),
+            ("--stage", "eval", "--init", "{run}", "no effect in --stage eval"),
+            ("--stage", "rlhf", "--checkpoint", "last", "--checkpoint has no effect in --stage rlhf"),
+            ("--lora-alpha", "8", "--lora-alpha has no effect without --lora-rank"),
+            ("--lr", "1", "did you mean --learning-rate?"),
+            ("--reward", "answer", "--reward has no effect in --stage pretrain, but in ppo, grpo"),
+            ("--rope-scaling", "5", "'5' is no JSON object"),
         )
     ),
     *(

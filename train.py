@@ -6,13 +6,9 @@ STARTED = time.monotonic()  # before torch is imported: --minutes count from her
 
 # ruff: noqa: E402
 import argparse
-import contextlib
 import dataclasses
-import functools
 import json
-import os
 import shlex
-import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -66,7 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags, with Command's defaults, and the places that follow from them."""
     given = vars(build_parser().parse_args(argv))
     args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
-    args.given, args.argv, args.imported = given, sys.argv[1:] if argv is None else argv, None
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
+    args.given, args.imported, args.command = given, None, shlex.join(["python", "train.py", *words])
     m.get_config(args.config)
     check_flags(args)
     if args.init:  # a model that was trained elsewhere has its own name
@@ -79,30 +76,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line `argv`; `started` is the time.monotonic() from which --minutes count (default: now)."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # or closed
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ? and training goes on
-    try:
+    with sample.user_errors("train.py") as ended:
         args = parse(argv)
         args.started = time.monotonic() if started is None else started
-        with warnings.catch_warnings():
-            warn_once = functools.cache(lambda text: print(f"train.py: warning: {text}", file=sys.stderr))
-            warnings.showwarning = lambda message, *_, **__: warn_once(str(message))
-            stages = {"tokenizer": train_tokenizer, "rlhf": rlhf, "eval": evaluate, "export": export}
-            run = stages.get(args.stage, train) if args.inspect is None else inspect
-            return sample.plot(args.plot, Path(args.png)) if args.plot else run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        m.silence_stdout()
-        return 0
-    except (m.UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
-            raise
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        stages = {"tokenizer": train_tokenizer, "rlhf": rlhf, "eval": evaluate, "export": export}
+        run = stages.get(args.stage, train) if args.inspect is None else inspect
+        return sample.plot(args.plot, Path(args.png)) if args.plot else run(args)
+    return ended[0]
 
 
 # -- what the flags say ------------------------------------------------------------------------------------------------
@@ -149,16 +129,6 @@ def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
     elif args.data and base is None and m.STAGES[stage].epochs:
         given |= limits | {"epochs": m.STAGES[stage].epochs}
     return dataclasses.replace(base or m.get_train_config(args.config, stage), **given)
-
-
-def imported_config(args, stage: str, model: m.MiniGPT) -> m.TrainConfig:
-    """Return the options for a model that was trained elsewhere: AdamW at a rate for its size, few tokens at once."""
-    scale = (10 if "lora_rank" in args.given else 1) * (0.1 if stage in ("dpo", "ppo", "grpo") else 1)
-    changes = {"optimizer": "adamw", "batch_size": 8, "eval_tokens": 20_000, "eval_every": 100, "save_every": 100}
-    changes["learning_rate"] = scale * 0.6 / model.num_params() ** 0.5  # 5e-5 for 135 M parameters
-    if stage not in ("ppo", "grpo"):
-        changes |= {"max_steps": 0, "epochs": m.STAGES[stage].epochs or 1.0}
-    return train_config(args, dataclasses.replace(m.get_train_config("small", stage), **changes))
 
 
 def imported_seq_len(args, config: m.TrainConfig, model: m.MiniGPT, tokenizer: m.BPETokenizer, device) -> int:
@@ -239,19 +209,18 @@ def train_tokenizer(args) -> int:
     tokenizer, path = get_tokenizer(args, model_config(args).vocab_size), args.runs / "tokenizer.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
-    text = "小模型也能训练。A small model can learn."
-    print(f"{path}: {text!r} is {len(text.encode())} bytes and {len(tokenizer.encode(text))} tokens")
+    print(f"{path}: {(text := '小模型也能训练。A small model can learn.')!r} is {len(tokenizer.encode(text))} tokens")
     return 0
 
 
-def new_model(args, config: m.TrainConfig) -> tuple[m.MiniGPT, m.BPETokenizer]:
+def new_model(args, config: m.TrainConfig) -> tuple[m.MiniGPT, m.BPETokenizer, dict]:
     shape = model_config(args)
     set_seq_len(config, shape)
     if config.lora_rank:
         raise m.UserError(f"--lora-rank {config.lora_rank} needs a trained model: give --init RUN_DIR")
     tokenizer = get_tokenizer(args, shape.vocab_size)
     torch.manual_seed(config.seed)
-    return m.MiniGPT(shape), tokenizer
+    return m.MiniGPT(shape), tokenizer, {"step": 0}
 
 
 def find_parent(args, saved: dict, run_dir: Path) -> Path | None:
@@ -267,13 +236,6 @@ def find_parent(args, saved: dict, run_dir: Path) -> Path | None:
     return args.runs / stage
 
 
-def find_reward(args, saved: str | None) -> str:
-    """Return what --reward names, else what the resumed run had, unless that is a file with code."""
-    if not args.reward and saved and m.is_code(saved):
-        raise m.UserError(f"--resume: this run says that its reward is {saved}, which is code: name it with --reward")
-    return args.reward or saved or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
-
-
 def train(args) -> int:
     """Run one of m.STAGES: pretraining from a new model, another stage from its parent's run."""
     config, rl = train_config(args), rlhf_config(args)  # flags are checked before anything is loaded
@@ -284,14 +246,11 @@ def train(args) -> int:
         rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]) if saved.get("rl") else None)
     parent = find_parent(args, saved, run_dir)
     which = args.given.get("checkpoint", saved.get("checkpoint", "last") if saved else "best")
-    if parent is None:
-        (model, tokenizer), step = new_model(args, config), 0
-    else:
-        model, tokenizer, state = m.load_run(parent, which=which)
-        step = state["step"]
+    model, tokenizer, state = new_model(args, config) if parent is None else m.load_run(parent, which=which)
+    if parent is not None:
         check_shape(args, model.config)
         if args.imported and not is_resumed:
-            config = imported_config(args, args.stage, model)
+            config = train_config(args, m.get_imported_config(args.stage, model, "lora_rank" in args.given))
             config.seq_len = config.seq_len or imported_seq_len(args, config, model, tokenizer, device)
         set_seq_len(config, model.config)
     set_dtype(config, args.stage, device)
@@ -299,7 +258,9 @@ def train(args) -> int:
     origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute()), "checkpoint": which}
     origin |= {"imported": args.imported} if args.imported else {}
     if m.STAGES[args.stage].loader.kind == "prompt":
-        name = find_reward(args, saved.get("reward"))
+        name = args.reward or saved.get("reward") or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
+        if not args.reward and m.is_code(name):  # whoever can write a checkpoint must not run code here
+            raise m.UserError(f"--resume: this run names {name}, which is code: name it with --reward")
         reward = m.load_reward(name, tokenizer)
         origin["reward"] = name if name == "answer" else str(Path(name).absolute())
     m.keep_freed_memory()
@@ -308,7 +269,9 @@ def train(args) -> int:
     trainer = m.make_trainer(args.stage, model, tokenizer, sources, config, rl, reward=reward, **options)
     trainer.origin = origin
     if "parent" in origin:
-        print(f"{args.stage}: from {parent} at step {step}" + (f", reward: {origin['reward']}" if reward else ""))
+        print(
+            f"{args.stage}: from {parent} at step {state['step']}" + (f", reward: {origin['reward']}" if reward else "")
+        )
     if is_resumed:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
         print(f"resuming {run_dir} at step {trainer.step_count}")
@@ -319,62 +282,22 @@ def train(args) -> int:
 
 def fit(args, trainer: m.Trainer) -> int:
     """Train, and say how it went and what to do next."""
-    run_dir, stage, is_text = trainer.run_dir, trainer.stage, trainer.train_data.kind == "text"
     sample.show_run(trainer, args.imported)
-    with replacing(args, run_dir):
+    with m.replacing(args.overwrite, run_dir := trainer.run_dir):
         result = trainer.fit()
     if "signal" in result and trainer.progress() < 1:
-        saved = f"saved in {run_dir}\ngo on:  {command(args)} --resume" if trainer.step_count else "nothing to save yet"
+        saved = f"saved in {run_dir}\ngo on:  {args.command} --resume" if trainer.step_count else "nothing to save yet"
         print(f"stopped at step {trainer.step_count}; {saved}")
         return 128 + result["signal"]
-    held_out = f" on {result['bytes']:,} held-out bytes" if is_text else ""
-    figures = m.describe(result, ("bpb",) if is_text else m.FIGURES)
-    print(f"done: {figures}{held_out} after {trainer.elapsed_s():.0f} s; saved in {run_dir}")
+    sample.show_end(trainer, result)
     following = f"sample.py --run {shlex.quote(str(run_dir))}"
-    following += f" --prompt {shlex.quote(trainer.prompts()[0])}" if stage == "pretrain" else " --chat"
-    if stage == "reward":
-        flags = [
-            [name, args.given[name]] for name in ("config", "init", "data", "val_data", "out") if name in args.given
-        ]
-        words = [
-            word for name, value in flags for word in (m.flag_of(name), *([value] if type(value) is str else value))
-        ]
-        following = shlex.join(["train.py", "--stage", "ppo", *words])
+    following += f" --prompt {shlex.quote(trainer.prompts()[0])}" if trainer.stage == "pretrain" else " --chat"
+    if trainer.stage == "reward":  # with the flags that place it, as the user gave them
+        places = [(m.flag_of(name), args.given.get(name)) for name in ("config", "init", "data", "val_data", "out")]
+        words = [[flag, *([value] if isinstance(value, str) else value)] for flag, value in places if value]
+        following = shlex.join(["train.py", "--stage", "ppo", *sum(words, [])])
     print(f"next:  python {following}")
     return 128 + result["signal"] if "signal" in result else 0
-
-
-def command(args) -> str:
-    words = [word for word in args.argv if word not in ("--resume", "--overwrite")]
-    return " ".join(["python train.py", *map(shlex.quote, words)])
-
-
-@contextlib.contextmanager
-def replacing(args, *run_dirs: Path):
-    """With --overwrite, move the old runs aside; they come back unless a new one with a checkpoint takes their place.
-
-    Of several, those that were not reached stay aside: beside new parents they would pass for finished.
-    """
-    for old in (old for run_dir in run_dirs for old in run_dir.parent.glob(f"{run_dir.name}.old-*")):
-        print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
-    aside = {}
-    try:
-        for run_dir in run_dirs if args.overwrite else ():
-            if run_dir.exists():
-                with m.locked(run_dir):  # unless somebody trains in it
-                    pass
-                aside[run_dir] = run_dir.rename(run_dir.with_name(f"{run_dir.name}.old-{time.time_ns()}"))
-        yield
-    finally:
-        some_new = any(map(m.holds_run, aside))
-        for run_dir, old in aside.items():
-            if m.holds_run(run_dir):
-                shutil.rmtree(old)
-            elif some_new:
-                print(f"not replaced yet: the old {run_dir} is in {old}")
-            else:
-                shutil.rmtree(run_dir, ignore_errors=True)
-                old.rename(run_dir)
 
 
 def rlhf(args) -> int:
@@ -394,7 +317,7 @@ def rlhf(args) -> int:
     model = m.load_run(base)[0]
     check_shape(args, model.config)
     for stage in stages if args.imported else ():
-        configs[stage] = imported_config(args, stage, model)
+        configs[stage] = train_config(args, m.get_imported_config(stage, model, "lora_rank" in args.given))
         configs[stage].seq_len = configs[stage].seq_len or min(1024, model.config.max_position_embeddings)
     for stage, config in configs.items():
         set_seq_len(config, model.config)
@@ -402,10 +325,10 @@ def rlhf(args) -> int:
     m.check_needs(args.given, *configs.values(), model.config)
     m.keep_freed_memory()
     pipeline = m.RLHFPipeline(rl, base, args.runs, sources, configs, device=device, cache_dir=args.cache)
-    with replacing(args, *(args.runs / stage for stage in stages)):
+    with m.replacing(args.overwrite, *(args.runs / stage for stage in stages)):
         rows = pipeline.run()
     if "signal" in rows[-1]:
-        print(f"stopped; what is done is saved\ngo on:  {command(args)}")
+        print(f"stopped; what is done is saved\ngo on:  {args.command}")
         return 128 + rows[-1]["signal"]
     run = shlex.quote(str(args.runs / "ppo"))
     print(f"\n{sample.table(rows, pipeline.prompt)}\n\nnext:  python sample.py --run {run} --chat")
@@ -425,6 +348,7 @@ def evaluate(args) -> int:
     saved = state["config"]
     config = train_config(args, m.TrainConfig(**saved["train"] | {"lora_rank": 0}))  # LoRA is merged already
     config.eval_prompts = args.given.get("eval_prompts", sys.maxsize)
+    config.seq_len = config.seq_len or min(1024, model.config.max_position_embeddings)
     set_seq_len(config, model.config)
     source = data_sources(args, saved["data"])["val"]
     kinds, stage = m.kinds_of(source.paths), saved["stage"]
@@ -484,13 +408,11 @@ def export(args) -> int:
 
 def inspect(args) -> int:
     """Show conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
-    parent, config = Path(args.init or args.runs / "pretrain"), train_config(args)
+    parent, config, shape = Path(args.init or args.runs / "pretrain"), train_config(args), model_config(args)
     if (parent / "config.json").exists():
         model, tokenizer, _ = m.load_run(parent)
-        shape = model.config
-        check_shape(args, shape)
+        check_shape(args, shape := model.config)
     else:
-        shape = model_config(args)
         tokenizer = get_tokenizer(args, shape.vocab_size)
     set_seq_len(config, shape)
     data = m.make_loader("sft", tokenizer, shape, config, data_sources(args)["train"], False, args.cache)
