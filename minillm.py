@@ -266,7 +266,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm by the kernels of layer norm; torch's own gradient of F.rms_norm takes eight times as long on a CPU."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x, weight, eps):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -274,7 +274,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad):
         # Layer norm is RMSNorm of x - mean(x). With a mean of 0 its kernel gives RMSNorm's gradient less the mean of
         # grad · weight · scale, which comes through the mean that RMSNorm does not have. So add that back.
         x, weight, scale = ctx.saved_tensors
@@ -550,9 +550,7 @@ class MiniGPT(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        cos, sin = rope_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("rope", torch.stack(rope_tables(config)), persistent=False)  # (2, max_positions, D)
         self.gradient_checkpointing = False
         self.reset_parameters()
 
@@ -604,17 +602,17 @@ class MiniGPT(nn.Module):
         else:
             slots, S = torch.arange(start, start + T, device=input_ids.device), start + T
             fast = attention_mask is None and T in (1, S)  # no mask: plain causal, or one query after all keys
-        if position_ids is None and S > limit:
-            raise UserError(f"{S} tokens exceed the context of max_position_embeddings={limit}")
+        if position_ids is None:
+            position_ids = slots[None]
+            if S > limit:
+                raise UserError(f"{S} tokens exceed the context of max_position_embeddings={limit}")
         mask = None if fast else visible_keys(slots, S, attention_mask)
-        position_ids = slots[None] if position_ids is None else position_ids
-        cos, sin = self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)  # (B or 1, T, 1, D)
+        cos, sin = self.rope[:, position_ids].unsqueeze(3)  # (B or 1, T, 1, D) each
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled() and not cache:  # keep x alone
-                x, balance = recompute(block, x, cos, sin, mask, token_mask, use_reentrant=False)
-            else:
-                x, balance = block(x, cos, sin, mask, token_mask, cache)
+                block = functools.partial(recompute, block, use_reentrant=False)
+            x, balance = block(x, cos, sin, mask, token_mask, cache)
             balances.append(balance)
         if cache and cache.position is None:
             cache.length += T
@@ -803,7 +801,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy that computes its gradients already in forward, chunk by chunk, while the logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx, hidden, weight, labels, chunk):
         if torch.is_autocast_enabled(hidden.device.type):
             half = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(half), weight.to(half)
@@ -829,7 +827,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad):
         # the gradients of the sum: the chain rule only scales them
         return *(d if d is None else d.mul(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None
 
@@ -843,7 +841,7 @@ def token_logprobs(
     logits at a time; backward computes them again.
     """
 
-    def logprobs_of(h: Tensor, y: Tensor) -> Tensor:
+    def logprobs_of(h, y):
         logits = F.linear(h, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
         return logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(dim=-1)
@@ -3007,7 +3005,7 @@ class GenerationConfig:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         ranges = {
             "[1, inf)": "max_new_tokens max_length num_beams",
-            "[0, inf)": "min_new_tokens top_k",
+            "[0, inf)": "min_new_tokens top_k temperature",
             "(0, 1]": "top_p",
             "[0, 1]": "min_p",
             "[1e-6, 1e9]": "repetition_penalty",
@@ -3015,14 +3013,12 @@ class GenerationConfig:
             "[0, 4294967295]": "seed",
         }
         check_fields(self, ranges)
-        check(self, self.temperature == 0 or self.temperature >= 1e-5, "temperature", "0 (greedy), or 1e-5 or more")
         check(self, all(isinstance(text, str) and text for text in self.stop or []), "stop", "texts that are not empty")
 
     def new_tokens(self, prompt_len: int) -> int:
         """Return how many tokens to add to a prompt of `prompt_len`."""
-        if self.max_new_tokens is not None:
-            return self.max_new_tokens
-        return 128 if self.max_length is None else max(0, self.max_length - prompt_len)
+        left = 128 if self.max_length is None else max(0, self.max_length - prompt_len)
+        return self.max_new_tokens or left
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -3077,7 +3073,7 @@ class _Decoding:
 
     def __init__(self, generator, input_ids, config, attention_mask):
         self.model, self.tokenizer, self.compiled = generator.model, generator.tokenizer, generator.compiled
-        self.config, self.device = config, generator.device
+        self.config, self.device = config, self.model.embed_tokens.weight.device
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         limit, V = self.model.config.max_position_embeddings, self.model.config.vocab_size
         # 1 check the prompts
@@ -3235,10 +3231,6 @@ class TextGenerator:
         """Return the assistant's reply to [{"role", "content"}, …]."""
         return "".join(self.stream(messages, config))
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
-
     def _prompt_ids(self, prompt):
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=True)
@@ -3251,7 +3243,8 @@ class TextGenerator:
         return self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")  # the last character may be unfinished
 
     def _random(self, config):
-        return None if config.seed is None else torch.Generator(self.device).manual_seed(config.seed)
+        device = self.model.embed_tokens.weight.device
+        return None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
 
     @torch.no_grad()
     def _decode(self, input_ids, config, attention_mask=None, random=None):
@@ -3259,11 +3252,12 @@ class TextGenerator:
 
         Finished rows are dropped from the batch as soon as they make up half of it: rollouts end at different lengths.
         """
-        random, greedy = random or self._random(config), not config.do_sample or config.temperature == 0
+        random = random or self._random(config)
+        greedy = not config.do_sample or config.temperature < 1e-5  # where logits / temperature could be infinite
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
-            next_ids = input_ids.to(self.device, torch.long)
-            running = torch.arange(len(input_ids), device=self.device)  # rows that are still in the batch
+            next_ids = input_ids.to(state.device, torch.long)
+            running = torch.arange(len(input_ids), device=state.device)  # rows that are still in the batch
             ended, padding = running < 0, torch.full_like(running, self.tokenizer.pad_id)  # (B,): none has ended yet
             for _ in range(state.new_tokens):
                 logits = state.feed(next_ids)
@@ -3293,7 +3287,7 @@ class TextGenerator:
         most_ends = k if config.early_stopping else math.inf  # after these, a prompt is done
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
-            ids = input_ids.to(self.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
+            ids = input_ids.to(state.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
             logits = state.feed(ids)  # (rows, V)
             (B, V), logprobs = logits.shape, logits.new_zeros(len(ids), 1)  # (B, beams)
             best, best_score, num_ends = list(ids), [-math.inf] * B, [0] * B  # of each prompt's hypotheses
@@ -3301,7 +3295,7 @@ class TextGenerator:
                 # 1 extend: enough candidates that k unfinished ones remain even if all stop tokens are among them
                 totals = (logprobs.view(-1, 1) + logits.log_softmax(dim=-1)).view(B, -1)  # (B, beams V)
                 totals, flat = totals.topk(min(k * (len(state.stop_ids) + 1), totals.shape[1]))  # (B, n)
-                rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=self.device)[:, None]
+                rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=state.device)[:, None]
                 tokens = flat % V
                 candidates = torch.cat((ids[rows], tokens[:, :, None]), dim=2)  # (B, n, T + length)
                 # 2 finish: an end counts only among the best k; at the last step all end
@@ -3332,7 +3326,7 @@ def compile_decode_step(model: MiniGPT) -> Callable:
     options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}
     compiled = torch.compile(_decode_step, dynamic=False, **options)
 
-    def step(*args) -> Tensor:
+    def step(*args):
         try:
             # freezing lays out the weights for the processor; torch looks at this setting whenever it compiles
             with torch._inductor.config.patch(freezing=on_cpu):
