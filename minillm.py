@@ -65,6 +65,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from decimal import Decimal
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -2090,17 +2091,39 @@ def _answers(record):
     return list(map(str, answers))
 
 
+# Full-width characters and the minus sign as ASCII
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0xFFE5: "¥", 0x2212: "-"}
+_NUMBER = re.compile(r"([+-]?)([$¥€£]?) ?(?=\.?\d)((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:e[+-]?\d{1,3})?)(.*)")
+
+
+def _number(text):
+    """Return a text that is a number, perhaps with a unit, as (value, unit, currency); None for another."""
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return None
+    sign, currency, digits, unit = match.groups()
+    return Decimal(sign + digits.replace(",", "")), unit.strip(), currency
+
+
 def answer_matches(reply: str, answer: str) -> bool:
     """Return whether the reply's first sentence is the answer (one of the lines of `answer`), in any case.
 
+    Numbers are compared by their values. A unit or % must be that of the answer; a currency may be left out.
+
     >>> answer_matches("Tom. I hope that helps!", "tom"), answer_matches("是小明。", "小明"), answer_matches("3.5", "3")
     (True, False, False)
+    >>> answer_matches("$1,000.", "1000.0"), answer_matches("18 apples", "18"), answer_matches("18.0 kg", "18 kg")
+    (True, False, True)
     """
     reply = "\n".join(" ".join(line.split()) for line in reply.strip().lower().split("\n"))
+    found = _number(re.split(r"[。!?\n]|\.(?!\d)", reply.translate(_PLAIN))[0])
     for line in answer.lower().split("\n"):
         line = " ".join(line.split()).rstrip("。！？!?.")
         # The sentence ends there; a point before a digit is a decimal one.
         if line and re.match(re.escape(line) + r"([。！？!?\n]|\.(?!\d)|$)", reply):
+            return True
+        right = _number(line.translate(_PLAIN))
+        if found and right and found[:2] == right[:2] and len({"", found[2], right[2]}) < 3:
             return True
     return False
 

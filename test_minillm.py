@@ -3104,6 +3104,38 @@ def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, name):
         ("Mr. Smith! How nice.", "Mr. Smith", True),
         ("Mr. Smithers", "Mr. Smith", False),
         ("", ".", False),
+        # numbers
+        ("18", "18.0", True),
+        ("18.00", "18", True),
+        ("18.5", "18", False),
+        ("180", "18", False),
+        ("1,000", "1000", True),
+        ("1000", "1,000.0", True),
+        ("12,34", "1234", False),
+        ("１８。", "18", True),
+        ("３．５", "3.50", True),
+        ("１，０００！", "1000", True),
+        ("$18.", "18", True),
+        ("18", "$18", True),
+        ("￥18", "¥18.00", True),
+        ("$18", "¥18", False),
+        ("18 apples", "18", False),
+        ("18.0 apples. Yes", "18 apples", True),
+        ("18", "18 apples", False),
+        ("18 pears", "18 apples", False),
+        ("5kg", "5.0 kg", True),
+        ("-3", "\u22123.0", True),
+        ("3", "-3", False),
+        ("-$1,200.50", "-1200.5", True),
+        ("50 %", "50%", True),
+        ("50", "50%", False),
+        (".5", "0.5", True),
+        ("1e3", "1000", True),
+        ("18 - 20", "18", False),
+        ("9007199254740993", "9007199254740992", False),
+        ("1e999999999999999999999", "3", False),
+        ("第3个", "3", False),
+        ("7", "6\n7.0", True),
     ],
 )
 def test_answer_matches(reply, answer, same):
@@ -7541,7 +7573,7 @@ def test_the_snippet_of_the_readme(tmp_path):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(m) == (0, 6)
+    assert doctest.testmod(m) == (0, 7)
 
 
 HACKS = HERE / "README.md"
