@@ -2828,10 +2828,9 @@ LOADERS = (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader)
             {"prompt": ASK, "chosen": GOOD, "rejected": [USER, REJECTED, USER]},
             '"rejected" must end with',
         ),
-        (m.DPODataLoader, {"context": ASK, "chosen": GOOD, "rejected": BAD}, '"context" may be a question'),
-        (m.DPODataLoader, {"ask": ASK, "chosen": GOOD, "rejected": BAD}, '"ask" may be a question'),
-        (m.DPODataLoader, {"turns": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, '"turns" may be a question'),
-        (m.DPODataLoader, {"prompt": ASK, "query": "b", "chosen": GOOD, "rejected": BAD}, '"query" may be a question'),
+        (m.DPODataLoader, {"context": ASK, "chosen": GOOD, "rejected": BAD}, '"context" may be the question'),
+        (m.DPODataLoader, {"ask": ASK, "chosen": GOOD, "rejected": BAD}, '"ask" may be the question'),
+        (m.DPODataLoader, {"turns": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, '"turns" may be the question'),
         (m.DPODataLoader, {"prompt": ASK, "chosen": [CHOSEN], "rejected": []}, '"rejected" must end with'),
         (m.DPODataLoader, {"prompt": ASK, "chosen": 3, "rejected": GOOD}, "must be an object"),
         (m.DPODataLoader, {"prompt": [USER, CHOSEN], "chosen": GOOD, "rejected": BAD}, "go on where the prompt ends"),
@@ -2972,7 +2971,9 @@ def test_questions_with_answers_are_conversations_that_can_be_checked(tmp_path, 
 def test_the_allowed_forms_are_those_of_the_table(tmp_path, tokenizer):
     with pytest.raises(m.UserError) as caught:
         load(m.ConversationDataLoader, tmp_path, tokenizer, [{"q": 1}])
-    assert all("+".join(form.keys) in str(caught.value) for form in m.FORMS) and "question+answer" in str(caught.value)
+    assert all("+".join(filter(None, form[1:])) in str(caught.value) for form in m.FORMS) and "question+answer" in str(
+        caught.value
+    )
 
 
 def test_records_that_are_all_bad_are_no_matter_of_the_split(tmp_path, tokenizer):
@@ -3118,7 +3119,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, name):
         ("$18.", "18", True),
         ("18", "$18", True),
         ("￥18", "¥18.00", True),
-        ("$18", "¥18", False),
+        ("$18", "¥18", True),
         ("18 apples", "18", False),
         ("18.0 apples. Yes", "18 apples", True),
         ("18", "18 apples", False),
@@ -8225,8 +8226,8 @@ MISTAKES = [
     data_mistake('{"instruction": "a", "output": " "}', "1 × no reply to learn from: empty", "sft"),
     data_mistake('{"prompt": "a", "completion": "b", "label": false}', "1 × no reply to learn from", "sft"),
     data_mistake('{"question": "a", "answer": {}}', '"answer" must be a text', "sft"),
-    data_mistake('{"context": "a", "chosen": "b", "rejected": "c"}', '"context" may be a question', "dpo"),
-    data_mistake('{"prompt": "a", "query": "q", "chosen": "b", "rejected": "c"}', '"query" may be a question', "dpo"),
+    data_mistake('{"context": "a", "chosen": "b", "rejected": "c"}', '"context" may be the question', "dpo"),
+    data_mistake('{"asked": [' + SAY + '], "chosen": "b", "rejected": "c"}', '"asked" may be the question', "dpo"),
     data_mistake('{"question": ["a", 3], "chosen": "b", "rejected": "c"}', "a message must be an object", "dpo"),
     data_mistake('{"prompt": "a", "chosen": "b c", "rejected": " b c"}', "1 × both sides alike", "reward"),
     data_mistake('{"messages": [' + SAY + "]}", "without an assistant message", "sft"),
