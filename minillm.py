@@ -2539,15 +2539,23 @@ def _array_types(tokenizer):
     }
 
 
-def _encode_items(items, tokenizer):
-    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}."""
+def _encode_items(items, tokenizer, skip):
+    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}; with `skip`, "refused" says of what not."""
     arrays = {
         f"{split}.{name}": array.array(typecode)
         for split in ("train", "val")
         for name, (typecode, _) in _array_types(tokenizer).items()
     }
+    arrays["refused"] = array.array("B")
     for item in items:
-        for name, values in item.encode(tokenizer).items():
+        try:
+            encoded = item.encode(tokenizer)
+        except UserError as error:  # by an imported chat template
+            if not skip:
+                raise UserError(f"{error} (--on-bad-record skip goes on without such records)") from error
+            arrays["refused"].extend(f"{' '.join(str(error).split())}\n".encode())
+            continue
+        for name, values in encoded.items():
             arrays[f"{item.split}.{name}"].extend(values)
     return {name: values.tobytes() for name, values in arrays.items()}
 
@@ -2580,10 +2588,14 @@ def encode_data(
         folder,
         reader.items(kind, split),
         lambda item: len(str(item[1])),
-        functools.partial(_encode_items, tokenizer=tokenizer),
+        functools.partial(_encode_items, tokenizer=tokenizer, skip=on_bad_record == "skip"),
         reader.report,
     )
-    if report := (folder / "report").read_text(encoding="utf-8"):
+    report, refused = ((folder / name).read_text(encoding="utf-8") for name in ("report", "refused"))
+    if refused:
+        lines = refused.splitlines()
+        report += f"{'; ' * bool(report)}{len(lines):,} × refused by the chat template, the first at {lines[0]}"
+    if report:
         warnings.warn(report, stacklevel=4)
     # 3. Only what a batch needs is read from the disk.
     part = "val" if split == "val" else "train"
@@ -5640,7 +5652,13 @@ class ImportedTokenizer(BPETokenizer):
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             with contextlib.suppress(UserError, ValueError):  # a template may want more than such a conversation
                 ids, trained = self.encode_chat(chat)
-                ends += [i for i in ids[trained.index(True) :] if i in self.special_tokens][:1]
+                after = [i for i in ids[trained.index(True) :] if i in self.special_tokens]
+                if not after:
+                    warnings.warn(
+                        "the chat template puts no special token after a reply: a model cannot learn where to stop",
+                        stacklevel=5,
+                    )
+                ends += after[:1]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *ends]))
 
     def _ends(self):

@@ -1778,7 +1778,7 @@ def test_an_encoded_conversation_is_plain_arrays(tmp_path, bytes_only):
     assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
     names = ("ids", "trained", "lengths", "notes", "note_lengths")
     files = {f"{part}.{name}" for part in ("train", "val") for name in names}
-    assert {f.name for f in folder.iterdir()} == files | {"report", "sizes"}
+    assert {f.name for f in folder.iterdir()} == files | {"refused", "report", "sizes"}
     ids = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\nyo"), 4]
     assert read_array(folder / "train.ids", "H") == ids
     assert read_array(folder / "train.trained", "b") == [0] * (len(ids) - 3) + [1, 1, 1]
@@ -6497,6 +6497,30 @@ def test_a_record_that_a_chat_template_refuses_is_named_with_its_place(tmp_path)
         m.ConversationDataLoader(
             write_jsonl(tmp_path / "chats.jsonl", chats), tokenizer, split="all", cache_dir=tmp_path / "cache"
         )
+
+
+def test_records_that_a_chat_template_refuses_can_be_skipped_and_are_counted(tmp_path):
+    huggingface_tokenizer("gemma", tmp_path / "gemma", template=GEMMA)
+    tokenizer = load_imported(tmp_path / "gemma")
+    good, bad = {"messages": turns("hi", "yo")}, {"system": "Be brief.", "messages": turns("hi", "yo")}
+    records = [good, bad, good, bad, {"messages": 3}]
+    for _ in range(2):  # a second start from the cache says it again
+        with pytest.warns(UserWarning) as found:
+            loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, on_bad_record="skip")
+        said = str(found[0].message)
+        assert re.search(r"2 × refused by the chat template, the first at \S+records.jsonl:2: .*no system role", said)
+        assert "1 × malformed" in said and len(loader.items) == 2
+
+
+def test_a_template_without_an_end_of_turn_is_named(tmp_path):
+    template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    huggingface_tokenizer("qwen", tmp_path / "a", template=template)
+    with pytest.warns(UserWarning, match="no special token after a reply: a model cannot learn where to stop"):
+        load_imported(tmp_path / "a")
+    huggingface_tokenizer("qwen", tmp_path / "b", template=QWEN2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_imported(tmp_path / "b")
 
 
 def test_what_is_trained(tmp_path):
