@@ -1545,15 +1545,11 @@ class BPETokenizer:
     def to_json(self) -> str:
         """Return the Hugging Face `tokenizer.json`. Equal tokenizers give equal text."""
         data = json.loads(EMPTY_TOKENIZER)
-        data["added_tokens"] = [
-            example | {"id": i, "content": name}
-            for i, name in enumerate(SPECIAL_TOKENS)
-            for example in data["added_tokens"]
-        ]
+        (example,) = data["added_tokens"]
+        data["added_tokens"] = [example | {"id": i, "content": name} for i, name in enumerate(SPECIAL_TOKENS)]
         data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = self.pattern
-        data["model"]["vocab"] = {name: i for i, name in enumerate(SPECIAL_TOKENS)} | {
-            spell_bytes(token): i for i, token in enumerate(self.token_bytes) if token
-        }
+        texts = [*SPECIAL_TOKENS, *map(spell_bytes, self.token_bytes[FIRST_BYTE:])]
+        data["model"]["vocab"] = {text: i for i, text in enumerate(texts)}
         data["model"]["merges"] = [list(map(spell_bytes, pair)) for pair in self.merges]
         return json.dumps(data, ensure_ascii=False, indent=1)
 
@@ -1848,7 +1844,7 @@ FORMS = (  # the first one whose keys a record has
 )
 MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
 # Further keys of records and of messages. One that is nowhere is counted and named, or refused if it means no text.
-RECORD_KEYS = ("system", "history", "tools", "answer", "gt", "category")
+RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
 MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls")
 SWITCHES = ("trained", "train", "loss", "weight")  # of a message: 0 or false if it is not to be learned from
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
@@ -1871,6 +1867,7 @@ ROLES = {
     "gpt": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "developer": "system",
 }
 # Qwen's system prompt for tools; each is one line of JSON.
 TOOLS_PROMPT = """# Tools
@@ -1923,7 +1920,8 @@ def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
         if message["role"] == before["role"] != "tool":  # several tools may answer one message
             message["content"] = f"{before['content']}\n\n{message['content']}"
             messages[-1] = before | message
-            remarks.append(f"two {message['role']} messages in a row, joined")
+            if message["role"] != "system":
+                remarks.append(f"two {message['role']} messages in a row, joined")
         elif message["role"] == "system" and messages:
             raise ValueError("a system message may only come first")
         else:
@@ -1963,11 +1961,12 @@ def _parsed(value):
 
 def _question(record, key):
     """Return what the user says under a key, with the texts it refers to."""
-    more = [record[other] for other in MORE_KEYS if other != key and record.get(other)]
-    texts = [record[key] or "", *more]
-    if more and not all(isinstance(text, str) for text in texts):
+    texts = [record.get(name) for name in dict.fromkeys((key, *MORE_KEYS))]
+    if not any(texts[1:]):
+        return texts[0]
+    if not all(isinstance(text or "", str) for text in texts):
         raise ValueError(f'"{key}" and "input" or "context" must be strings')
-    return "\n".join(filter(None, texts)) if more else record[key]
+    return "\n".join(filter(None, texts))
 
 
 def _whole(record, messages, remarks):
@@ -1975,14 +1974,14 @@ def _whole(record, messages, remarks):
     history = record.get("history") or []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError('"history" must be a list of pairs [question, answer]')
-    before = as_messages(record.get("system") or [], "system", remarks)
+    before = as_messages(record.get("system") or record.get("system_prompt") or [], "system", remarks)
     for question, reply in history:
         before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
-    messages = as_messages(before + messages, "", remarks)
-    if tools := record.get("tools"):
-        system = messages.pop(0) if messages and messages[0]["role"] == "system" else {"role": "system", "content": ""}
-        messages = as_messages(system | {"tools": tools}, "", remarks) + messages
-    return messages
+    messages = before + messages
+    if tools := record.get("tools"):  # they follow the system prompt
+        place = sum(message["role"] == "system" for message in messages)
+        messages.insert(place, {"role": "system", "content": "", "tools": tools})
+    return as_messages(messages, "", remarks)
 
 
 def _chat_messages(record, form, kind, remarks):
@@ -2540,7 +2539,7 @@ def _array_types(tokenizer):
 
 
 def _encode_items(items, tokenizer, skip):
-    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}; with `skip`, "refused" says of what not."""
+    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}; "refused" names what `skip` leaves out."""
     arrays = {
         f"{split}.{name}": array.array(typecode)
         for split in ("train", "val")

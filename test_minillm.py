@@ -2629,6 +2629,8 @@ TOOL = {
         ({"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "查。"},
                             {"from": "observation", "value": "9点"}, {"from": "gpt", "value": "九点。"}]}, TOOL),
         ({"messages": PLAIN["messages"], "system": "你是助手。"}, WITH_SYSTEM),
+        ({"question": "小猫吃什么？", "response": "吃鱼。", "system_prompt": "你是助手。"}, WITH_SYSTEM),
+        ({"messages": [{"role": "developer", "content": "你是助手。"}, *PLAIN["messages"]]}, WITH_SYSTEM),
         ({"instruction": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
         ({"instruction": "小猫吃什么？", "input": "", "output": "吃鱼。", "system": "", "history": []}, PLAIN),
         ({"instruction": "小猫吃什么？", "input": None, "output": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
@@ -2863,7 +2865,7 @@ def trained_texts(loader) -> list[str]:
         ({"messages": [USER, USER, *turns("", "b", "", "")[1::2], CHOSEN]}, "b\n\n\n\n" + GOOD + "|", "two assistant"),
         ({"messages": [USER, CHOSEN], "id": 1, "label": True}, GOOD + "|", "unknown key 'label'"),
         ({"messages": [USER | {"name": "Tom", "id": None}, CHOSEN]}, GOOD + "|", "unknown key 'name' of a message"),
-        ({"messages": turns(ASK, GOOD, system="a"), "system": "b"}, GOOD + "|", "two system messages"),
+        ({"messages": turns(ASK, GOOD, system="a"), "system": "b"}, GOOD + "|", ""),
     ],
 )
 def test_what_of_a_conversation_is_trained(tmp_path, tokenizer, record, trained, remark):
