@@ -2357,6 +2357,8 @@ class Reader:
             except (ValueError, TypeError) as error:  # a key holds something of another type
                 self._skip(where, error)
             else:
+                for key in record.keys() - {"text"} if kind == "text" else ():
+                    self.count(f"unknown key {key!r}", where)
                 yield where, document
 
     def division(self, kind: str, source: str) -> Callable:

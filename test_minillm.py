@@ -2064,6 +2064,12 @@ def test_parquet_holds_the_same_records(tmp_path, tokenizer, monkeypatch):
         encode(tmp_path / "b.parquet", tokenizer, "all", tmp_path / "c")
 
 
+def test_unknown_keys_of_texts_are_counted(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "title": "c"}, {"text": "d", "title": "e"}])
+    with pytest.warns(UserWarning, match="2 × unknown key 'title', the first at .*a.jsonl:2"):
+        assert encode(tmp_path / "a.jsonl", tokenizer, "all", tmp_path / "c").count("<|bos|>") == 3
+
+
 def test_ids_above_65535_take_four_bytes(tmp_path):
     tokenizer = m.BPETokenizer()
     tokenizer.token_bytes += [b"x"] * 70_000
