@@ -1948,11 +1948,15 @@ def _content(message):
     for call in calls:
         call = call.get("function", call)
         call = {"name": call["name"], "arguments": _parsed(call["arguments"])}
-        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+        blocks.append(f"<tool_call>\n{_as_json(call)}\n</tool_call>")
     if tools:
-        lines = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
+        lines = "\n".join(_as_json(dict(tool)) for tool in tools)
         blocks.append("\n" * bool(content) + TOOLS_PROMPT.format(lines))
     return f"<think>\n{thought}\n</think>\n\n" * bool(thought) + "\n".join(blocks)
+
+
+def _as_json(value):
+    return json.dumps(value, ensure_ascii=False).encode().decode()  # ValueError for half a surrogate pair
 
 
 def _parsed(value):

@@ -8252,6 +8252,15 @@ MISTAKES = [
     data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "function_call": {"name": "f"}}]}', "is not", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "tool_calls": [{}]}]}', "name and arguments", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "tool_calls": "{"}]}', "name and arguments", "sft"),
+    data_mistake(  # half a surrogate pair, in JSON in a text
+        '{"messages": ['
+        + SAY
+        + ","
+        + REPLY[:-1]
+        + r', "tool_calls": [{"name": "f", "arguments": "{\"a\": \"\\ud800\"}"}]}]}',
+        "name and arguments",
+        "sft",
+    ),
     data_mistake('{"messages": [{"role": "user", "content": [{"image": "a"}]}]}', "parts with a text", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "audio": "a.wav"}', '"audio" is not supported', "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "tools": [1]}', "name and arguments", "sft"),
