@@ -66,6 +66,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from decimal import Decimal
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -1311,91 +1312,70 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
     """Return the `count` most useful merges of byte-level BPE (arXiv:1508.07909), fewer if no pair occurs twice.
 
     Merges join whole characters, or the bytes of one character from left to right; never parts of two characters, so
-    that Chinese tokens are characters and words.
+    that Chinese tokens are characters and words. So the merges inside characters and those of characters are learned
+    apart, the former on the list of distinct characters. A pair of characters is never more frequent than either of
+    them (ties go to bytes), so both are complete before they are joined.
 
     >>> learn_merges({"low": 5, "lower": 2}, 2)
     [(b'l', b'o'), (b'lo', b'w')]
     """
-    learner, merges = _MergeLearner(word_counts), []
-    while len(merges) < count and (pair := learner.most_frequent_pair()):
-        merges.append(learner.merge(pair))
-    return merges
+    char_counts = Counter()
+    for word, n in word_counts.items():
+        for char in word:
+            char_counts[char] += n
+    unused = (chr(i) for i in range(0xF0000, sys.maxunicode) if chr(i) not in char_counts)
+    byte_symbols = [chr(b) if b < 128 else next(unused) for b in range(256)]
+    spelled = {"".join(byte_symbols[b] for b in char.encode()): n for char, n in char_counts.items()}
+    in_characters = _merges_of(spelled, {symbol: bytes([b]) for b, symbol in enumerate(byte_symbols)}, unused, 1)
+    of_characters = _merges_of(word_counts, {char: char.encode() for char in char_counts}, unused, None)
+    merges = heapq.merge(in_characters, of_characters, key=lambda merge: -merge[0])  # the most frequent first
+    return [pair for _, pair in itertools.islice(merges, count)]
 
 
-class _MergeLearner:
-    """Words as strings of symbols, and how often each pair of neighbouring symbols occurs.
+def _merges_of(word_counts, symbol_bytes, unused, first):
+    """Yield (frequency, the bytes of both halves) of one merge after another, until no pair occurs twice.
 
-    A symbol is one code point, so that a pair is a string of two and a merge is one str.replace. Every character starts
-    out as one symbol. The merges that build a character from its bytes are learned separately, on the list of distinct
-    characters. This gives the same result as working on bytes: a pair of characters is never more frequent than either
-    of them (ties go to bytes), so both are complete before they are joined.
+    Words are strings of symbols; `symbol_bytes` has their bytes, `unused` gives new ones. A symbol is one code point: a
+    pair is a string of two, and a merge is one str.replace. If `first` is 1, only a word's first pair may merge.
     """
 
-    def __init__(self, word_counts: dict[str, int]):
-        char_counts = Counter()
-        for word, n in word_counts.items():
-            for char in word:
-                char_counts[char] += n
-        self.unused_symbols = (chr(i) for i in range(0xF0000, sys.maxunicode) if chr(i) not in char_counts)
-        self.byte_symbols = [chr(b) if b < 128 else next(self.unused_symbols) for b in range(256)]
-        self.symbol_bytes = {symbol: bytes([b]) for b, symbol in enumerate(self.byte_symbols)}
-        self.characters = {self._spell(char.encode()): char for char in char_counts}  # by their bytes' symbols
-        self.words = [*self.characters, *word_counts]  # the characters as bytes, then the words as characters
-        self.counts = [*char_counts.values(), *word_counts.values()]
-        self.first_word = len(self.characters)
-        # 1 count the pairs
-        self.pair_counts = defaultdict(int)
-        self.words_with = defaultdict(set)  # pair -> numbers of the words that have it, or had it
-        for i, (word, n) in enumerate(zip(self.words, self.counts, strict=True)):
-            for pair in self._pairs(i, word):
-                self.pair_counts[pair] += n
-                self.words_with[pair].add(i)
-        self.queue = [(-n, self._joins_characters(pair), pair) for pair, n in self.pair_counts.items()]
-        heapq.heapify(self.queue)
+    def pairs(word):
+        return list(map(str.__add__, word, word[1:]))[:first]
 
-    def _spell(self, token):
-        return "".join(self.byte_symbols[b] for b in token)
-
-    def _pairs(self, i, word):
-        """The pairs of word i that may merge: all, but of a character only the first, as it grows from the left."""
-        pairs = list(map(str.__add__, word, word[1:]))
-        return pairs if i >= self.first_word else pairs[:1]
-
-    def _joins_characters(self, pair):
-        return min(self.words_with[pair]) >= self.first_word
-
-    def most_frequent_pair(self) -> str | None:
-        """2 Take the most frequent pair; None when no pair occurs twice any more."""
-        while self.queue:
-            n, joins_characters, pair = heapq.heappop(self.queue)
-            if self.pair_counts[pair] == -n:
-                return pair if -n > 1 else None
-            # earlier merges have used up some of its occurrences: back into the queue with today's count
-            heapq.heappush(self.queue, (-self.pair_counts[pair], joins_characters, pair))
-        return None
-
-    def merge(self, pair: str) -> tuple[bytes, bytes]:
-        """3 Replace the pair by a new symbol in all words, 4 update the counts; return the bytes of both halves."""
-        joins_characters = self._joins_characters(pair)
-        left, right = map(self.symbol_bytes.get, pair)
-        symbol = self.characters.get(self._spell(left + right)) or next(self.unused_symbols)  # a complete character?
-        self.symbol_bytes[symbol] = left + right
-        new_pairs = set()
-        for i in self.words_with.pop(pair):
-            old, n = self.words[i], self.counts[i]
-            new = self.words[i] = old.replace(pair, symbol)
-            if new == old:  # an earlier merge has taken the pair out of this word
-                continue
-            for p in self._pairs(i, old):
-                self.pair_counts[p] -= n
-            for p in self._pairs(i, new):
-                self.pair_counts[p] += n
+    # 1 Count the pairs.
+    words, counts = list(word_counts), list(word_counts.values())
+    pair_counts, words_with = defaultdict(int), defaultdict(set)  # numbers of the words that have a pair, or had it
+    for i, word in enumerate(words):
+        for pair in pairs(word):
+            pair_counts[pair] += counts[i]
+            words_with[pair].add(i)
+    queue = [(-n, pair) for pair, n in pair_counts.items()]
+    heapq.heapify(queue)
+    while queue:
+        # 2 Take the most frequent pair.
+        n, pair = heapq.heappop(queue)
+        if pair_counts[pair] != -n:  # earlier merges have used up some of its occurrences: back with today's count
+            heapq.heappush(queue, (-pair_counts[pair], pair))
+            continue
+        if -n < 2:
+            return
+        left, right = map(symbol_bytes.get, pair)
+        yield -n, (left, right)
+        # 3 Replace it by a new symbol in all words, and update the counts.
+        symbol, new_pairs = next(unused), set()
+        symbol_bytes[symbol] = left + right
+        for i in words_with.pop(pair):
+            old = words[i]
+            words[i] = old.replace(pair, symbol)  # it may be gone: an earlier merge has used it up
+            for p in pairs(old):
+                pair_counts[p] -= counts[i]
+            for p in pairs(words[i]):
+                pair_counts[p] += counts[i]
                 if symbol in p:
-                    self.words_with[p].add(i)
+                    words_with[p].add(i)
                     new_pairs.add(p)
         for p in new_pairs:
-            heapq.heappush(self.queue, (-self.pair_counts[p], joins_characters, p))
-        return left, right
+            heapq.heappush(queue, (-pair_counts[p], p))
 
 
 class _Cache(dict):
@@ -1564,15 +1544,11 @@ class BPETokenizer:
     def to_json(self) -> str:
         """Return the Hugging Face `tokenizer.json`. Equal tokenizers give equal text."""
         data = json.loads(EMPTY_TOKENIZER)
-        data["added_tokens"] = [
-            example | {"id": i, "content": name}
-            for i, name in enumerate(SPECIAL_TOKENS)
-            for example in data["added_tokens"]
-        ]
+        (example,) = data["added_tokens"]
+        data["added_tokens"] = [example | {"id": i, "content": name} for i, name in enumerate(SPECIAL_TOKENS)]
         data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = self.pattern
-        data["model"]["vocab"] = {name: i for i, name in enumerate(SPECIAL_TOKENS)} | {
-            spell_bytes(token): i for i, token in enumerate(self.token_bytes) if token
-        }
+        texts = [*SPECIAL_TOKENS, *map(spell_bytes, self.token_bytes[FIRST_BYTE:])]
+        data["model"]["vocab"] = {text: i for i, text in enumerate(texts)}
         data["model"]["merges"] = [list(map(spell_bytes, pair)) for pair in self.merges]
         return json.dumps(data, ensure_ascii=False, indent=1)
 
@@ -1846,11 +1822,7 @@ class Form(NamedTuple):
 
     kind: str  # text, chat, preference or prompt
     first: str
-    second: str = ""
-
-    @property
-    def keys(self) -> list[str]:
-        return [key for key in (self.first, self.second) if key]
+    second: str | None = None
 
 
 FORMS = (  # the first one whose keys a record has
@@ -1871,7 +1843,7 @@ FORMS = (  # the first one whose keys a record has
 )
 MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
 # Further keys of records and of messages. One that is nowhere is counted and named, or refused if it means no text.
-RECORD_KEYS = ("system", "history", "tools", "answer", "gt", "category")
+RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
 MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls")
 SWITCHES = ("trained", "train", "loss", "weight")  # of a message: 0 or false if it is not to be learned from
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
@@ -1894,6 +1866,7 @@ ROLES = {
     "gpt": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "developer": "system",
 }
 # Qwen's system prompt for tools; each is one line of JSON.
 TOOLS_PROMPT = """# Tools
@@ -1914,7 +1887,7 @@ For each function call, return a json object with function name and arguments wi
 def form_of(record: object) -> Form | None:
     """Return the form of a record, by its content; None if it has none of the FORMS."""
     forms = FORMS if isinstance(record, dict) else ()
-    return next((form for form in forms if all(key in record for key in form.keys)), None)
+    return next((form for form in forms if record.keys() >= {form.first, form.second or form.first}), None)
 
 
 def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
@@ -1946,7 +1919,8 @@ def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
         if message["role"] == before["role"] != "tool":  # several tools may answer one message
             message["content"] = f"{before['content']}\n\n{message['content']}"
             messages[-1] = before | message
-            remarks.append(f"two {message['role']} messages in a row, joined")
+            if message["role"] != "system":
+                remarks.append(f"two {message['role']} messages in a row, joined")
         elif message["role"] == "system" and messages:
             raise ValueError("a system message may only come first")
         else:
@@ -1973,11 +1947,15 @@ def _content(message):
     for call in calls:
         call = call.get("function", call)
         call = {"name": call["name"], "arguments": _parsed(call["arguments"])}
-        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+        blocks.append(f"<tool_call>\n{_as_json(call)}\n</tool_call>")
     if tools:
-        lines = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
+        lines = "\n".join(_as_json(dict(tool)) for tool in tools)
         blocks.append("\n" * bool(content) + TOOLS_PROMPT.format(lines))
     return f"<think>\n{thought}\n</think>\n\n" * bool(thought) + "\n".join(blocks)
+
+
+def _as_json(value):
+    return json.dumps(value, ensure_ascii=False).encode().decode()  # ValueError for half a surrogate pair
 
 
 def _parsed(value):
@@ -1986,11 +1964,12 @@ def _parsed(value):
 
 def _question(record, key):
     """Return what the user says under a key, with the texts it refers to."""
-    more = [record[other] for other in MORE_KEYS if other != key and record.get(other)]
-    texts = [record[key] or "", *more]
-    if more and not all(isinstance(text, str) for text in texts):
+    texts = [record.get(name) for name in dict.fromkeys((key, *MORE_KEYS))]
+    if not any(texts[1:]):
+        return texts[0]
+    if not all(isinstance(text or "", str) for text in texts):
         raise ValueError(f'"{key}" and "input" or "context" must be strings')
-    return "\n".join(filter(None, texts)) if more else record[key]
+    return "\n".join(filter(None, texts))
 
 
 def _whole(record, messages, remarks):
@@ -1998,14 +1977,14 @@ def _whole(record, messages, remarks):
     history = record.get("history") or []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError('"history" must be a list of pairs [question, answer]')
-    before = as_messages(record.get("system") or [], "system", remarks)
+    before = as_messages(record.get("system") or record.get("system_prompt") or [], "system", remarks)
     for question, reply in history:
         before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
-    messages = as_messages(before + messages, "", remarks)
-    if tools := record.get("tools"):
-        system = messages.pop(0) if messages and messages[0]["role"] == "system" else {"role": "system", "content": ""}
-        messages = as_messages(system | {"tools": tools}, "", remarks) + messages
-    return messages
+    messages = before + messages
+    if tools := record.get("tools"):  # they follow the system prompt
+        place = sum(message["role"] == "system" for message in messages)
+        messages.insert(place, {"role": "system", "content": "", "tools": tools})
+    return as_messages(messages, "", remarks)
 
 
 def _chat_messages(record, form, kind, remarks):
@@ -2064,16 +2043,6 @@ def _preference_messages(record, question, remarks):
     return prompt, [as_messages(prompt + side, "", remarks) for side in completions.values()]
 
 
-def _refuse_questions(record, unknown, conversation):
-    """Raise ValueError for a text in a pair that may be its question, or a part of it, and was not read."""
-    is_asked = any(message["role"] == "user" for message in conversation)
-    asks = [*MORE_KEYS, *(form.first for form in FORMS)]
-    for key in unknown:
-        text = isinstance(record[key], str) and key not in ("id", "source")
-        if text and key in asks or not is_asked and (text or isinstance(record[key], list)):
-            raise ValueError(f'"{key}" may be a question, but is not read: put it into "prompt", or remove it')
-
-
 def _transcript_messages(text):
     # A turn lasts up to the blank line before the next speaker.
     turns = re.findall(r"(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)
@@ -2089,17 +2058,35 @@ def _answers(record):
     return list(map(str, answers))
 
 
+# Full-width characters and the minus sign as ASCII
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0xFFE5: "¥", 0x2212: "-"}
+_NUMBER = re.compile(r"([+-]?)[$¥€£]? ?(?=\.?\d)((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:e[+-]?\d{1,3})?)(.*)")
+
+
+def _number(text):
+    """Return the value and the unit of a text that is a number; None for another."""
+    match = _NUMBER.fullmatch(text)
+    return match and (Decimal(match[1] + match[2].replace(",", "")), match[3].strip())
+
+
 def answer_matches(reply: str, answer: str) -> bool:
     """Return whether the reply's first sentence is the answer (one of the lines of `answer`), in any case.
 
+    Numbers are compared by their values. A unit or % must be that of the answer; a leading currency counts for nothing.
+
     >>> answer_matches("Tom. I hope that helps!", "tom"), answer_matches("是小明。", "小明"), answer_matches("3.5", "3")
     (True, False, False)
+    >>> answer_matches("$1,000.", "1000.0"), answer_matches("18 apples", "18"), answer_matches("18.0 kg", "18 kg")
+    (True, False, True)
     """
     reply = "\n".join(" ".join(line.split()) for line in reply.strip().lower().split("\n"))
+    number = _number(re.split(r"[。!?\n]|\.(?!\d)", reply.translate(_PLAIN))[0])
     for line in answer.lower().split("\n"):
         line = " ".join(line.split()).rstrip("。！？!?.")
         # The sentence ends there; a point before a digit is a decimal one.
         if line and re.match(re.escape(line) + r"([。！？!?\n]|\.(?!\d)|$)", reply):
+            return True
+        if number and number == _number(line.translate(_PLAIN)):
             return True
     return False
 
@@ -2188,11 +2175,16 @@ def _read_example(kind, where, record, form):
     key = form.first
     if kind == "preference":  # its question is under a key of any chat
         key = next((other.first for other in FORMS if other.kind == "chat" and record.get(other.first)), "")
-    unknown = _unknown_keys(record, (*RECORD_KEYS, *form.keys, *((key, *MORE_KEYS) if key else ())))
+    unknown = _unknown_keys(record, (*RECORD_KEYS, *form[1:], *((key, *MORE_KEYS) if key else ())))
     remarks = [f"unknown key {key!r}" for key in unknown]
     if kind == "preference":
         prompt, conversations = _preference_messages(record, _question(record, key) if key else [], remarks)
-        _refuse_questions(record, unknown, conversations[0])
+        if not any(message["role"] == "user" for message in conversations[0]):
+            for key in unknown:
+                if isinstance(record[key], (str, list)) and key != "id":
+                    raise ValueError(
+                        f'"{key}" may be the question, but is not read: put it into "prompt", or remove it'
+                    )
     else:
         prompt, conversations = _chat_messages(record, form, kind, remarks)
     if kind == "prompt":
@@ -2346,7 +2338,7 @@ class Reader:
             form = form_of(record)
             if form is None and stranger is None:
                 keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
-                forms = "; ".join("+".join(form.keys) for form in FORMS)
+                forms = "; ".join("+".join(filter(None, form[1:])) for form in FORMS)
                 stranger = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
             is_data = is_data or form is not None
             if stranger and is_data:
@@ -2370,6 +2362,8 @@ class Reader:
             except (ValueError, TypeError) as error:  # a key holds something of another type
                 self._skip(where, error)
             else:
+                for key in record.keys() - {"text"} if kind == "text" else ():
+                    self.count(f"unknown key {key!r}", where)
                 yield where, document
 
     def division(self, kind: str, source: str) -> Callable:
@@ -2555,15 +2549,23 @@ def _array_types(tokenizer):
     }
 
 
-def _encode_items(items, tokenizer):
-    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}."""
+def _encode_items(items, tokenizer, skip):
+    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}; "refused" names what `skip` leaves out."""
     arrays = {
         f"{split}.{name}": array.array(typecode)
         for split in ("train", "val")
         for name, (typecode, _) in _array_types(tokenizer).items()
     }
+    arrays["refused"] = array.array("B")
     for item in items:
-        for name, values in item.encode(tokenizer).items():
+        try:
+            encoded = item.encode(tokenizer)
+        except UserError as error:  # by an imported chat template
+            if not skip:
+                raise UserError(f"{error} (--on-bad-record skip goes on without such records)") from error
+            arrays["refused"].extend(f"{' '.join(str(error).split())}\n".encode())
+            continue
+        for name, values in encoded.items():
             part = arrays[f"{item.split}.{name}"]
             part += array.array(part.typecode, values)  # bytes at once
     return {name: values.tobytes() for name, values in arrays.items()}
@@ -2599,10 +2601,14 @@ def encode_data(
         folder,
         reader.items(kind, split),
         lambda item: len(str(item[1])),
-        functools.partial(_encode_items, tokenizer=tokenizer),
+        functools.partial(_encode_items, tokenizer=tokenizer, skip=on_bad_record == "skip"),
         reader.report,
     )
-    if report := (folder / "report").read_text(encoding="utf-8"):
+    report, refused = ((folder / name).read_text(encoding="utf-8") for name in ("report", "refused"))
+    if refused:
+        lines = refused.splitlines()
+        report += f"{'; ' * bool(report)}{len(lines):,} × refused by the chat template, the first at {lines[0]}"
+    if report:
         warnings.warn(report, stacklevel=4)
     # 3. Only what a batch needs is read from the disk.
     part = "val" if split == "val" else "train"
@@ -5704,7 +5710,13 @@ class ImportedTokenizer(BPETokenizer):
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             with contextlib.suppress(UserError, ValueError):  # a template may want more than such a conversation
                 ids, trained = self.encode_chat(chat)
-                ends += [i for i in ids[trained.index(True) :] if i in self.special_tokens][:1]
+                after = [i for i in ids[trained.index(True) :] if i in self.special_tokens]
+                if not after:
+                    warnings.warn(
+                        "the chat template puts no special token after a reply: a model cannot learn where to stop",
+                        stacklevel=5,
+                    )
+                ends += after[:1]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *ends]))
 
     def _ends(self):

@@ -1779,7 +1779,7 @@ def test_an_encoded_conversation_is_plain_arrays(tmp_path, bytes_only):
     assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
     names = ("ids", "trained", "lengths", "notes", "note_lengths")
     files = {f"{part}.{name}" for part in ("train", "val") for name in names}
-    assert {f.name for f in folder.iterdir()} == files | {"report", "sizes"}
+    assert {f.name for f in folder.iterdir()} == files | {"refused", "report", "sizes"}
     ids = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\nyo"), 4]
     assert read_array(folder / "train.ids", "H") == ids
     assert read_array(folder / "train.trained", "b") == [0] * (len(ids) - 3) + [1, 1, 1]
@@ -2078,6 +2078,12 @@ def test_a_parquet_file_is_read_in_flat_memory(tmp_path):
         if i % 500 == 0:
             held.append(arrow.total_allocated_bytes() - before)
     assert last == "003999" * 1000 and max(held) < 16e6
+
+
+def test_unknown_keys_of_texts_are_counted(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "title": "c"}, {"text": "d", "title": "e"}])
+    with pytest.warns(UserWarning, match="2 × unknown key 'title', the first at .*a.jsonl:2"):
+        assert encode(tmp_path / "a.jsonl", tokenizer, "all", tmp_path / "c").count("<|bos|>") == 3
 
 
 def test_ids_above_65535_take_four_bytes(tmp_path):
@@ -2657,6 +2663,8 @@ TOOL = {
         ({"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "查。"},
                             {"from": "observation", "value": "9点"}, {"from": "gpt", "value": "九点。"}]}, TOOL),
         ({"messages": PLAIN["messages"], "system": "你是助手。"}, WITH_SYSTEM),
+        ({"question": "小猫吃什么？", "response": "吃鱼。", "system_prompt": "你是助手。"}, WITH_SYSTEM),
+        ({"messages": [{"role": "developer", "content": "你是助手。"}, *PLAIN["messages"]]}, WITH_SYSTEM),
         ({"instruction": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
         ({"instruction": "小猫吃什么？", "input": "", "output": "吃鱼。", "system": "", "history": []}, PLAIN),
         ({"instruction": "小猫吃什么？", "input": None, "output": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
@@ -2856,10 +2864,9 @@ LOADERS = (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader)
             {"prompt": ASK, "chosen": GOOD, "rejected": [USER, REJECTED, USER]},
             '"rejected" must end with',
         ),
-        (m.DPODataLoader, {"context": ASK, "chosen": GOOD, "rejected": BAD}, '"context" may be a question'),
-        (m.DPODataLoader, {"ask": ASK, "chosen": GOOD, "rejected": BAD}, '"ask" may be a question'),
-        (m.DPODataLoader, {"turns": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, '"turns" may be a question'),
-        (m.DPODataLoader, {"prompt": ASK, "query": "b", "chosen": GOOD, "rejected": BAD}, '"query" may be a question'),
+        (m.DPODataLoader, {"context": ASK, "chosen": GOOD, "rejected": BAD}, '"context" may be the question'),
+        (m.DPODataLoader, {"ask": ASK, "chosen": GOOD, "rejected": BAD}, '"ask" may be the question'),
+        (m.DPODataLoader, {"turns": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, '"turns" may be the question'),
         (m.DPODataLoader, {"prompt": ASK, "chosen": [CHOSEN], "rejected": []}, '"rejected" must end with'),
         (m.DPODataLoader, {"prompt": ASK, "chosen": 3, "rejected": GOOD}, "must be an object"),
         (m.DPODataLoader, {"prompt": [USER, CHOSEN], "chosen": GOOD, "rejected": BAD}, "go on where the prompt ends"),
@@ -2892,7 +2899,7 @@ def trained_texts(loader) -> list[str]:
         ({"messages": [USER, USER, *turns("", "b", "", "")[1::2], CHOSEN]}, "b\n\n\n\n" + GOOD + "|", "two assistant"),
         ({"messages": [USER, CHOSEN], "id": 1, "label": True}, GOOD + "|", "unknown key 'label'"),
         ({"messages": [USER | {"name": "Tom", "id": None}, CHOSEN]}, GOOD + "|", "unknown key 'name' of a message"),
-        ({"messages": turns(ASK, GOOD, system="a"), "system": "b"}, GOOD + "|", "two system messages"),
+        ({"messages": turns(ASK, GOOD, system="a"), "system": "b"}, GOOD + "|", ""),
     ],
 )
 def test_what_of_a_conversation_is_trained(tmp_path, tokenizer, record, trained, remark):
@@ -3000,7 +3007,9 @@ def test_questions_with_answers_are_conversations_that_can_be_checked(tmp_path, 
 def test_the_allowed_forms_are_those_of_the_table(tmp_path, tokenizer):
     with pytest.raises(m.UserError) as caught:
         load(m.ConversationDataLoader, tmp_path, tokenizer, [{"q": 1}])
-    assert all("+".join(form.keys) in str(caught.value) for form in m.FORMS) and "question+answer" in str(caught.value)
+    assert all("+".join(filter(None, form[1:])) in str(caught.value) for form in m.FORMS) and "question+answer" in str(
+        caught.value
+    )
 
 
 def test_records_that_are_all_bad_are_no_matter_of_the_split(tmp_path, tokenizer):
@@ -3132,6 +3141,38 @@ def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, name):
         ("Mr. Smith! How nice.", "Mr. Smith", True),
         ("Mr. Smithers", "Mr. Smith", False),
         ("", ".", False),
+        # numbers
+        ("18", "18.0", True),
+        ("18.00", "18", True),
+        ("18.5", "18", False),
+        ("180", "18", False),
+        ("1,000", "1000", True),
+        ("1000", "1,000.0", True),
+        ("12,34", "1234", False),
+        ("１８。", "18", True),
+        ("３．５", "3.50", True),
+        ("１，０００！", "1000", True),
+        ("$18.", "18", True),
+        ("18", "$18", True),
+        ("￥18", "¥18.00", True),
+        ("$18", "¥18", True),
+        ("18 apples", "18", False),
+        ("18.0 apples. Yes", "18 apples", True),
+        ("18", "18 apples", False),
+        ("18 pears", "18 apples", False),
+        ("5kg", "5.0 kg", True),
+        ("-3", "\u22123.0", True),
+        ("3", "-3", False),
+        ("-$1,200.50", "-1200.5", True),
+        ("50 %", "50%", True),
+        ("50", "50%", False),
+        (".5", "0.5", True),
+        ("1e3", "1000", True),
+        ("18 - 20", "18", False),
+        ("9007199254740993", "9007199254740992", False),
+        ("1e999999999999999999999", "3", False),
+        ("第3个", "3", False),
+        ("7", "6\n7.0", True),
     ],
 )
 def test_answer_matches(reply, answer, same):
@@ -6565,6 +6606,30 @@ def test_a_record_that_a_chat_template_refuses_is_named_with_its_place(tmp_path)
         )
 
 
+def test_records_that_a_chat_template_refuses_can_be_skipped_and_are_counted(tmp_path):
+    huggingface_tokenizer("gemma", tmp_path / "gemma", template=GEMMA)
+    tokenizer = load_imported(tmp_path / "gemma")
+    good, bad = {"messages": turns("hi", "yo")}, {"system": "Be brief.", "messages": turns("hi", "yo")}
+    records = [good, bad, good, bad, {"messages": 3}]
+    for _ in range(2):  # a second start from the cache says it again
+        with pytest.warns(UserWarning) as found:
+            loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, on_bad_record="skip")
+        said = str(found[0].message)
+        assert re.search(r"2 × refused by the chat template, the first at \S+records.jsonl:2: .*no system role", said)
+        assert "1 × malformed" in said and len(loader.items) == 2
+
+
+def test_a_template_without_an_end_of_turn_is_named(tmp_path):
+    template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    huggingface_tokenizer("qwen", tmp_path / "a", template=template)
+    with pytest.warns(UserWarning, match="no special token after a reply: a model cannot learn where to stop"):
+        load_imported(tmp_path / "a")
+    huggingface_tokenizer("qwen", tmp_path / "b", template=QWEN2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_imported(tmp_path / "b")
+
+
 def test_what_is_trained(tmp_path):
     chat = [
         {"role": role, "content": text}
@@ -7778,7 +7843,7 @@ def test_the_snippet_of_the_readme(tmp_path):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(m) == (0, 6)
+    assert doctest.testmod(m) == (0, 7)
 
 
 HACKS = HERE / "README.md"
@@ -8490,14 +8555,23 @@ MISTAKES = [
     data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "function_call": {"name": "f"}}]}', "is not", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "tool_calls": [{}]}]}', "name and arguments", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY[:-1] + ', "tool_calls": "{"}]}', "name and arguments", "sft"),
+    data_mistake(  # half a surrogate pair, in JSON in a text
+        '{"messages": ['
+        + SAY
+        + ","
+        + REPLY[:-1]
+        + r', "tool_calls": [{"name": "f", "arguments": "{\"a\": \"\\ud800\"}"}]}]}',
+        "name and arguments",
+        "sft",
+    ),
     data_mistake('{"messages": [{"role": "user", "content": [{"image": "a"}]}]}', "parts with a text", "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "audio": "a.wav"}', '"audio" is not supported', "sft"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + '], "tools": [1]}', "name and arguments", "sft"),
     data_mistake('{"instruction": "a", "output": " "}', "1 × no reply to learn from: empty", "sft"),
     data_mistake('{"prompt": "a", "completion": "b", "label": false}', "1 × no reply to learn from", "sft"),
     data_mistake('{"question": "a", "answer": {}}', '"answer" must be a text', "sft"),
-    data_mistake('{"context": "a", "chosen": "b", "rejected": "c"}', '"context" may be a question', "dpo"),
-    data_mistake('{"prompt": "a", "query": "q", "chosen": "b", "rejected": "c"}', '"query" may be a question', "dpo"),
+    data_mistake('{"context": "a", "chosen": "b", "rejected": "c"}', '"context" may be the question', "dpo"),
+    data_mistake('{"asked": [' + SAY + '], "chosen": "b", "rejected": "c"}', '"asked" may be the question', "dpo"),
     data_mistake('{"question": ["a", 3], "chosen": "b", "rejected": "c"}', "a message must be an object", "dpo"),
     data_mistake('{"prompt": "a", "chosen": "b c", "rejected": " b c"}', "1 × both sides alike", "reward"),
     data_mistake('{"messages": [' + SAY + "]}", "without an assistant message", "sft"),
