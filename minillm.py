@@ -2347,8 +2347,8 @@ class Reader:
             if form:
                 self.kinds[path][form.kind] += 1
                 yield where, record, form
-        if not is_data:
-            self.count("file without records", str(path))
+        if not self.kinds[path] and path not in self.paths:
+            self.count("file without records", ": ".join(stranger or [str(path)]))
 
     def documents(self, path: Path, kind: str, source: str) -> Iterator[tuple]:
         """Yield (file:line, document of a `kind`) for every record of the kind `source` in a file."""
@@ -2398,7 +2398,7 @@ class Reader:
     def _nothing(self, kind, paths, files):
         kinds = ", ".join(sum((self.kinds[path] for path in files), Counter()))
         problem = f"nothing for this stage, which takes {KINDS[kind]}: it " + (
-            f"holds {kinds} records" if kinds else "is empty"
+            f"holds {kinds} records" if kinds else "is empty, or holds no records"
         )
         report = f" ({self.report()})" * bool(self.counts)
         return UserError(f"{', '.join(map(str, paths))}: {problem}{report}")

@@ -2008,6 +2008,8 @@ def test_a_folder_as_people_have_it(tmp_path, tokenizer):
     first, second = sorted({str(warning.message) for warning in said})
     assert "passed over 3 files that are not .txt, .json" in first and first.endswith("README.md")
     assert "4 × file without records, the first at" in second and "1 × empty text, the first at" in second
+    with pytest.warns(UserWarning, match="4 × file without records"):
+        assert m.encode_corpus(data, tokenizer, "all", tmp_path / "c", "skip")
     (data / "dataset_info.json").write_text('{"splits": 3}\n{"text": "a"}\n')  # data after all: one is odd
     with pytest.raises(m.UserError, match="dataset_info.json:1: unknown form"):
         encode(data, tokenizer, "all", tmp_path / "c")
@@ -8523,7 +8525,11 @@ MISTAKES = [
     data_mistake('{"text": ""}', "(records left out or changed: 1 × empty text, the first at {d}/a.jsonl:1)"),
     data_mistake("PAR1 and no more", "a.parquet: damaged .parquet file", "pretrain", "a.parquet"),
     data_mistake("", "unknown kind of data file", "pretrain", "a.parquet.gz"),
-    ({"a.jsonl": b'{"a": 1}'}, ["train", "--data", "{d}", *RUN], "1 × file without records, the first at {d}/a.jsonl"),
+    (
+        {"a.jsonl": b'{"a": 1}'},
+        ["train", "--data", "{d}", *RUN],
+        "1 × file without records, the first at {d}/a.jsonl:1: unknown form of record (a): allowed",
+    ),
     (
         {"a.jsonl": b'{"a": 1}\n{"text": "b"}'},
         ["train", "--data", "{d}", *RUN],
