@@ -1742,13 +1742,8 @@ def data_files(paths: Paths) -> list[Path]:
         inside = list(files_under(path)) if path.is_dir() else [path]
         data = {f.resolve(): f for f in inside if f.is_file() and data_suffix(f)}
         if not data:
-            problem = (
-                "a directory without any data file"
-                if path.is_dir()
-                else "unknown kind of data file"
-                if path.exists()
-                else "no such file or directory"
-            )
+            problem = "unknown kind of data file" if path.exists() else "no such file or directory"
+            problem = "a directory without any data file" if path.is_dir() else problem
             raise UserError(f"{path}: {problem}: data are {', '.join(SUFFIXES)} files, or directories with some")
         if others := [f for f in inside if f.resolve() not in data]:
             warnings.warn(
@@ -2397,9 +2392,8 @@ class Reader:
 
     def _nothing(self, kind, paths, files):
         kinds = ", ".join(sum((self.kinds[path] for path in files), Counter()))
-        problem = f"nothing for this stage, which takes {KINDS[kind]}: it " + (
-            f"holds {kinds} records" if kinds else "is empty, or holds no records"
-        )
+        found = f"holds {kinds} records" if kinds else "is empty, or holds no records"
+        problem = f"nothing for this stage, which takes {KINDS[kind]}: it {found}"
         report = f" ({self.report()})" * bool(self.counts)
         return UserError(f"{', '.join(map(str, paths))}: {problem}{report}")
 

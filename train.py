@@ -31,7 +31,7 @@ class Command:
 
     config: str = "tiny"  # preset of the model's shape: tiny, small, medium, large or moe
     stage: str = "pretrain"  # pretrain sft dpo reward ppo grpo; tokenizer; rlhf: sft, reward and ppo; eval; export
-    data: list[str] | None = None  # .txt, .json, .jsonl(.gz) files or directories [MiniLLM's own data/train]
+    data: list[str] | None = None  # .txt, .json, .jsonl(.gz), .parquet files or directories [MiniLLM's own data/train]
     val_data: list[str] | None = None  # the same, to validate on [data/val, or a tenth of --data]
     init: str | None = None  # run or Hugging Face directory to start from, score or export [the parent stage's run]
     checkpoint: Literal["best", "last"] = "best"  # weights of --init and parents: of the best evaluation, or the last
