@@ -2972,6 +2972,7 @@ def test_tools_stand_in_the_system_prompt(tmp_path, tokenizer):
         (m.ConversationDataLoader, {"instruction": "a", "output": ""}, "no reply to learn from"),
         (m.ConversationDataLoader, {"messages": turns("a", " \n", "b", "\t")}, "no reply to learn from"),
         (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"weight": 0}]}, "no reply to learn from"),
+        (m.ConversationDataLoader, {"messages": [USER, REPLY_OFF | {"weight": 0}, CHOSEN]}, "no reply to learn from"),
         (m.ConversationDataLoader, {"prompt": "a", "completion": "b", "label": False}, "no reply to learn from"),
         (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, "both sides alike"),
         (m.DPODataLoader, {"prompt": ASK, "chosen": "a  b", "rejected": " a b\n"}, "both sides alike"),
