@@ -4658,6 +4658,18 @@ def test_a_resumed_run_keeps_what_its_weights_mean(tmp_path, trained_runs, stage
         runs[1].load_checkpoint(tmp_path / "checkpoint.pt")
 
 
+def test_a_resumed_run_takes_the_settings_of_now(tmp_path, tokenizer):
+    """Moments come from the checkpoint; decay and the like are those of the flags."""
+    trainer = trainer_for(tokenizer, m.TrainConfig(weight_decay=0.1, momentum=0.9, beta1=0.8, warmup_steps=0))
+    trainer.step([lm_batch(2, 8)])
+    trainer.save_checkpoint(tmp_path / "checkpoint.pt")
+    trainer = trainer_for(tokenizer, m.TrainConfig(weight_decay=0.3, momentum=0.7, beta1=0.6, warmup_steps=0))
+    trainer.load_checkpoint(tmp_path / "checkpoint.pt")
+    adamw, muon = trainer.optimizers.values()
+    assert {(group["weight_decay"], group["momentum"]) for group in muon.param_groups} == {(0.3, 0.7)}
+    assert {group["betas"][0] for group in adamw.param_groups} == {0.6} and muon.state_dict()["state"]
+
+
 def test_an_evaluation_that_is_not_finite_does_not_end_the_best_for_good(tmp_path, tokenizer):
     """Of losses NaN, 3, 2, NaN, 2.5 at steps 2, 4, … the best is at step 6, also after a resumption at step 8."""
     losses = iter([math.nan, 3.0, 2.0, math.nan, 2.5])
@@ -5327,6 +5339,19 @@ def test_any_callable_is_a_reward(tokenizer, tmp_path, kind):
 
     reward = Score() if kind == "object" else functools.partial(lambda x, *_: x, 1.0)
     rl_trainer(m.GRPOTrainer, tokenizer, reward).save_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_replies_are_drawn_from_the_distribution_that_is_scored(tokenizer, monkeypatch):
+    """Neither top-k, top-p nor min-p cut the rollouts' distribution, and the temperature is that of `logprobs`."""
+    plain, settings = m.TextGenerator.continue_ids, []
+
+    def continue_ids(self, rows, config, *args):
+        settings.append((config.top_p, config.top_k, config.min_p, config.temperature, config.repetition_penalty))
+        return plain(self, rows, config, *args)
+
+    monkeypatch.setattr(m.TextGenerator, "continue_ids", continue_ids)
+    rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: 1.0, temperature=0.7).rollout(prompt_batch(tokenizer, ["a"]))
+    assert settings == [(1.0, 0, 0.0, 0.7, 1.0)]
 
 
 def test_the_update_that_moves_too_far_is_the_last_by_hand(tokenizer):
