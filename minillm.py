@@ -2776,6 +2776,9 @@ class PretrainDataLoader(BatchLoader):
         return {"input_ids": batch, "labels": batch}
 
 
+LONGER = ": --seq-len takes longer ones (at most the context: --max-position-embeddings of a new model)"
+
+
 class RecordDataLoader(BatchLoader):
     """Batches of records of a `kind`; a subclass makes the batches.
 
@@ -2805,7 +2808,7 @@ class RecordDataLoader(BatchLoader):
         if len(items) < len(self.lengths):
             warnings.warn(
                 f"{len(self.lengths) - len(items)} of {len(self.lengths)} {self.kind} records exceed "
-                f"{self.seq_len} tokens and are left out",
+                f"{self.seq_len} tokens and are left out{LONGER}",
                 stacklevel=4,
             )
         return items
@@ -2872,7 +2875,7 @@ class ConversationDataLoader(RecordDataLoader):
             warnings.warn(
                 f"of {len(full)} conversations {len(cut)} exceed {self.seq_len} tokens: "
                 f"{cut.count(False)} lose turns at their end, {cut.count(True)} are truncated and lack their "
-                f"end-of-turn, {len(full) - len(items)} of which hold nothing to train on and are left out",
+                f"end-of-turn, {len(full) - len(items)} of which hold nothing to train on and are left out{LONGER}",
                 stacklevel=5,
             )
         return items
