@@ -5288,10 +5288,10 @@ def read_hf_config(folder: AnyPath) -> MiniGPTConfig:
         data.setdefault("num_experts", data["num_local_experts"])
     fields = {field: data.get(field, value) for field, value in HF_KINDS[kind][1].items()}
     # of several EOS the first; it stands in for a BOS or padding that is missing
-    ids = {name: data.get(name) for name in TOKEN_IDS}
-    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-    eos = next((i for i in ends if i is not None), MiniGPTConfig.eos_token_id)
-    ids = {name: eos if i in (None, -1) else i for name, i in ids.items()} | {"eos_token_id": eos}
+    eos = data.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [eos]
+    data["eos_token_id"] = eos = next((i for i in ends if i is not None), MiniGPTConfig.eos_token_id)
+    ids = {name: eos if data.get(name) in (None, -1) else data[name] for name in TOKEN_IDS}
     try:
         config = MiniGPTConfig(**fields, **ids, **read_hf_rope(data, fields), qk_norm=kind != "llama")
         # a damaged file must not fill the memory
@@ -5423,8 +5423,7 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
         aside.mkdir(parents=True)
         if tokenizer is not None:
             check_vocabulary(model, tokenizer)
-            ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-            config |= dict(zip(TOKEN_IDS, ids, strict=True))
+            config |= {name: getattr(tokenizer, name.replace("_token", "")) for name in TOKEN_IDS}
             generation = {name: config[name] for name in TOKEN_IDS} | {"eos_token_id": list(tokenizer.stop_ids)}
             tokenizer.save_pretrained(aside)
         for name, content in (("config.json", config), ("generation_config.json", generation)):
@@ -5831,8 +5830,7 @@ def compile_chat_template(source: str) -> typing.Any:
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     # transformers' tag around replies does nothing here: what is inside counts
-    source = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", source)
+    source = re.sub(r"(\{%-?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), source)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
