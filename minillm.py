@@ -5934,7 +5934,7 @@ def check_use(mode: str, stages: Iterable[str], given: Iterable[str], classes: I
     for cls in classes:
         for name, comment in field_comments(cls).items():
             names = comment.partition(": ")[0].lower().split(", ")
-            users[name] = names if set(names) <= STAGES.keys() else []
+            users[name] = names if set(names) <= {"export", *STAGES} else []
     named = set(itertools.chain(*users.values()))
     # 2 the fields that this mode uses
     parts = named.intersection(stages)  # none of a stage of one's own, which may use all

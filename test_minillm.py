@@ -7780,7 +7780,7 @@ ALONE = {  # all that a stage uses
 
 @pytest.mark.parametrize("stage", [*SPECIAL, *ALONE])
 def test_every_flag_is_used_or_refused(trained_runs, stage):
-    run, known = str(trained_runs / "pretrain"), set(" ".join(SPECIAL.values()).split())
+    run, known = str(trained_runs / "pretrain"), {"format", *" ".join(SPECIAL.values()).split()}
     values = {"init": run, "kind": "ipo", "config": "tiny", "inspect": "1", "rope_scaling": "{}"}
     shape = {field.name for field in dataclasses.fields(m.MiniGPTConfig)}
     used = set(ALONE.get(stage, SPECIAL.get(stage, "")).split()) | (shape if stage != "tokenizer" else set())

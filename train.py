@@ -40,7 +40,7 @@ class Command:
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
     png: str = "plot.png"  # file that --plot draws
     out: str = "out"  # where runs and caches go
-    format: list[str] | None = None  # formats of an export: hf for transformers, gguf for llama.cpp [both if possible]
+    format: list[str] | None = None  # export: hf for transformers, gguf for llama.cpp [both if possible]
     resume: bool = False  # go on with the run in OUT/CONFIG/STAGE
     overwrite: bool = False  # replace the run in OUT/CONFIG/STAGE
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
