@@ -166,25 +166,21 @@ class MiniGPTConfig:
             "(1, inf)": "rope_theta",
         }
         check_fields(self, ranges)
-        self._fill_in_defaults()
-        H, E = self.num_attention_heads, self.num_experts
+        C, H, E = self.hidden_size, self.num_attention_heads, self.num_experts
+        self.num_key_value_heads = self.num_key_value_heads or H
+        if self.head_dim is None:
+            check(self, C % H == 0, "num_attention_heads", f"a divisor of hidden_size={C} unless head_dim is given")
+            self.head_dim = C // H
+        self.intermediate_size = self.intermediate_size or -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
+        if E:
+            share = self.intermediate_size // (self.num_experts_per_tok + self.num_shared_experts)
+            self.moe_intermediate_size = self.moe_intermediate_size or max(32, share // 32 * 32)
         check(self, H % self.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={H}")
         check(self, self.head_dim % 2 == 0, "head_dim", "even, as RoPE turns pairs")
         check(self, not E or self.num_experts_per_tok <= E, "num_experts_per_tok", f"at most num_experts={E}")
         check_fields(self, {f"[0, {self.vocab_size - 1}]": "bos_token_id eos_token_id pad_token_id"})
         forms = f"none, or one of these rope_types and its numbers: {ROPE_KEYS}; yarn may have {YARN_OPTIONS} too"
         check(self, self.rope_scaling is None or is_rope_scaling(self.rope_scaling), "rope_scaling", forms)
-
-    def _fill_in_defaults(self):
-        C, H = self.hidden_size, self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or H
-        if self.head_dim is None:
-            check(self, C % H == 0, "num_attention_heads", f"a divisor of hidden_size={C} unless head_dim is given")
-            self.head_dim = C // H
-        self.intermediate_size = self.intermediate_size or -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
-        if self.num_experts:
-            share = self.intermediate_size // (self.num_experts_per_tok + self.num_shared_experts)
-            self.moe_intermediate_size = self.moe_intermediate_size or max(32, share // 32 * 32)
 
 
 ROPE_KEYS = {  # what each way to stretch RoPE needs; rope_tables explains them
@@ -241,7 +237,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.bfloat16, torch.float16):  # the mean square needs more than half precision
+        if x.dtype.itemsize < 4:  # the mean square needs more than half precision
             return self(x.float()).to(x.dtype)
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # the same function with a faster gradient
@@ -528,8 +524,8 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
-        token_mask: Tensor | None = None,
+        mask: Tensor | None,
+        token_mask: Tensor | None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | float]:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))  # (B, T, C)
@@ -5551,7 +5547,8 @@ def gguf_tensors(model: MiniGPT, vocab_size: int) -> Batch:
     if "output.weight" in tensors:
         tensors["output.weight"] = tensors["output.weight"][:vocab_size]
     if c.rope_scaling and c.rope_scaling["rope_type"] == "llama3":  # how much slower each rotation is than without
-        angles = torch.atan2(model.sin[1], model.cos[1])[c.head_dim // 2 :]  # at position 1
+        cos, sin = rope_tables(c)
+        angles = torch.atan2(sin[1], cos[1])[c.head_dim // 2 :]  # at position 1
         tensors["rope_freqs.weight"] = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim) / angles
     return tensors
 

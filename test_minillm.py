@@ -332,6 +332,10 @@ def test_sizes_that_are_left_out_follow_from_the_others():
     assert config.moe_intermediate_size == 64  # 256 / 3 = 85, down to a multiple of 32
     assert m.MiniGPTConfig(hidden_size=100, num_attention_heads=5).intermediate_size == 288  # 266.7, up
     assert m.MiniGPTConfig(hidden_size=100, num_attention_heads=7, head_dim=16).head_dim == 16
+    tiny = m.MiniGPTConfig(hidden_size=16, num_attention_heads=2, num_experts=4, num_shared_experts=1)
+    assert tiny.moe_intermediate_size == 32  # 64 / 3 = 21: never below 32
+    with pytest.raises(m.UserError, match="num_experts_per_tok=2 is not possible: it must be at most num_experts=1"):
+        m.MiniGPTConfig(num_experts=1)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +355,7 @@ def test_sizes_that_are_left_out_follow_from_the_others():
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": ["yarn"], "factor": 2}),
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 0.5}),
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": "2"}),
+        (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": math.inf}),
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": "linear", "factor": 2, "beta_fast": 32}),
         (m.MiniGPTConfig, "rope_scaling", {"rope_type": "llama3", "factor": 2}),
         (m.MiniGPTConfig, "rope_scaling", YARN | {"mscale": 0.7}),
@@ -372,6 +377,7 @@ def test_sizes_that_are_left_out_follow_from_the_others():
         (m.GenerationConfig, "temperature", -1.0),
         (m.GenerationConfig, "top_p", 0.0),
         (m.GenerationConfig, "num_beams", 0),
+        (m.GenerationConfig, "repetition_penalty", 1e-7),
         (m.GenerationConfig, "max_new_tokens", 0),
         (m.GenerationConfig, "stop", [""]),
         (m.RLHFConfig, "group_size", 1),
@@ -477,6 +483,23 @@ def test_every_field_of_a_model_has_an_effect(field):
 def test_every_option_of_rope_has_an_effect(scaling, option, value):
     one, other = (m.rope_tables(shape(head_dim=32, rope_scaling=s)) for s in (scaling, scaling | {option: value}))
     assert not torch.equal(torch.cat(one), torch.cat(other))
+
+
+@pytest.mark.parametrize(
+    ("theta", "D", "scaling", "slowed"),
+    [
+        (1e4, 32, YARN, [0, 1 / 3, 2 / 3, *[1] * 13]),  # from below 0, so from 0, to 3 (2.83, up)
+        (10.0, 8, YARN | {"original_max_position_embeddings": 4096, "beta_fast": 600}, [0, 1 / 7, 2 / 7, 3 / 7]),
+        (1e4, 32, YARN | {"beta_fast": 64, "beta_slow": 64}, [0, *[1] * 15]),  # an empty ramp is a step
+    ],
+)
+def test_yarn_slows_rotations_by_hand(theta, D, scaling, slowed):
+    """Worked example: the share of each rotation that is slowed rises in a line between two dimensions of 0 … D - 1."""
+    config = shape(head_dim=D, rope_theta=theta, rope_scaling=scaling | {"attention_factor": 1.0})
+    cos, sin = m.rope_tables(config)
+    plain = theta ** -(torch.arange(0, D, 2) / D)
+    share = (plain - torch.atan2(sin[1, D // 2 :], cos[1, : D // 2])) / (plain - plain / 4)
+    torch.testing.assert_close(share, torch.tensor(slowed).float(), atol=2e-3, rtol=0)
 
 
 def test_an_unknown_preset_is_named():
@@ -1063,6 +1086,15 @@ def test_cross_entropy_of_half_precision_is_summed_in_float32(grad):
     assert loss.dtype == logprobs.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.sum().item(), rel=1e-3)
     torch.testing.assert_close(-logprobs.double(), expected, rtol=0.02, atol=0.05)
+
+
+def test_cross_entropy_under_autocast_is_that_of_bfloat16():
+    hidden, weight = (torch.randn(*size, requires_grad=True) for size in ((6, 16), (30, 16)))
+    labels = random_ids(1, 6, V=30)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = m.chunked_cross_entropy(hidden, weight, labels, chunk=4)
+    half = m.chunked_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, chunk=4)
+    assert loss.dtype == half.dtype == torch.float32 and loss == half != m.chunked_cross_entropy(hidden, weight, labels)
 
 
 @pytest.mark.parametrize(("temperature", "chunk"), [(1.0, 100), (0.7, 3), (2.0, 1)])
@@ -3514,6 +3546,11 @@ def test_every_field_of_generation_has_an_effect(tokenizer, field):
 
     one, other, _ = FIELDS_OF_GENERATION[field]
     assert write(one) == write(one) != write(other)
+
+
+def test_the_length_of_a_continuation_by_hand():
+    lengths = [{}, {"max_length": 9}, {"max_length": 5}, {"max_new_tokens": 3, "max_length": 99}]
+    assert [m.GenerationConfig(**given).new_tokens(6) for given in lengths] == [128, 3, 0, 3]
 
 
 def test_temperature_0_is_greedy(generator):
@@ -8073,8 +8110,9 @@ def quick_bench(monkeypatch) -> None:
     monkeypatch.setattr(bench, "isolated_memory", lambda *_: (1_000_000, 3_000_000))
     small = bench.PEER_SHAPE | {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
     monkeypatch.setattr(bench, "PEER_SHAPE", small)
-    monkeypatch.setitem(m.PRESETS, "tiny", dataclasses.asdict(shape()))
-    monkeypatch.setitem(m.PRESETS, "moe", dataclasses.asdict(moe_shape()))
+    for name, config in (("tiny", shape()), ("moe", moe_shape())):
+        monkeypatch.setitem(m.PRESETS, name, tuple(dataclasses.asdict(config).values()))
+    monkeypatch.delitem(m.EXPERTS, "moe")
 
 
 def test_bench_tells_noise_from_change():
