@@ -1199,6 +1199,14 @@ def test_grpo_advantages_against_their_definition(kind):
     assert (m.grpo_advantages(torch.full((7,), 0.1), 7, kind) == 0).all()  # whose mean is not exactly 0.1
 
 
+def test_weight_gradients_are_summed_in_float32_by_hand():
+    """Worked example: 1024 equal terms, one a chunk; in bfloat16 their sum would stop growing at 256."""
+    weight = torch.zeros(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        m.chunked_cross_entropy(torch.ones(1024, 8), weight, torch.zeros(1024, dtype=torch.long), chunk=1).backward()
+    torch.testing.assert_close(weight.grad[1:], torch.full((3, 8), 1024 / 4), rtol=1e-2, atol=0)
+
+
 # ======================================================================================================================
 # 4 Optimisation
 # ======================================================================================================================
@@ -5389,6 +5397,17 @@ def test_replies_are_drawn_from_the_distribution_that_is_scored(tokenizer, monke
     monkeypatch.setattr(m.TextGenerator, "continue_ids", continue_ids)
     rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: 1.0, temperature=0.7).rollout(prompt_batch(tokenizer, ["a"]))
     assert settings == [(1.0, 0, 0.0, 0.7, 1.0)]
+
+
+def test_neither_policy_nor_critic_has_dropout(tokenizer):
+    trainer = rl_trainer(m.PPOTrainer, tokenizer, model=random_model(shape(vocab_size=310, dropout=0.2)))
+    assert {module.p for module in trainer.trained.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_entropy_is_minus_the_mean_log_probability_of_the_replies(tokenizer):
+    trainer = rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: 1.0)
+    batch, stats = trainer.rollout(prompt_batch(tokenizer, ["a", "bc"]))
+    assert stats["entropy"] == pytest.approx(-batch["logprobs"][batch["mask"]].mean().item(), rel=1e-5)
 
 
 def test_the_update_that_moves_too_far_is_the_last_by_hand(tokenizer):
