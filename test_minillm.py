@@ -154,6 +154,14 @@ def quick_measurements() -> None:
     m.fastest_dtype = lambda device: "float32"  # the same path on every machine
 
 
+@pytest.fixture(scope="session", autouse=True)
+def usual_signals() -> None:
+    """A shell's background, or nohup, ignores signals, and a run then leaves them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
