@@ -2456,37 +2456,32 @@ class TokenizerManager:
         """
         key = Reader(data_path, on_bad_record).key(vocab_size, split, code_hash())
         path = self.cache_dir / f"tokenizer-{key}.json"
-        if tokenizer := self._trained_before(path):
-            return tokenizer
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.cache_dir, wait=True):
-            if (tokenizer := self._trained_before(path)) is None:
-                tokenizer = BPETokenizer(vocab_size)
-                tokenizer.train(sample_texts(data_path, split, on_bad_record))
-                tokenizer.save(path)
+        # A second process that finds none waits for the first one's.
+        with contextlib.nullcontext() if path.exists() else locked(self.cache_dir, wait=True):
+            try:
+                if path.exists():
+                    return BPETokenizer.load(path)
+            except UserError as error:
+                warnings.warn(f"{path} is damaged: training the tokenizer again ({error})", stacklevel=2)
+            tokenizer = BPETokenizer(vocab_size)
+            tokenizer.train(sample_texts(data_path, split, on_bad_record))
+            tokenizer.save(path)
         return tokenizer
-
-    def _trained_before(self, path):
-        try:
-            return BPETokenizer.load(path) if path.exists() else None
-        except UserError as error:
-            warnings.warn(f"{path} is damaged: training the tokenizer again ({error})", stacklevel=3)
-            return None
 
 
 # -- the cache: everything is encoded once, into folders of plain arrays -----------------------------------------------
 
 
-def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable, report: Callable[[], str] = str):
-    """Fill `folder` in parallel, unless it exists: `encode` turns a list of items into {file name: bytes to append}.
+def encode_once(folder: Path, parts: Iterable[dict[str, bytes]]) -> None:
+    """Fill `folder` with the files that parts, {name: bytes to append}, add up to; only if it does not exist yet.
 
     The folder appears complete or not at all. A second process with the same work waits for the first one's result.
-    `report()`, once the items are read, is what to tell about them: later users of the folder read it there.
     """
     if _is_whole(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(folder)
+    temporary, sizes = temporary_beside(folder), Counter()
     with locked(folder.parent, wait=True):
         if _is_whole(folder):
             return
@@ -2495,12 +2490,11 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable,
             shutil.rmtree(folder)
         temporary.mkdir()
         try:
-            for encoded in parallel_map(encode, batched(items, size)):
-                for name, values in encoded.items():
+            for part in parts:
+                for name, values in part.items():
                     with open(temporary / name, "ab") as file:  # appends
-                        file.write(values)
-            (temporary / "report").write_text(report(), encoding="utf-8")
-            (temporary / "sizes").write_text(json.dumps(_file_sizes(temporary)))
+                        sizes[name] += file.write(values)
+            (temporary / "sizes").write_text(json.dumps(sizes))
             for path in temporary.iterdir():  # on the disk before the folder gets its name
                 with open(path, "ab") as file:
                     os.fsync(file.fileno())
@@ -2515,13 +2509,10 @@ def encode_once(folder: Path, items: Iterable, size: Callable, encode: Callable,
 
 def _is_whole(folder):
     try:
-        return _file_sizes(folder) == json.loads((folder / "sizes").read_text())
+        sizes = json.loads((folder / "sizes").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):  # absent, or cut short
         return False
-
-
-def _file_sizes(folder):
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "sizes"}
 
 
 def _array_types(tokenizer):
@@ -2539,26 +2530,24 @@ def _array_types(tokenizer):
     }
 
 
-def _encode_items(items, tokenizer, skip):
-    """Return the arrays of both splits as {"train.ids": …, "val.ids": …, …}; "refused" names what `skip` leaves out."""
+def _encode_items(items, tokenizer):
+    """Return the arrays of both splits as {"train.ids": bytes, "val.ids": …, …}, and what a chat template refuses."""
     arrays = {
         f"{split}.{name}": array.array(typecode)
         for split in ("train", "val")
         for name, (typecode, _) in _array_types(tokenizer).items()
     }
-    arrays["refused"] = array.array("B")
+    refused = []
     for item in items:
         try:
             encoded = item.encode(tokenizer)
         except UserError as error:  # by an imported chat template
-            if not skip:
-                raise UserError(f"{error} (--on-bad-record skip goes on without such records)") from error
-            arrays["refused"].extend(f"{' '.join(str(error).split())}\n".encode())
+            refused.append(str(error))
             continue
         for name, values in encoded.items():
             part = arrays[f"{item.split}.{name}"]
             part += array.array(part.typecode, values)  # bytes at once
-    return {name: values.tobytes() for name, values in arrays.items()}
+    return {name: values.tobytes() for name, values in arrays.items()}, refused
 
 
 def _memory_map(path, dtype):
@@ -2586,19 +2575,20 @@ def encode_data(
     reader = Reader(paths, on_bad_record)
     key = reader.key(kind, split == "all" or "by the first question", tokenizer.content_hash())
     folder = Path(cache_dir) / f"{key}-{code_hash()}"
+
     # 2. Train and val are encoded together, in lists of items of about half a million characters (item[1]: the text).
-    encode_once(
-        folder,
-        reader.items(kind, split),
-        lambda item: len(str(item[1])),
-        functools.partial(_encode_items, tokenizer=tokenizer, skip=on_bad_record == "skip"),
-        reader.report,
-    )
-    report, refused = ((folder / name).read_text(encoding="utf-8") for name in ("report", "refused"))
-    if refused:
-        lines = refused.splitlines()
-        report += f"{'; ' * bool(report)}{len(lines):,} × refused by the chat template, the first at {lines[0]}"
-    if report:
+    def parts():
+        lists = batched(reader.items(kind, split), lambda item: len(str(item[1])))
+        for encoded, refused in parallel_map(functools.partial(_encode_items, tokenizer=tokenizer), lists):
+            for problem in refused:
+                if on_bad_record == "stop":
+                    raise UserError(f"{problem} (--on-bad-record skip goes on without such records)")
+                reader.count("refused by the chat template", problem)
+            yield encoded
+        yield {"report": reader.report().encode()}  # later users of the folder read it there
+
+    encode_once(folder, parts())
+    if report := (folder / "report").read_text(encoding="utf-8"):
         warnings.warn(report, stacklevel=4)
     # 3. Only what a batch needs is read from the disk.
     part = "val" if split == "val" else "train"
@@ -2606,18 +2596,11 @@ def encode_data(
         name: _memory_map(folder / f"{part}.{name}", dtype) for name, (_, dtype) in _array_types(tokenizer).items()
     }
     if not len(arrays["ids"]):
-        problem = "nothing to train on"
-        if split == "val":
-            problem = "no validation data: there is only one document, or copies of it, which cannot be divided: give "
-            problem += "more, or validation data of its own with --val-data"
-        raise UserError(f"{', '.join(map(str, reader.paths))}: {problem}")
+        raise UserError(
+            f"{', '.join(map(str, reader.paths))}: nothing is left for {part}: a single document, or copies of it, "
+            "cannot be divided: give more, or validation data of its own with --val-data"
+        )
     return arrays, f"{key}-{split}"
-
-
-def encode_corpus(*args, **options) -> tuple[Tensor, str]:
-    """Return the ids of texts, (N,) uint16 or uint32, each text between BOS and EOS; the arguments of `encode_data`."""
-    arrays, key = encode_data("text", *args, **options)
-    return arrays["ids"], key
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

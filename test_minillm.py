@@ -1827,7 +1827,7 @@ def test_an_encoded_conversation_is_plain_arrays(tmp_path, bytes_only):
     assert m.code_hash() == hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest()[:24]
     names = ("ids", "trained", "lengths", "notes", "note_lengths")
     files = {f"{part}.{name}" for part in ("train", "val") for name in names}
-    assert {f.name for f in folder.iterdir()} == files | {"refused", "report", "sizes"}
+    assert {f.name for f in folder.iterdir()} == files | {"report", "sizes"}
     ids = [3, *byte_ids("user\nhi"), 4, *byte_ids("\n"), 3, *byte_ids("assistant\nyo"), 4]
     assert read_array(folder / "train.ids", "H") == ids
     assert read_array(folder / "train.trained", "b") == [0] * (len(ids) - 3) + [1, 1, 1]
@@ -1912,8 +1912,13 @@ def stream(tokens: torch.Tensor, tokenizer: m.BPETokenizer) -> str:
     return tokenizer.decode(tokens.long(), skip_special_tokens=False)
 
 
+def encode_corpus(*args) -> torch.Tensor:
+    """Ids of texts, each between BOS and EOS."""
+    return m.encode_data("text", *args)[0]["ids"]
+
+
 def encode(paths, tokenizer, split, cache) -> str:
-    return stream(m.encode_corpus(paths, tokenizer, split, cache)[0], tokenizer)
+    return stream(encode_corpus(paths, tokenizer, split, cache), tokenizer)
 
 
 def test_every_container_gives_the_same_documents(tmp_path, tokenizer):
@@ -1970,10 +1975,10 @@ def big_text(path: Path) -> Path:
 
 def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
     path, forks = big_text(tmp_path / "big.txt"), let_fork(monkeypatch)
-    parallel = m.encode_corpus(path, tokenizer, "train", tmp_path / "a")[0]
+    parallel = encode_corpus(path, tokenizer, "train", tmp_path / "a")
     assert forks
     monkeypatch.delattr(os, "fork")
-    assert torch.equal(parallel.long(), m.encode_corpus(path, tokenizer, "train", tmp_path / "b")[0].long())
+    assert torch.equal(parallel.long(), encode_corpus(path, tokenizer, "train", tmp_path / "b").long())
 
 
 @pytest.mark.parametrize(
@@ -2008,14 +2013,14 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
 def test_bad_data_is_named_with_its_place(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(m.UserError, match=message):
-        m.encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "c")
+        encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "c")
     assert not list(tmp_path.glob("c/*"))
 
 
 def test_bad_records_can_be_skipped_and_are_counted(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\nnot json\n{"text": 1}\n')
     with pytest.warns(UserWarning, match="2 × malformed, the first at .*a.jsonl:2"):
-        tokens, _ = m.encode_corpus(tmp_path / "a.jsonl", tokenizer, "all", tmp_path / "c", "skip")
+        tokens = encode_corpus(tmp_path / "a.jsonl", tokenizer, "all", tmp_path / "c", "skip")
     assert stream(tokens, tokenizer) == "<|bos|>ok<|eos|>"
 
 
@@ -2057,7 +2062,7 @@ def test_a_folder_as_people_have_it(tmp_path, tokenizer):
     assert "passed over 3 files that are not .txt, .json" in first and first.endswith("README.md")
     assert "4 × file without records, the first at" in second and "1 × empty text, the first at" in second
     with pytest.warns(UserWarning, match="4 × file without records"):
-        assert m.encode_corpus(data, tokenizer, "all", tmp_path / "c", "skip")
+        assert len(encode_corpus(data, tokenizer, "all", tmp_path / "c", "skip"))
     (data / "dataset_info.json").write_text('{"splits": 3}\n{"text": "a"}\n')  # data after all: one is odd
     with pytest.raises(m.UserError, match="dataset_info.json:1: unknown form"):
         encode(data, tokenizer, "all", tmp_path / "c")
@@ -2141,7 +2146,7 @@ def test_ids_above_65535_take_four_bytes(tmp_path):
     tokenizer.token_bytes += [b"x"] * 70_000
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "好"}])
     tokenizer.eos_id = 70_100
-    tokens, _ = m.encode_corpus(path, tokenizer, "all", tmp_path / "cache")
+    tokens = encode_corpus(path, tokenizer, "all", tmp_path / "cache")
     assert tokens.dtype == torch.uint32 and tokens.tolist() == [1, *byte_ids("好"), 70_100]
     assert read_array(only_folder(tmp_path / "cache") / "train.ids", "I") == tokens.tolist()
 
@@ -2288,7 +2293,7 @@ def test_a_changed_minillm_encodes_anew(tmp_path, tokenizer, corpus, monkeypatch
 
     def folders():
         load(m.ConversationDataLoader, tmp_path, tokenizer, CHATS)
-        m.encode_corpus(corpus, tokenizer, "train", tmp_path / "cache")
+        encode_corpus(corpus, tokenizer, "train", tmp_path / "cache")
         return {folder.name for folder in (tmp_path / "cache").iterdir()}
 
     before = folders()
@@ -2298,10 +2303,10 @@ def test_a_changed_minillm_encodes_anew(tmp_path, tokenizer, corpus, monkeypatch
     assert after - before == {name.partition("-")[0] + "-changed" for name in before}
     monkeypatch.undo()
     for part in ("val", "all"):
-        m.encode_corpus(corpus, tokenizer, part, tmp_path / "cache")
+        encode_corpus(corpus, tokenizer, part, tmp_path / "cache")
     assert len(folders()) == 5  # train and val of a split are encoded together
-    m.encode_corpus(corpus, tokenizer, "all", tmp_path / "cache", "skip")
-    m.encode_corpus(corpus, m.BPETokenizer(), "all", tmp_path / "cache")
+    encode_corpus(corpus, tokenizer, "all", tmp_path / "cache", "skip")
+    encode_corpus(corpus, m.BPETokenizer(), "all", tmp_path / "cache")
     assert len(folders()) == 7
 
 
@@ -2318,16 +2323,16 @@ def test_a_cache_folder_is_complete_or_absent(tmp_path, error):
         return {"a": b"".join(batch), "b": b"x"}
 
     with pytest.raises(error):
-        m.encode_once(tmp_path / "deep/folder", items, len, fails_late)
+        m.encode_once(tmp_path / "deep/folder", map(fails_late, m.batched(items, len)))
     assert not list((tmp_path / "deep").iterdir())
     (tmp_path / "deep/.folder.0123.tmp").mkdir()  # of a process that was killed
     (tmp_path / "deep/.tokenizer.json.4567.tmp").touch()
-    m.encode_once(tmp_path / "deep/folder", items, len, encode)
+    m.encode_once(tmp_path / "deep/folder", map(encode, m.batched(items, len)))
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
     contents = {f.name: f.read_bytes() for f in (tmp_path / "deep/folder").iterdir()}
-    assert json.loads(contents.pop("sizes")) == {"a": sum(map(len, items)), "b": 2, "report": 0}
-    assert contents == {"a": b"".join(items), "b": b"xx", "report": b""}
-    m.encode_once(tmp_path / "deep/folder", items, len, fails_late)  # is there: nothing is encoded
+    assert json.loads(contents.pop("sizes")) == {"a": sum(map(len, items)), "b": 2}
+    assert contents == {"a": b"".join(items), "b": b"xx"}
+    m.encode_once(tmp_path / "deep/folder", map(fails_late, m.batched(items, len)))  # is there: nothing is encoded
 
 
 def test_a_cache_folder_that_cannot_be_moved_into_place_is_an_error(tmp_path, monkeypatch):
@@ -2336,7 +2341,7 @@ def test_a_cache_folder_that_cannot_be_moved_into_place_is_an_error(tmp_path, mo
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(PermissionError):
-        m.encode_once(tmp_path / "folder", [b"x"], len, lambda batch: {"a": b"x"})
+        m.encode_once(tmp_path / "folder", [{"a": b"x"}])
     assert not list(tmp_path.iterdir())
 
 
@@ -2349,8 +2354,9 @@ def test_two_encoders_at_once_do_not_damage_the_cache(tmp_path, tokenizer):
         time.sleep(0.1)
         return {"a": b"".join(batch)}
 
+    lists = [[b"x" * 600_000], [b"y"]]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: m.encode_once(tmp_path / "folder", [b"x" * 600_000, b"y"], len, encode), range(2)))
+        list(pool.map(lambda _: m.encode_once(tmp_path / "folder", map(encode, lists)), range(2)))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and times == [1, 1]
     assert (tmp_path / "folder/a").read_bytes() == b"x" * 600_000 + b"y"
     (tmp_path / "folder").rename(tmp_path / "aside")
@@ -2368,7 +2374,7 @@ def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkey
         m.BPETokenizer, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != me else []
     )
     with pytest.raises(m.UserError, match="encodes the data was killed"):
-        m.encode_corpus(path, tokenizer, "train", tmp_path / "cache")
+        encode_corpus(path, tokenizer, "train", tmp_path / "cache")
     assert forks and not list((tmp_path / "cache").iterdir())
 
 
@@ -2382,14 +2388,14 @@ def test_without_locks_the_first_result_stays(tmp_path, monkeypatch):
         return {"a": b"".join(batch)}
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: m.encode_once(tmp_path / "folder", [b"x", b"y"], len, encode), range(2)))
+        list(pool.map(lambda _: m.encode_once(tmp_path / "folder", map(encode, [[b"x", b"y"]])), range(2)))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and (tmp_path / "folder/a").read_bytes() == b"xy"
 
 
 ENCODE = """
 import pathlib, sys, minillm as m
 path, cache = map(pathlib.Path, sys.argv[1:])
-tokens, _ = m.encode_corpus(path, m.BPETokenizer(), "all", cache)
+tokens = m.encode_data("text", path, m.BPETokenizer(), "all", cache)[0]["ids"]
 print(len(tokens), int(tokens.long().sum()))
 """
 
@@ -2475,7 +2481,7 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, tokenizer, mo
         text = b'{"text": "short"}\n{"text": "' + b"x" * 5000 + b'"}\n'
         (tmp_path / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith("gz") else text)
         with pytest.raises(m.UserError, match=rf"{name}:2: a line of more than 1,000 characters"):
-            m.encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "cache")
+            encode_corpus(tmp_path / name, tokenizer, "all", tmp_path / "cache")
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------
@@ -3107,7 +3113,7 @@ def test_all_of_whom_lie_below_a_tenth_leave_one_to_train_on(tmp_path, tokenizer
     for below in (True, False):
         texts = [text for text in map(str, range(200)) if (m.hash_share(text) < 0.1) == below][:4]
         path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-        found = [m.encode_corpus(path, tokenizer, split, tmp_path / "c")[0] for split in ("train", "val")]
+        found = [encode_corpus(path, tokenizer, split, tmp_path / "c") for split in ("train", "val")]
         assert [stream(tokens, tokenizer).count("<|eos|>") for tokens in found] == [3, 1]
 
 
@@ -6791,7 +6797,7 @@ def test_loaders_take_imported_tokenizers(tmp_path):
         huggingface_tokenizer(family, folder, template=template)
         ours = load_imported(folder)
         text = write_jsonl(folder / "text.jsonl", [{"text": "小猫 a"}, {"text": "b"}])
-        tokens, _ = m.encode_corpus(text, ours, "all", folder / "cache")
+        tokens = encode_corpus(text, ours, "all", folder / "cache")
         bos = [] if ours.bos_id is None else [ours.bos_id]
         assert tokens.tolist() == [*bos, *ours.encode("小猫 a"), ours.eos_id, *bos, *ours.encode("b"), ours.eos_id]
         chats = [{"messages": turns("小猫？", "吃鱼。", "ok?", "yes, ok"), "answer": "x"}]
@@ -8635,8 +8641,8 @@ MISTAKES = [
             message,
         )
         for content, message in (
-            (b'{"prompt": "a", "completion": "b"}', "a.jsonl: no validation data: there is only one document"),
-            (b'{"prompt": "a", "completion": "b"}\n' * 9, "or copies of it, which cannot be divided: give more"),
+            (b'{"prompt": "a", "completion": "b"}', "a.jsonl: nothing is left for val: a single document"),
+            (b'{"prompt": "a", "completion": "b"}\n' * 9, "or copies of it, cannot be divided: give more"),
         )
     ),
     data_mistake('{"a": 1', "a.json:1: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
