@@ -2610,29 +2610,29 @@ def _shuffled(items, random):
     return [items[i] for i in torch.randperm(len(items), generator=random).tolist()]
 
 
-def pad_left(rows: list[list[int]], pad_id: int) -> Batch:
-    """Return rows of ids as {"input_ids", "attention_mask"}, both (B, T), padded on the left."""
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+def pad_rows(rows: list[list[int]], pad_id: int, side: str = "left") -> Batch:
+    """Return rows of ids as {"input_ids", "attention_mask"}, both (B, T), padded on one side."""
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     return {"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad(list(map(torch.ones_like, ids)))}
 
 
-def _pad_right(rows, pad_id):
-    """Return rows, each of (ids, trained) sequences one after another, as a batch of (B, T) int64.
+def _pack(rows, pad_id):
+    """Return rows, each of (ids, trained) sequences one after another, as a batch of (B, T) int64, padded on the right.
 
     It is {"input_ids", "labels" (-100 where not trained), "position_ids", "segments"}: the sequences of a row are
     numbered from 1 (0 is padding), and positions restart with each.
     """
-    padding = {"input_ids": pad_id, "labels": -100, "position_ids": 0, "segments": 0}
-    columns = {name: [] for name in padding}
+    packed = []
     for row in rows:
-        parts = [
-            (ids, ids.where(trained, -100), torch.arange(len(ids)), torch.full_like(ids, k))
+        sequences = [
+            torch.stack((ids, trained, torch.arange(len(ids)), torch.full_like(ids, k)), dim=1)
             for k, (ids, trained) in enumerate(row, 1)
         ]
-        for column, sequences in zip(columns.values(), zip(*parts, strict=True), strict=True):
-            column.append(torch.cat(sequences))  # (T of the row,); all rows get the length of the longest
-    return {name: nn.utils.rnn.pad_sequence(columns[name], True, value) for name, value in padding.items()}
+        packed.append(torch.cat(sequences))  # (T of the row, 4); all rows get the length of the longest
+    ids, trained, positions, segments = nn.utils.rnn.pad_sequence(packed, batch_first=True).unbind(2)  # (B, T)
+    ids = ids.masked_fill(segments == 0, pad_id)
+    return {"input_ids": ids, "labels": ids.where(trained > 0, -100), "position_ids": positions, "segments": segments}
 
 
 class Source(NamedTuple):
@@ -2708,10 +2708,10 @@ class BatchLoader:
     def load_state_dict(self, state: dict):
         for name in self.fixed:
             if state[name] != getattr(self, name):
-                if name == "corpus":
-                    problem = "the data, its split or the tokenizer are not those of the checkpoint"
-                    raise UserError(f"{problem}: give the same --data and --val-data as before")
-                raise UserError(f"{name}={getattr(self, name)}, but {name}={state[name]} in the checkpoint: give that")
+                raise UserError(
+                    f"{name}={getattr(self, name)}, but {name}={state[name]} in the checkpoint: give the same --data, "
+                    "--val-data, tokenizer and options as before"
+                )
         self.epoch, self.index = state["epoch"], state["index"]
 
 
@@ -2727,7 +2727,7 @@ class PretrainDataLoader(BatchLoader):
 
     def _prepare(self):
         self.tokens = self.arrays["ids"]
-        if len(self.tokens) < 2 or self.shuffle and len(self.tokens) <= self.seq_len:
+        if len(self.tokens) <= (self.seq_len if self.shuffle else 1):
             raise UserError(
                 f"{', '.join(self.source.paths)}: the {self.source.split} part holds {len(self.tokens)} "
                 f"tokens, fewer than seq_len={self.seq_len} and one: give more data, or a smaller --seq-len"
@@ -2835,77 +2835,59 @@ class ConversationDataLoader(RecordDataLoader):
         super().__init__(*args, **options)
 
     def select_items(self) -> list[int]:
-        # 1. Find the last token of each reply: a trained one before one that is not, or at a conversation's end.
-        trained, ends = self.arrays["trained"], torch.tensor(self.ends)
-        goes_on = F.pad(trained[1:], (0, 1))
-        goes_on[ends[1:] - 1] = False
-        last = (trained & ~goes_on).nonzero().flatten()
-        # 2. A row takes a conversation up to the end of its last reply that ends within `seq_len`.
-        chat = torch.searchsorted(ends, last, right=True) - 1
-        length = last + 1 - ends[chat]
-        fits, full = length <= self.seq_len, torch.tensor(self.lengths)
-        kept = torch.zeros_like(full).scatter_reduce(0, chat[fits], length[fits], "amax")
-        self.truncated = kept == 0
-        self.lengths = kept.where(~self.truncated, self.seq_len).tolist()
-        # 3. Of a truncated conversation a part of a reply must be left.
-        items = [i for i, n in enumerate(kept.tolist()) if n or self.sequence(i)[1][: self.seq_len].any()]
-        cut = self.truncated[full > self.seq_len].tolist()
-        if cut:
+        # 1. A row takes a conversation up to the end of its last reply that ends within `seq_len`.
+        full, starts, trained = torch.tensor(self.lengths), torch.tensor(self.ends[:-1]), self.arrays["trained"]
+        ends = F.pad((trained[:-1] > trained[1:]).nonzero().flatten() + 1, (1, 0))  # of replies inside; 0 comes first
+        last = ends[torch.searchsorted(ends, starts + self.seq_len, right=True) - 1]
+        kept = full.where(full <= self.seq_len, (last - starts).clamp(min=0))
+        self.truncated = (kept == 0).tolist()  # where not even the first reply fits
+        self.lengths = kept.where(kept > 0, self.seq_len).tolist()
+        # 2. Of a truncated conversation a part of a reply must be left.
+        items = [i for i, cut in enumerate(self.truncated) if not cut or self.sequence(i)[1][: self.seq_len].any()]
+        too_long, lost = int((full > self.seq_len).sum()), sum(self.truncated)
+        if too_long:
             warnings.warn(
-                f"of {len(full)} conversations {len(cut)} exceed {self.seq_len} tokens: "
-                f"{cut.count(False)} lose turns at their end, {cut.count(True)} are truncated and lack their "
-                f"end-of-turn, {len(full) - len(items)} of which hold nothing to train on and are left out{LONGER}",
+                f"of {len(full)} conversations {too_long} exceed {self.seq_len} tokens: {too_long - lost} lose turns "
+                f"at their end, {lost} are truncated and lack their end-of-turn, "
+                f"{len(full) - len(items)} of which hold nothing to train on and are left out",
                 stacklevel=5,
             )
         return items
-
-    def is_truncated(self, i: int) -> bool:
-        """Return whether conversation i stops inside its first reply."""
-        return bool(self.truncated[i])
 
     def _take(self, order):
         """Return the conversations of each row of the next batch: each goes into the first row with room for it."""
         rows, room = [[] for _ in range(self.batch_size)], [self.seq_len] * self.batch_size
         for i in order[self.index :]:
-            # Unused rows are empty, so one fits until all are used.
-            fits = [k for k, left in enumerate(room) if self.lengths[i] <= left]
-            if not fits:
+            k = next((k for k, left in enumerate(room) if self.lengths[i] <= left), None)
+            if k is None:
                 break
-            rows[fits[0]].append(i)
-            room[fits[0]] -= self.lengths[i] if self.packing else self.seq_len  # else the row is full
+            rows[k].append(i)
+            room[k] -= self.lengths[i] if self.packing else self.seq_len  # else the row is full
             self.index += 1
         return [row for row in rows if row]
 
     def collate(self, rows: list[list[int]]) -> Batch:
         """Return the batch of these rows of conversations."""
         cut = [[tuple(x[: self.lengths[i]] for x in self.sequence(i)) for i in row] for row in rows]
-        return _pad_right(cut, self.tokenizer.pad_id)
+        return _pack(cut, self.tokenizer.pad_id)
 
 
 class DPODataLoader(RecordDataLoader):
     """Batches of preference pairs: "input_ids", "labels" (-100 outside the completions), "attention_mask", (B, 2, T).
 
     Row 0 of a pair is prompt and chosen completion, row 1 prompt and rejected one, both padded on the right. "category"
-    (B,) indexes `categories`. Once a trainer has set `reference_logprobs` (pairs, 2), batches carry their rows of it.
+    is a list. Once a trainer has set `reference_logprobs` (pairs, 2), batches carry their rows of it.
     """
 
     kind, sides = "preference", 2
     reference_logprobs: Tensor | None = None
 
-    @functools.cached_property
-    def category_of(self) -> dict[int, str]:
-        return {i: self.note(i)["category"] for i in self.items}
-
-    @functools.cached_property
-    def categories(self) -> list[str]:
-        return sorted(set(self.category_of.values()))
-
     def collate(self, items: list[int]) -> Batch:
-        batch = _pad_right([[self.sequence(i, side)] for i in items for side in (0, 1)], self.tokenizer.pad_id)
+        batch = _pack([[self.sequence(i, side)] for i in items for side in (0, 1)], self.tokenizer.pad_id)
         input_ids, labels, _, segments = (value.view(len(items), 2, -1) for value in batch.values())  # (B, 2, T)
-        category = torch.tensor([self.categories.index(self.category_of[i]) for i in items])
         # A row holds one sequence, so its segments are 1, and 0 for padding: an attention mask.
-        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": segments, "category": category}
+        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": segments}
+        batch["category"] = [self.note(i)["category"] for i in items]
         if self.reference_logprobs is not None:
             batch["reference_logprobs"] = self.reference_logprobs[items]
         return batch
@@ -2922,12 +2904,8 @@ class PromptDataLoader(RecordDataLoader):
 
     def collate(self, items: list[int]) -> dict:
         notes = [self.note(i) for i in items]
-        batch = pad_left([self.sequence(i)[0].tolist() for i in items], self.tokenizer.pad_id)
-        return {
-            **batch,
-            "messages": [note["messages"] for note in notes],
-            "answers": [note["answer"] for note in notes],
-        }
+        batch = pad_rows([self.sequence(i)[0].tolist() for i in items], self.tokenizer.pad_id)
+        return batch | {"messages": [note["messages"] for note in notes], "answers": [note["answer"] for note in notes]}
 
 
 class LanguageModelingDataset(torch.utils.data.Dataset):
@@ -3178,7 +3156,7 @@ class TextGenerator:
         """Return the ids that continue each row, up to its first end; rows of similar length share a batch."""
         replies, random = [[]] * len(rows), random or self._random(config)
         for group in length_groups(torch.tensor(list(map(len, rows))), size=batch_size) if rows else []:
-            ids, mask = pad_left([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
+            ids, mask = pad_rows([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
             if config.num_beams > 1:
                 output = self.beam_search(ids, config, mask)
             else:
@@ -4435,24 +4413,20 @@ def completion_logprobs(model: MiniGPT, batch: Batch) -> Tensor:
     return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(batch["labels"].shape[:-1])
 
 
-def pair_figures(scores: Tensor, batch: Batch, categories: list[str]) -> Figures:
+def pair_figures(scores: Tensor, batch: Batch) -> Figures:
     """Return {"pair_accuracy"}: the share of pairs whose first score (B, 2) is the higher one, also by category."""
     margins = scores[:, 0] - scores[:, 1]
     right = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())  # rounding errors are ties
     figures = {"pair_accuracy": (right.sum(), len(right))}
-    for k, name in enumerate(categories):
-        of_category = right[batch["category"] == k]
-        if name and len(of_category):
-            figures[f"pair_accuracy_{name}"] = (of_category.sum(), len(of_category))
+    categories = batch.get("category", [])
+    for name in sorted({*categories} - {""}):
+        of_category = right[[category == name for category in categories]]
+        figures[f"pair_accuracy_{name}"] = (of_category.sum(), len(of_category))
     return figures
 
 
 class PairTrainer(Trainer):
     """Base of the trainers on preference pairs: the loss counts pairs."""
-
-    @property
-    def categories(self) -> list[str]:
-        return getattr(self.val_data, "categories", [])
 
     def count(self, batch: Batch) -> int:
         return len(batch["input_ids"])
@@ -4518,7 +4492,7 @@ class DPOTrainer(PairTrainer):
         return self.text_figures(-chosen, batch["labels"][:, 0]) | {
             "dpo_loss": (self.dpo_loss(policy, reference) * N, N),
             "chosen_logprob": (chosen, N),
-            **pair_figures(policy - reference, batch, self.categories),
+            **pair_figures(policy - reference, batch),
         }
 
     def quality(self, result: Metrics) -> float:
@@ -4554,8 +4528,8 @@ class RewardTrainer(PairTrainer):
         return {
             "loss": (reward_loss(*scores.T) * N, N),
             "tokens": lengths.sum(),
-            "longer_accuracy": pair_figures(lengths, batch, [])["pair_accuracy"],
-            **pair_figures(scores, batch, self.categories),
+            "longer_accuracy": pair_figures(lengths, batch)["pair_accuracy"],
+            **pair_figures(scores, batch),
         }
 
     @torch.no_grad()

@@ -292,7 +292,7 @@ def show_conversations(data: m.ConversationDataLoader, count: int) -> None:
         for problem, applies in (
             (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
             ("nothing to train on: left out", not any(trained)),
-            ("missing end-of-turn", any(trained) and data.is_truncated(i)),
+            ("missing end-of-turn", any(trained) and data.truncated[i]),
             ("doubled BOS", ids.count(data.tokenizer.bos_id) > 1),
         ):
             print(f"   warning: {problem}\n" * applies, end="")

@@ -1887,14 +1887,15 @@ def test_a_packed_row_by_hand(tmp_path, bytes_only):
 
 def test_prompts_and_pairs_are_padded_by_hand(tmp_path, bytes_only):
     """Worked example: prompts on the left, where a reply follows; pairs on the right."""
-    batch = m.pad_left([[7, 8, 9], [5]], pad_id=0)
+    batch = m.pad_rows([[7, 8, 9], [5]], pad_id=0)
     assert batch["input_ids"].tolist() == [[7, 8, 9], [0, 0, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     pair = {"prompt": "q", "chosen": "yes", "rejected": "n", "category": "b"}
     loader = load(m.DPODataLoader, tmp_path, bytes_only, [pair, pair | {"category": "a"}])
     batch = next(iter(loader))
+    assert batch.pop("category") == ["b", "a"]
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
-        "input_ids": (2, 2, 24), "labels": (2, 2, 24), "attention_mask": (2, 2, 24), "category": (2,)
+        "input_ids": (2, 2, 24), "labels": (2, 2, 24), "attention_mask": (2, 2, 24)
     }  # fmt: skip
     assert batch["labels"][0].tolist() == [
         [-100] * 20 + [*byte_ids("yes"), 4],
@@ -1902,7 +1903,6 @@ def test_prompts_and_pairs_are_padded_by_hand(tmp_path, bytes_only):
     ]
     assert batch["input_ids"][0, 1, 20:].tolist() == [*byte_ids("n"), 4, 0, 0]
     assert batch["attention_mask"][0].tolist() == [[1] * 24, [1] * 22 + [0, 0]]
-    assert loader.categories == ["a", "b"] and batch["category"].tolist() == [1, 0]
 
 
 # -- files and text ----------------------------------------------------------------------------------------------------
@@ -2181,7 +2181,7 @@ def test_the_cursor_is_exact(tmp_path, corpus, tokenizer):
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert all(map(torch.equal, batches(second, 2 * epoch + 9 - stop), whole[stop:]))
     other = m.PretrainDataLoader(corpus, tokenizer, batch_size=4, seq_len=16, split="all", cache_dir=tmp_path)
-    with pytest.raises(m.UserError, match="the data, its split or the tokenizer"):
+    with pytest.raises(m.UserError, match="corpus=.* in the checkpoint: give the same --data, --val-data, tok"):
         other.load_state_dict(loader().state_dict())
 
 
@@ -2596,10 +2596,10 @@ def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
         assert batch["input_ids"][0].tolist() == whole[:kept]
         assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut)
         assert batch["labels"][0].max() >= 0
-        assert loader.lengths[0] == kept and loader.is_truncated(0) == cut and not loader.is_truncated(1)
+        assert loader.lengths[0] == kept and loader.truncated[0] == cut and not loader.truncated[1]
     with pytest.warns(UserWarning, match="1 are truncated .* 1 of which hold nothing to train on"):
         loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=head - 1)
-    assert loader.items == [1] and loader.is_truncated(0)
+    assert loader.items == [1] and loader.truncated[0]
     with pytest.raises(m.UserError, match="none of .* chat records fits 5 tokens"), pytest.warns(UserWarning):
         load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=5)
     for cls, record in (
@@ -2649,7 +2649,7 @@ def test_record_loaders_have_exact_cursors(tmp_path, tokenizer, cls, options):
         assert take(fresh, 2 * epoch + 3 - stop) == whole[stop:]
     with pytest.raises(m.UserError, match="seed=4"):
         loader(seed=4).load_state_dict(first.state_dict())
-    with pytest.raises(m.UserError, match="the data, its split or the tokenizer"):
+    with pytest.raises(m.UserError, match="corpus=.* in the checkpoint: give the same --data, --val-data, tok"):
         load(cls, tmp_path, tokenizer, records[:9], name="other.jsonl", **options).load_state_dict(first.state_dict())
     seen = Counter(itertools.chain.from_iterable(
         b["answers"] if cls is m.PromptDataLoader else [tuple(r.flatten().tolist()) for r in b["input_ids"]]
@@ -3105,7 +3105,7 @@ def test_wherever_there_are_two_documents_one_is_on_each_side(tmp_path, tokenize
             assert sorted(sides(cls, tmp_path, tokenizer, records[::-1])[1]) == sorted(found[1])
     alone = [record_for(cls, 0)] * 3
     assert len(load(cls, tmp_path, tokenizer, alone, split="train").items) == 3
-    with pytest.raises(m.UserError, match="only one document, or copies of it, .*--val-data"):
+    with pytest.raises(m.UserError, match="a single document, or copies of it, .*--val-data"):
         load(cls, tmp_path, tokenizer, alone, split="val")
 
 
@@ -3444,7 +3444,7 @@ def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
     """Rows that have ended leave the batch; the caches, masks and seen tokens of the others are not mixed up."""
     alone = m.TextGenerator(generator.model, ending_at(tokenizer))
     rows = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 9, 3, 7, 6, 4, 8)]
-    batch = m.pad_left(rows, tokenizer.pad_id)
+    batch = m.pad_rows(rows, tokenizer.pad_id)
     config = settings(max_new_tokens=25, repetition_penalty=penalty, do_sample=False)
     steps = []
     for k, (tokens, ended) in enumerate(alone._decode(batch["input_ids"], config, batch["attention_mask"], None)):
@@ -3467,7 +3467,7 @@ def test_a_mixture_of_experts_is_not_compiled_for_decoding(tokenizer):
 def test_compiled_decoding_writes_the_same(tokenizer):
     model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
     eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
-    batch = m.pad_left([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
+    batch = m.pad_rows([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
     for config in (
         settings(do_sample=False, min_new_tokens=12),
         settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1),  # more slots: another graph
@@ -5073,7 +5073,7 @@ def test_the_reward_model_and_dpo_learn_what_is_preferred(tmp_path, tokenizer):
 def prompt_batch(tokenizer, questions: list[str], answers: list[str] | None = None) -> dict:
     chats = [turns(question) for question in questions]
     rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    return m.pad_left(rows, tokenizer.pad_id) | {"messages": chats, "answers": answers or [""] * len(rows)}
+    return m.pad_rows(rows, tokenizer.pad_id) | {"messages": chats, "answers": answers or [""] * len(rows)}
 
 
 def rl_trainer(cls, tokenizer, reward=lambda messages, reply, answer: float(answer), model=None, train=None, **rl):
@@ -7913,7 +7913,7 @@ def test_resuming_says_what_is_different(trained_runs, tmp_path, capsys):
         (["--seed", "3"], "seed=3, but seed=0 in the checkpoint"),
         (["--lora-rank", "2"], "was trained with --lora-rank 0"),
         (["--optimizer", "adamw"], "was trained with --optimizer muon"),
-        (["--data", str(trained_runs / "data/val")], "the data, its split or the tokenizer are not those"),
+        (["--data", str(trained_runs / "data/val")], "in the checkpoint: give the same --data, --val-data, tokenizer"),
     ):
         assert train.main([*argv, "--max-steps", "3", "--resume", *more]) == 2
         assert message in capsys.readouterr().err
