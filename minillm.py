@@ -4606,13 +4606,12 @@ class RLTrainer(Trainer):
         check_stage(self.stage, self.config, model.config)
         remove_dropout(self.trained)  # otherwise the ratio would not be 1 at the first update
 
-    def extra_state(self) -> dict:
-        parents = {"reference": self.reference, "reward": self.reward}
+    def extra_state(self) -> dict[str, str]:
+        reward = self.reward
+        name = getattr(reward, "__qualname__", type(reward).__qualname__)
         return {
-            name: fingerprint(parent)
-            if isinstance(parent, nn.Module)
-            else getattr(parent, "__qualname__", type(parent).__qualname__)
-            for name, parent in parents.items()
+            "reference": fingerprint(self.reference),
+            "reward": fingerprint(reward) if isinstance(reward, RewardModel) else name,
         }
 
     def logprobs(self, model: MiniGPT, batch: Batch) -> Tensor:
@@ -4626,29 +4625,25 @@ class RLTrainer(Trainer):
         return token_logprobs(hidden, model.output_weight[: self.tokenizer.vocab_size], labels, self.rl.temperature)
 
     def by_length_groups(self, fn: Callable, batch: Batch) -> Tensor:
-        """Return fn(batch), (N,) or (N, T - 1), computed in groups of rows of similar length."""
-        return self.in_memory(lambda parts: self._in_groups(fn, batch, 64 // parts), 64)
+        """Return fn(batch), (N, 1) or (N, T - 1), computed in groups of rows of similar length."""
 
-    def _in_groups(self, fn, batch, size):
-        groups, width = length_groups(batch["last"], size=size), batch["mask"].shape[1]  # (n,) each; T - 1
-        results = [fn(select_rows(batch, rows)) for rows in groups]
-        # groups are narrower than the batch: pad their columns
-        results = [F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in results]
-        return torch.cat(results)[torch.cat(groups).argsort()]  # back into the order of the batch
+        def compute(parts):
+            groups = length_groups(batch["last"], size=64 // parts)  # (n,) each
+            rows = [row for group in groups for row in fn(select_rows(batch, group))]  # some groups are narrower
+            return nn.utils.rnn.pad_sequence(rows, True)[torch.cat(groups).argsort()]  # in the order of the batch
+
+        return self.in_memory(compute, 64)
 
     # -- the rollout ---------------------------------------------------------------------------------------------------
 
-    def sample_replies(self, prompts: dict, random: torch.Generator | None) -> tuple[list[Tensor], Tensor]:
-        """Return each row's prompt and reply up to its first end-of-turn, without padding; and whether it has one."""
+    def sample_replies(self, prompts: dict, random: torch.Generator | None) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the ids of each prompt, without padding, and of a reply up to its first end-of-turn."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, temperature=self.rl.temperature, top_p=1.0)
-        rows = [
-            ids[mask.bool()].tolist() for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
-        ]
+        rows = zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
+        asked = [ids[mask > 0].tolist() for ids, mask in rows]
         generator = TextGenerator(self.model, self.tokenizer)
         with self.autocast():
-            replies = self.in_memory(lambda parts: generator.continue_ids(rows, settings, 64 // parts, random), 64)
-        ended = torch.tensor([reply[-1] in self.tokenizer.stop_ids for reply in replies], device=self.device)  # (N,)
-        return [torch.tensor(row + reply, device=self.device) for row, reply in zip(rows, replies, strict=True)], ended
+            return asked, self.in_memory(lambda parts: generator.continue_ids(asked, settings, 64 // parts, random), 64)
 
     @torch.no_grad()
     def rollout(self, prompts: dict, random: torch.Generator | None = None) -> Rollout:
@@ -4660,18 +4655,18 @@ class RLTrainer(Trainer):
         """
         # 1 write
         start = time.monotonic()
-        texts, ended = self.sample_replies(prompts, random)
+        asked, written = self.sample_replies(prompts, random)
         rollout_s = time.monotonic() - start  # generation alone, without scoring
-        # 2 the tensors: a reply takes the places begin … end - 1 of its row; column j is about token j + 1
-        begins = prompts["attention_mask"].sum(dim=1).to(self.device)  # (N,)
-        ends = torch.tensor([len(text) for text in texts], device=self.device)
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_id)  # (N, T)
-        at = torch.arange(ids.shape[1], device=self.device)  # (T,)
-        token_mask = at < ends[:, None]
-        mask = (token_mask & (at >= begins[:, None]))[:, 1:]
-        batch = {"input_ids": ids, "token_mask": token_mask, "mask": mask, "last": ends - 2}
+        # 2 the tensors: column j of `mask` is about token j + 1
+        texts = [prompt + reply for prompt, reply in zip(asked, written, strict=True)]
+        batch = self._to_device(pad_rows(texts, self.tokenizer.pad_id, "right"))
+        ids, token_mask = batch["input_ids"], batch["attention_mask"] > 0  # (N, T)
+        begins = torch.tensor(list(map(len, asked)), device=self.device)  # (N,)
+        mask = (token_mask & (token_mask.cumsum(dim=1) > begins[:, None]))[:, 1:]
+        batch = {"input_ids": ids, "token_mask": token_mask, "mask": mask, "last": token_mask.sum(dim=1) - 2}
         # 3 score
-        replies = [self.tokenizer.decode(text[n:]) for text, n in zip(texts, begins.tolist(), strict=True)]
+        replies = list(map(self.tokenizer.decode, written))
+        ended = torch.tensor([reply[-1] in self.tokenizer.stop_ids for reply in written], device=self.device)  # (N,)
         with eval_mode(self.model), self.autocast():
             logprobs, reference = (
                 self.by_length_groups(functools.partial(self.logprobs, model), batch)
@@ -4699,7 +4694,7 @@ class RLTrainer(Trainer):
     def _score(self, batch, prompts, replies):
         """Return the score of each reply, (N,)."""
         if isinstance(self.reward, RewardModel):
-            return self.by_length_groups(lambda rows: self.reward(rows["input_ids"], rows["token_mask"]), batch)
+            return self.by_length_groups(lambda x: self.reward(x["input_ids"], x["token_mask"])[:, None], batch)[:, 0]
         try:
             scores = list(map(self.reward, prompts["messages"], replies, prompts["answers"]))
         except UserError:
@@ -4729,7 +4724,7 @@ class RLTrainer(Trainer):
             groups = length_groups(batch["last"], rows, 32)  # micro-batches with little padding
             results.append(self.update([select_rows(batch, group) for group in groups]))
             # 3 stop when the policy has moved far from the one that wrote
-            if self.rl.stop_kl and results[-1]["moved"] > self.rl.stop_kl:
+            if results[-1]["moved"] > (self.rl.stop_kl or math.inf):
                 break
         self.step_count += 1
         updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
@@ -4749,13 +4744,14 @@ class RLTrainer(Trainer):
             }
         )
 
-    def _with_move(self, loss, batch, logprobs):
-        """Return the loss with a named part: how far the policy has moved from the one that wrote the replies.
+    def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """Return the subclass's loss with a named part: how far the policy has moved from the one that wrote.
 
         In nats per token, as `stop_kl` is.
         """
-        kl = kl_estimate(batch["logprobs"], logprobs.detach(), "k3")
-        return loss, {"moved": masked_mean(kl, batch["mask"]) * self.count(batch)}
+        logprobs = self.logprobs(self.model, batch)
+        moved = masked_mean(kl_estimate(batch["logprobs"], logprobs.detach(), "k3"), batch["mask"])
+        return self.policy_loss(batch, logprobs), {"moved": moved * self.count(batch)}
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -4819,14 +4815,14 @@ class PPOTrainer(RLTrainer):
     def count(self, batch: Batch) -> int:
         return int(batch["mask"].sum())
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
-        mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
+    def policy_loss(self, batch: Batch, logprobs: Tensor) -> Tensor:
+        mask = batch["mask"]
         loss = self.rl.value_coef * ppo_value_loss(
             self.values(batch), batch["values"], batch["returns"], mask, self.rl.value_clip
         )  # a mean over the reply tokens
         if self.step_count >= self.rl.critic_warmup:  # an untrained critic would mislead the policy
             loss = loss + ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, self.rl.clip_range)
-        return self._with_move(loss * mask.sum(), batch, logprobs)  # a mean over tokens -> their sum
+        return loss * mask.sum()  # a mean over tokens -> their sum
 
 
 class GRPOTrainer(RLTrainer):
@@ -4841,12 +4837,8 @@ class GRPOTrainer(RLTrainer):
     @torch.no_grad()
     def experience(self, prompts: dict) -> Rollout:
         G = self.rl.group_size
-        repeated = {
-            name: value.repeat_interleave(G, dim=0)
-            if isinstance(value, Tensor)
-            else [item for item in value for _ in range(G)]
-            for name, value in prompts.items()
-        }
+        # G times each prompt, one after another; tensors as lists of their rows
+        repeated = {name: [item for item in value for _ in range(G)] for name, value in prompts.items()}
         batch, stats = self.rollout(repeated)
         batch["advantages"] = grpo_advantages(batch["scores"], G, self.rl.advantage_kind)  # (N,)
         equal = (batch["advantages"].view(-1, G) == 0).all(dim=1).repeat_interleave(G)  # (N,)
@@ -4859,15 +4851,15 @@ class GRPOTrainer(RLTrainer):
     def count(self, batch: Batch) -> float:
         return batch["row_weight"].sum().item()
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
-        mask, logprobs = batch["mask"], self.logprobs(self.model, batch)
+    def policy_loss(self, batch: Batch, logprobs: Tensor) -> Tensor:
+        mask = batch["mask"]
         divisor = mask.sum(dim=1, keepdim=True) if self.rl.advantage_kind == "grpo" else self.config.reply_tokens
         weights = mask / divisor  # (N, T - 1): Dr. GRPO divides by a constant, GRPO by the reply's length
         loss = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], weights, self.rl.clip_range)
         if self.rl.grpo_kl_coef:
             kl = kl_estimate(logprobs, batch["reference_logprobs"], "k3")
             loss = loss + self.rl.grpo_kl_coef * masked_mean(kl, weights)
-        return self._with_move(loss * weights.sum(), batch, logprobs)
+        return loss * weights.sum()
 
 
 # ======================================================================================================================
