@@ -5262,14 +5262,16 @@ def read_hf_rope(data: dict, fields: dict) -> dict:
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
 
 
+def hf_kind(config: MiniGPTConfig) -> str:
+    """Return the model_type of the architecture that a model has, but for shared experts."""
+    check(config, config.qk_norm or not config.num_experts, "qk_norm", "True to export a mixture of experts")
+    return "qwen3_moe" if config.num_experts else "qwen3" if config.qk_norm else "llama"
+
+
 def hf_config(config: MiniGPTConfig, dtype: str = "float32") -> dict:
     """Return the config.json with which transformers builds the same model; a UserError names what it cannot have."""
-    if config.num_shared_experts or config.num_experts and not config.qk_norm:
-        raise UserError(
-            f"num_shared_experts={config.num_shared_experts}, qk_norm={config.qk_norm} of a mixture of "
-            "experts cannot be exported: a Qwen3-MoE has no shared experts, and qk_norm"
-        )
-    kind = "qwen3_moe" if config.num_experts else "qwen3" if config.qk_norm else "llama"
+    check(config, not config.num_shared_experts, "num_shared_experts", "0 for transformers: a Qwen3-MoE has none")
+    kind = hf_kind(config)
     name, fields = HF_KINDS[kind]
     return {
         "architectures": [name + "ForCausalLM"],
@@ -5281,42 +5283,59 @@ def hf_config(config: MiniGPTConfig, dtype: str = "float32") -> dict:
     }
 
 
-def hf_tensors(model: MiniGPT) -> Batch:
-    """Return the model's weights as views, under Hugging Face's names: import fills them, export writes them.
+GGUF_NAMES = {  # of our weights, there; "*" is a layer's number. A matrix of several is several there
+    "embed_tokens": ("token_embd",),
+    "norm": ("output_norm",),
+    "lm_head": ("output",),
+    "layers.*.input_layernorm": ("blk.*.attn_norm",),
+    "layers.*.self_attn.qkv_proj": ("blk.*.attn_q", "blk.*.attn_k", "blk.*.attn_v"),
+    "layers.*.self_attn.q_norm": ("blk.*.attn_q_norm",),
+    "layers.*.self_attn.k_norm": ("blk.*.attn_k_norm",),
+    "layers.*.self_attn.o_proj": ("blk.*.attn_output",),
+    "layers.*.post_attention_layernorm": ("blk.*.ffn_norm",),
+    "layers.*.mlp.gate": ("blk.*.ffn_gate_inp",),
+    "layers.*.mlp.gate_up_proj": ("blk.*.ffn_gate", "blk.*.ffn_up"),
+    "layers.*.mlp.down_proj": ("blk.*.ffn_down",),
+    "layers.*.mlp.shared.gate_up_proj": ("blk.*.ffn_gate_shexp", "blk.*.ffn_up_shexp"),
+    "layers.*.mlp.shared.down_proj": ("blk.*.ffn_down_shexp",),
+}
+HF_NAMES = {name: (name,) for name in GGUF_NAMES} | {  # after "model."
+    "layers.*.self_attn.qkv_proj": tuple(f"layers.*.self_attn.{part}_proj" for part in "qkv"),
+    "layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"),
+}
 
-    Parameters that no supported architecture has raise a UserError.
+
+def exported_weights(model: MiniGPT, names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights as views, under `names`.
+
+    A parameter that no table knows raises a UserError: other programs would ignore it, or take it for another.
     """
-    c, tensors = model.config, {}
-    # rows of queries, keys and values in qkv_proj
+    c = model.config
     heads = [n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)]
-    # a name from a changed model would be written, but transformers would ignore it: only these are known there
-    known = re.compile(
-        ("" if c.tie_word_embeddings else r"lm_head\.weight|")
-        + r"(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|mlp\.down_proj"
-        r"|self_attn\.(qkv_proj|o_proj|q_norm|k_norm)|mlp\.gate_up_proj))\.weight"
-        + (r"|layers\.\d+\.mlp\.(gate\.weight|gate_up_proj|down_proj)" if c.num_experts else "")
-    )
+    absent = ["lm_head"] * c.tie_word_embeddings + ["layers.*.mlp.gate"] * (not c.num_experts)
     for name, p in model.named_parameters():
-        if not known.fullmatch(name):
+        layer = re.search(r"\d+|$", name)[0]
+        part = name.replace(f"layers.{layer}.", "layers.*.").removesuffix(".weight")
+        if part not in names or part in absent:
             raise UserError(
-                f"the parameter {name} cannot be exported: no Llama, Qwen3 or Qwen3-MoE has it, as none has "
-                "the head of a reward model"
+                f"the parameter {name} cannot be exported: no supported architecture has it, as none has the head of "
+                "a reward model"
             )
-        path = name if name.startswith("lm_head") else "model." + name
-        matrices = {path: p.detach()}
-        if p.dim() == 3:  # (E, rows, columns): there, each expert has its own
-            matrices = {
-                path.replace("mlp.", f"mlp.experts.{e}.") + ".weight": expert for e, expert in enumerate(p.detach())
-            }
-        for path, matrix in matrices.items():
-            if "qkv" in path:
-                q, k, v = matrix.split(heads)  # (H D, C), (K D, C), (K D, C)
-                tensors |= {path.replace("qkv", part): rows for part, rows in (("q", q), ("k", k), ("v", v))}
-            elif "gate_up" in path:
-                gate, up = matrix.chunk(2)  # (F, C) each
-                tensors |= {path.replace("gate_up", "gate"): gate, path.replace("gate_up", "up"): up}
-            else:
-                tensors[path] = matrix
+        if len(names[part]) == 3:
+            matrices = p.detach().split(heads)  # (H D, C), (K D, C), (K D, C)
+        else:
+            matrices = p.detach().chunk(len(names[part]), dim=-min(2, p.dim()))  # gate and up: (F, C) or (E, F, C) each
+        for there, matrix in zip(names[part], matrices, strict=True):
+            yield there.replace("*", layer), matrix
+
+
+def hf_tensors(model: MiniGPT) -> Batch:
+    """Return the model's weights as views, under Hugging Face's names: import fills them, export writes them."""
+    tensors = {}
+    for name, matrix in exported_weights(model, HF_NAMES):
+        path = "lm_head.weight" if name == "lm_head" else f"model.{name}.weight"
+        experts = enumerate(matrix) if matrix.dim() == 3 else ()  # (E, rows, columns): there, each has its own
+        tensors |= {path.replace("mlp.", f"mlp.experts.{e}."): expert for e, expert in experts} or {path: matrix}
     return tensors
 
 
@@ -5361,15 +5380,17 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
     model = copy.deepcopy(model)  # the caller keeps its LoRA
     merge_lora(model)
     tensors = {name: x.to("cpu", getattr(torch, dtype), copy=True) for name, x in hf_tensors(model).items()}
-    generation = {name: config[name] for name in TOKEN_IDS}
+    stop_ids = config["eos_token_id"]
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+        config |= {name: getattr(tokenizer, name.replace("_token", "")) for name in TOKEN_IDS}
+        stop_ids = list(tokenizer.stop_ids)
+    generation = {name: config[name] for name in TOKEN_IDS} | {"eos_token_id": stop_ids}
     # everything is written into a directory aside, and moved when it is complete
     aside = temporary_beside(folder)
     try:
         aside.mkdir(parents=True)
         if tokenizer is not None:
-            check_vocabulary(model, tokenizer)
-            config |= {name: getattr(tokenizer, name.replace("_token", "")) for name in TOKEN_IDS}
-            generation = {name: config[name] for name in TOKEN_IDS} | {"eos_token_id": list(tokenizer.stop_ids)}
             tokenizer.save_pretrained(aside)
         for name, content in (("config.json", config), ("generation_config.json", generation)):
             write_file(aside / name, json.dumps(content, indent=2))
@@ -5384,22 +5405,6 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
 
 # -- GGUF: one file for llama.cpp and ollama ---------------------------------------------------------------------------
 
-GGUF_NAMES = {  # of our parameters, there; a matrix of several becomes several tensors
-    "embed_tokens": ("token_embd",),
-    "norm": ("output_norm",),
-    "lm_head": ("output",),
-    "input_layernorm": ("attn_norm",),
-    "self_attn.qkv_proj": ("attn_q", "attn_k", "attn_v"),
-    "self_attn.q_norm": ("attn_q_norm",),
-    "self_attn.k_norm": ("attn_k_norm",),
-    "self_attn.o_proj": ("attn_output",),
-    "post_attention_layernorm": ("ffn_norm",),
-    "mlp.gate": ("ffn_gate_inp",),
-    "mlp.gate_up_proj": ("ffn_gate", "ffn_up"),
-    "mlp.down_proj": ("ffn_down",),
-    "mlp.shared.gate_up_proj": ("ffn_gate_shexp", "ffn_up_shexp"),
-    "mlp.shared.down_proj": ("ffn_down_shexp",),
-}
 GGUF_FIELDS = {  # of our config, there
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
@@ -5421,12 +5426,10 @@ GGUF_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
 def gguf_architecture(config: MiniGPTConfig) -> str:
     """Return llama.cpp's name of the architecture that computes the same; a UserError names what none does."""
-    rope, experts = config.rope_scaling or {"rope_type": "default"}, config.num_experts
+    kind, rope = hf_kind(config), config.rope_scaling or {"rope_type": "default"}
+    name = {"qwen3_moe": "bailingmoe2" if config.num_shared_experts else "qwen3moe"}.get(kind, kind)
     betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-    name = "bailingmoe2" if experts and config.num_shared_experts else "qwen3moe" if experts else "qwen3"
-    name = name if config.qk_norm else "llama"
     problems = {
-        "qk_norm": experts and not config.qk_norm,
         "norm_topk_prob": name == "qwen3moe" and not config.norm_topk_prob,
         "head_dim": name == "bailingmoe2" and config.num_attention_heads * config.head_dim != config.hidden_size,
         "rope_scaling": rope["rope_type"] == "llama3"
@@ -5477,19 +5480,11 @@ def gguf_metadata(model: MiniGPT, tokenizer: BPETokenizer, add_bos: bool) -> dic
 def gguf_tensors(model: MiniGPT, vocab_size: int) -> Batch:
     """Return the model's weights under GGUF's names."""
     c, arch, tensors = model.config, gguf_architecture(model.config), {}
-    for name, p in model.named_parameters():
-        layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+?)(?:\.weight)?", name).groups()
-        if part not in GGUF_NAMES:
-            raise UserError(f"the parameter {name} cannot be exported: no architecture of llama.cpp has it")
-        names = ("attn_qkv",) if arch == "bailingmoe2" and "qkv" in part else GGUF_NAMES[part]
-        rows = [p.shape[-2] // len(names)] * len(names) if p.dim() > 1 else [len(p)]
-        if len(names) == 3:
-            rows = [n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)]
-        for there, tensor in zip(names, p.detach().split(rows, dim=-2 if p.dim() > 1 else 0), strict=True):
-            if arch == "llama" and there in ("attn_q", "attn_k"):  # it turns neighbours, not halves
-                tensor = tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-            prefix = f"blk.{layer}." if layer else ""
-            tensors[f"{prefix}{there}{'_exps' if p.dim() == 3 else ''}.weight"] = tensor
+    whole = {"layers.*.self_attn.qkv_proj": ("blk.*.attn_qkv",)} if arch == "bailingmoe2" else {}
+    for name, matrix in exported_weights(model, GGUF_NAMES | whole):
+        if arch == "llama" and name.endswith(("attn_q", "attn_k")):  # it turns neighbours, not halves
+            matrix = matrix.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        tensors[f"{name}{'_exps' if matrix.dim() == 3 else ''}.weight"] = matrix
     tensors["token_embd.weight"] = tensors["token_embd.weight"][:vocab_size]  # rows that no token has are left out
     if arch == "bailingmoe2":  # has no tied weights
         tensors.setdefault("output.weight", tensors["token_embd.weight"])
