@@ -1691,8 +1691,9 @@ def parallel_map(fn: Callable, items: Iterable) -> Iterator:
         return
     try:
         start = workers, get_context("fork"), _start_child, (fn, os.getpid())
-        with warnings.catch_warnings(), ProcessPoolExecutor(*start) as pool:
-            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads; children use none
+        # Fork beside torch's idle threads, of which children use none, is warned of.
+        quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+        with quiet, ProcessPoolExecutor(*start) as pool:
             for wave in batched(items, limit=8 * workers):  # so many are in flight
                 yield from pool.map(_run_child, wave)
     except BrokenProcessPool as error:
@@ -1705,14 +1706,13 @@ def _start_child(fn, parent):
     global _child_function  # of a forked child; a closure could not be sent through the pool's queue
     _child_function = fn
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
+    def end_with_parent():  # even if that was killed
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-def _end_with(parent):
-    """End this process once its parent is gone, even if it was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _run_child(item):
@@ -1738,8 +1738,7 @@ def data_files(paths: Paths) -> list[Path]:
         inside = list(files_under(path)) if path.is_dir() else [path]
         data = {f.resolve(): f for f in inside if f.is_file() and data_suffix(f)}
         if not data:
-            problem = "unknown kind of data file" if path.exists() else "no such file or directory"
-            problem = "a directory without any data file" if path.is_dir() else problem
+            problem = "no data file" if path.exists() else "no such file or directory"
             raise UserError(f"{path}: {problem}: data are {', '.join(SUFFIXES)} files, or directories with some")
         if others := [f for f in inside if f.resolve() not in data]:
             warnings.warn(
@@ -1754,10 +1753,6 @@ def data_suffix(path: Path) -> str:
     """Return the suffix that says how a file is read, in lower case and without .gz; "" if it is no data file."""
     suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
     return suffix.removesuffix(".gz")
-
-
-def is_plain_text(path: Path) -> bool:
-    return data_suffix(path) == ".txt"
 
 
 def hash_file(path: AnyPath) -> str:
@@ -1835,8 +1830,8 @@ FORMS = (  # the first one whose keys a record has
 MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
 # Further keys of records and of messages. One that is nowhere is counted and named, or refused if it means no text.
 RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
-MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls")
 SWITCHES = ("trained", "train", "loss", "weight")  # of a message: 0 or false if it is not to be learned from
+MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls", *SWITCHES)
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
 
 # Descriptions of what a stage takes, for error messages.
@@ -1890,32 +1885,29 @@ def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
     messages = []
     for item in value if isinstance(value, list) else [value]:
         item = {"role": role, "content": item} if isinstance(item, str) else item
-        if not isinstance(item, dict):
-            raise ValueError(f"a message must be an object with role and content, not {type(item).__name__}")
         try:
             message = {"role": ROLES[item.get("role", item.get("from"))], "content": _content(item)}
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"a message needs a role (or from), one of {', '.join(ROLES)}, and a content (or value) of type string "
-                f"or of parts with a text; tools and tool_calls are objects with a name and arguments: found "
-                f"{str(item)[:200]}"
+                f"a message must be an object with a role (or from), one of {', '.join(ROLES)}, and a content (or "
+                "value) of type string or of parts with a text; tools and tool_calls are objects with a name and "
+                f"arguments: found {str(item)[:200]}"
             ) from error
-        remarks += [f"unknown key {key!r} of a message" for key in _unknown_keys(item, (*MESSAGE_KEYS, *SWITCHES))]
+        remarks += [f"unknown key {key!r} of a message" for key in _unknown_keys(item, MESSAGE_KEYS)]
         for key in SWITCHES:
             if item.get(key) not in (None, 0, 1):
                 raise ValueError(f'"{key}" of a message must be 0 (false) or 1 (true), not {item[key]!r}')
             if item.get(key) == 0:
                 message["trained"] = False
-        before = messages[-1] if messages else {"role": None}
-        if message["role"] == before["role"] != "tool":  # several tools may answer one message
-            message["content"] = f"{before['content']}\n\n{message['content']}"
-            messages[-1] = before | message
-            if message["role"] != "system":
-                remarks.append(f"two {message['role']} messages in a row, joined")
-        elif message["role"] == "system" and messages:
+        speaker = message["role"]
+        if messages and messages[-1]["role"] == speaker != "tool":  # several tools may answer one message
+            before = messages.pop()
+            message = before | message | {"content": f"{before['content']}\n\n{message['content']}"}
+            if speaker != "system":
+                remarks.append(f"two {speaker} messages in a row, joined")
+        if messages and speaker == "system":
             raise ValueError("a system message may only come first")
-        else:
-            messages.append(message)
+        messages.append(message)
     return messages
 
 
@@ -1938,29 +1930,26 @@ def _content(message):
     for call in calls:
         call = call.get("function", call)
         call = {"name": call["name"], "arguments": _parsed(call["arguments"])}
-        blocks.append(f"<tool_call>\n{_as_json(call)}\n</tool_call>")
+        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
     if tools:
-        lines = "\n".join(_as_json(dict(tool)) for tool in tools)
+        lines = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
         blocks.append("\n" * bool(content) + TOOLS_PROMPT.format(lines))
     return f"<think>\n{thought}\n</think>\n\n" * bool(thought) + "\n".join(blocks)
-
-
-def _as_json(value):
-    return json.dumps(value, ensure_ascii=False).encode().decode()  # ValueError for half a surrogate pair
 
 
 def _parsed(value):
     return json.loads(value) if isinstance(value, str) else value  # some write JSON into texts
 
 
-def _question(record, key):
-    """Return what the user says under a key, with the texts it refers to."""
-    texts = [record.get(name) for name in dict.fromkeys((key, *MORE_KEYS))]
-    if not any(texts[1:]):
-        return texts[0]
-    if not all(isinstance(text or "", str) for text in texts):
-        raise ValueError(f'"{key}" and "input" or "context" must be strings')
-    return "\n".join(filter(None, texts))
+def _question(record, keys):
+    """Return what the user says under the first of these keys, with the texts under the others that it refers to."""
+    question, *more = [record.get(key) for key in keys] or [[]]
+    if not any(more):
+        return question
+    try:
+        return "\n".join(filter(None, [question, *more]))
+    except TypeError:
+        raise ValueError(f"{', '.join(keys)} must be strings") from None
 
 
 def _whole(record, messages, remarks):
@@ -1978,20 +1967,21 @@ def _whole(record, messages, remarks):
     return as_messages(messages, "", remarks)
 
 
-def _chat_messages(record, form, kind, remarks):
+def _chat_messages(record, form, kind, question, remarks):
     """Return (prompt, conversations) of a chat or prompt record: what comes before the last reply, and the whole."""
-    messages = as_messages(_question(record, form.first), "user", remarks)
+    messages = as_messages(question, "user", remarks)
     if form.second:  # an answer may be a number, or one of several
         reply = _answers(record)[:1] if form.second == "answer" else record[form.second]
         messages += as_messages(reply, "assistant", remarks)
     messages = _whole(record, messages, remarks)
-    if form.kind == "prompt":  # all of it waits for a reply
-        return messages, []
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not replies:
+    if form.kind == "chat" and not replies:
         raise ValueError("a conversation without an assistant message holds nothing to train on")
     if kind == "prompt":
-        return messages[: replies[-1]], []
+        prompt = messages[: replies[-1]] if form.kind == "chat" else messages
+        if not prompt or prompt[-1]["role"] == "assistant":
+            raise ValueError("a prompt must end with a message to reply to")
+        return prompt, [prompt]
     for i in replies:
         if not messages[i]["content"].strip():  # it would teach to end at once
             messages[i]["trained"] = False
@@ -2004,34 +1994,35 @@ def _chat_messages(record, form, kind, remarks):
 
 def _preference_messages(record, question, remarks):
     """Return (prompt, conversations) of a pair: the chosen and the rejected one begin with the prompt."""
-    prompt, sides = question, [record["chosen"], record["rejected"]]
+    sides = [record["chosen"], record["rejected"]]
     # 1. Texts may repeat the prompt, or be whole transcripts, as Anthropic's are.
     if all(isinstance(side, str) for side in sides):
-        if isinstance(prompt, str) and all(side.startswith(prompt) and side != prompt for side in sides):
-            sides = [side[len(prompt) :] for side in sides]
-        elif not prompt and all(re.match(r"\s*Human: ", side) for side in sides):
+        if isinstance(question, str) and all(side.startswith(question) and side != question for side in sides):
+            sides = [side.removeprefix(question) for side in sides]
+        elif not question and all(re.match(r"\s*Human: ", side) for side in sides):
             sides = map(_transcript_messages, sides)
-    prompt = as_messages(prompt, "user", remarks)
+    prompt = as_messages(question, "user", remarks)
     chosen, rejected = (as_messages(side, "assistant", remarks) for side in sides)
     # 2. Messages that both sides begin with belong to the prompt, or are its repetition.
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1
-    shared, completions = chosen[:n], {"chosen": chosen[n:], "rejected": rejected[n:]}
+    shared = chosen[:n]
     prompt = _whole(record, shared if shared[: len(prompt)] == prompt else prompt + shared, remarks)
     # 3. What is left is compared, so each side needs a reply of its own.
+    completions = {"chosen": chosen[n:], "rejected": rejected[n:]}
     said = [[message["content"].split() for message in side] for side in completions.values()]
     if said[0] == said[1]:
         raise LeftOut("both sides alike")
     for name, side in completions.items():
-        if not side or side[-1]["role"] != "assistant" or prompt and side[0]["role"] == prompt[-1]["role"]:
+        if not side or side[-1]["role"] != "assistant" or prompt and side[0]["role"] in ("system", prompt[-1]["role"]):
             raise ValueError(
                 f'"{name}" must end with a reply of the assistant that the other side does not share, and go on where '
                 "the prompt ends"
             )
         if not side[-1]["content"].strip() or not side[-1].get("trained", True):
             raise LeftOut("no reply to learn from: empty, or marked as bad")
-    return prompt, [as_messages(prompt + side, "", remarks) for side in completions.values()]
+    return prompt, [prompt + side for side in completions.values()]
 
 
 def _transcript_messages(text):
@@ -2089,7 +2080,6 @@ class TextPart(NamedTuple):
     text: str
     begins: bool = True  # the document begins with this part
     ends: bool = True
-    remarks: tuple[str, ...] = ()
 
     def question(self) -> str:
         return self.text
@@ -2114,12 +2104,11 @@ class Example(NamedTuple):
     first: int  # replies are trained from this message on
     note: dict  # what is kept as it is: "messages" (the prompt), "answer", "category"
     where: str  # file:line
-    remarks: tuple[str, ...] = ()  # what of the record was not used, or was changed
 
     def question(self) -> str:
         """Return what decides on which side it is: the first message of a user, else all that is said."""
-        asked = [message["content"].strip() for message in self.conversations[0] if message["role"] == "user"]
-        return asked[0] if asked else json.dumps(self.texts())
+        asked = (message["content"].strip() for message in self.conversations[0] if message["role"] == "user")
+        return next(asked, "") or json.dumps(self.texts())
 
     def texts(self) -> list[str]:
         """Return what is said in it; of a pair the prompt only once."""
@@ -2136,8 +2125,8 @@ class Example(NamedTuple):
                     flags = [False] * len(row)
                 else:
                     row, flags = tokenizer.encode_chat(messages, self.first)
-                    end = len(flags) - flags[::-1].index(True) if any(flags) else 0
-                    row, flags = row[:end], flags[:end]  # what follows the last reply teaches nothing
+                    while flags and not flags[-1]:  # what follows the last reply teaches nothing
+                        del row[-1], flags[-1]
             except UserError as error:  # an imported chat template may refuse it
                 raise UserError(f"{self.where}: {error}") from error
             ids += row
@@ -2147,29 +2136,39 @@ class Example(NamedTuple):
         return {"ids": ids, "trained": trained, "lengths": lengths, "notes": note, "note_lengths": [len(note)]}
 
 
-def read_document(kind: str, where: str, record: dict, form: Form) -> Path | TextPart | Example:
-    """Return a record as a document of a kind; of a .txt file its path. Raises ValueError for what is wrong with it."""
-    if re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False, default=str)):
-        raise ValueError("an escape \\ud800 … \\udfff without its other half is no character")
+def read_document(kind: str, where: str, record: dict, form: Form, remarks: list[str]) -> Path | TextPart | Example:
+    """Return a record as a document of a kind; of a .txt file its path. Raises ValueError for what is wrong with it.
+
+    What of the record is not read, or is changed, is noted in `remarks`.
+    """
+    text = record.get("text")
     if kind != "text":
-        return _read_example(kind, where, record, form)
-    text = record["text"]
+        document = _read_example(kind, where, record, form, remarks)
+    elif isinstance(text, Path):
+        return text
+    elif isinstance(text, str):
+        document = TextPart("train", text)
+        remarks += [f"unknown key {key!r}" for key in record if key != "text"]
+    else:
+        raise ValueError(f'"text" must be a string, not {type(text).__name__}')
     if text == "":
         raise LeftOut("empty text")
-    if not isinstance(text, (str, Path)):
-        raise ValueError(f'"text" must be a string, not {type(text).__name__}')
-    return TextPart("train", text) if isinstance(text, str) else text
+    if re.search("[\ud800-\udfff]", "".join(document.texts())):
+        raise ValueError("an escape \\ud800 … \\udfff without its other half is no character")
+    return document
 
 
-def _read_example(kind, where, record, form):
+def _read_example(kind, where, record, form, remarks):
     """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
     key = form.first
     if kind == "preference":  # its question is under a key of any chat
         key = next((other.first for other in FORMS if other.kind == "chat" and record.get(other.first)), "")
-    unknown = _unknown_keys(record, (*RECORD_KEYS, *form[1:], *((key, *MORE_KEYS) if key else ())))
-    remarks = [f"unknown key {key!r}" for key in unknown]
+    asked = dict.fromkeys((key, *MORE_KEYS)) if key else {}
+    unknown = _unknown_keys(record, (*RECORD_KEYS, *form[1:], *asked))
+    remarks += [f"unknown key {key!r}" for key in unknown]
+    question = _question(record, asked)
     if kind == "preference":
-        prompt, conversations = _preference_messages(record, _question(record, key) if key else [], remarks)
+        prompt, conversations = _preference_messages(record, question, remarks)
         if not any(message["role"] == "user" for message in conversations[0]):
             for key in unknown:
                 if isinstance(record[key], (str, list)) and key != "id":
@@ -2177,20 +2176,14 @@ def _read_example(kind, where, record, form):
                         f'"{key}" may be the question, but is not read: put it into "prompt", or remove it'
                     )
     else:
-        prompt, conversations = _chat_messages(record, form, kind, remarks)
-    if kind == "prompt":
-        conversations = [prompt]
-        if not prompt or prompt[-1]["role"] == "assistant":
-            raise ValueError("a prompt must end with a message to reply to")
+        prompt, conversations = _chat_messages(record, form, kind, question, remarks)
     category = record.get("category")
     note = {
         "messages": prompt,
         "answer": "\n".join(_answers(record)) if kind != "preference" else "",
         "category": "" if category is None else str(category),
     }
-    return Example(
-        "train", conversations, 0 if kind == "chat" else len(prompt), note, where, tuple(dict.fromkeys(remarks))
-    )
+    return Example("train", conversations, 0 if kind == "chat" else len(prompt), note, where)
 
 
 def json_values(text: str) -> Iterator[tuple[int, object]]:
@@ -2199,48 +2192,17 @@ def json_values(text: str) -> Iterator[tuple[int, object]]:
     >>> list(json_values('{"a": 1}\\n[2,\\n3] 4'))
     [(0, {'a': 1}), (1, [2, 3]), (2, 4)]
     """
-    line, end, decode = 0, 0, json.JSONDecoder().raw_decode
+    line = start = end = 0
     while match := re.compile(r"\S").search(text, end):
-        line += text.count("\n", end, match.start())
-        value, end = decode(text, match.start())
+        line += text.count("\n", start, match.start())
+        start = match.start()
+        value, end = json.JSONDecoder().raw_decode(text, start)
         yield line, value
-        line += text.count("\n", match.start(), end)
-
-
-def without_nulls(value: dict) -> dict:
-    return {key: item for key, item in value.items() if item is not None}
 
 
 def hash_share(text: str) -> float:
     """Return a number in [0, 1) that only the text decides; hashes spread evenly."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
-
-
-def divide(documents: Iterable) -> Callable:
-    """Return the function that says on which side a document is, "train" or "val", whatever the documents' order.
-
-    A tenth of all hashes are for validation. The first question's hash decides, for chats, pairs and prompts alike, so
-    that no question is on both sides. Of two different documents at least one is on each side.
-    """
-    questions, whole, by_question, below = set(), set(), True, 0.1
-    for document in documents:
-        if isinstance(document, Path):  # a .txt gives to both sides
-            break
-        questions.add(hash_share(document.question()))
-        if min(questions) < 0.1 <= max(questions):  # mostly soon
-            break
-        if len(questions) == 1:
-            whole.add(hash_share(json.dumps(document.texts())))
-    else:  # All ask the same, or are on one side. Then the lowest tenth is for validation, but not a single document.
-        by_question = len(questions) > 1
-        ranked = sorted(questions if by_question else whole)
-        below = ranked[max(1, len(ranked) // 10)] if len(ranked) > 1 else 0.0
-
-    def side(document):
-        text = document.question() if by_question else json.dumps(document.texts())
-        return "val" if hash_share(text) < below else "train"
-
-    return side
 
 
 class Reader:
@@ -2278,29 +2240,29 @@ class Reader:
 
         A list of records stands for its items.
         """
-        is_lines, spans = data_suffix(path) == ".jsonl", None
+        # A .jsonl has a value a line, unless a list, or an object printed over several lines, begins it. A .json is
+        # read as a whole, unless its first line is an object by itself.
+        is_lines, limit = data_suffix(path) == ".jsonl", LONGEST_RECORD
+        spans = re.compile(r"\s*([\[{]|\[.*[^\]\s])\s*" if is_lines else r"\s*(?!\{.*\}\s*$).+\s*")
         with open_text(path) as file:
             for number, text in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), ""), 1):
-                if not text.strip():
-                    continue
-                if spans is None and is_lines:  # unless a list, or an object printed over several lines, begins
-                    spans = bool(re.fullmatch(r"\s*([\[{]|\[.*[^\]\s])\s*", text))
-                elif spans is None:  # a .json is read as a whole, unless its first line is an object by itself
-                    spans = not re.fullmatch(r"\s*\{.*\}\s*", text)
-                limit = LONGEST_RECORD * (16 if spans else 1)
-                text += file.read(limit) if spans else ""
+                if spans and text.strip():
+                    if spans.fullmatch(text):
+                        limit *= 16
+                        text += file.read(limit)
+                    spans = None
                 if len(text) > limit:
                     raise UserError(f"{path}:{number}: a line of more than {limit:,} characters: one record a line")
                 try:
                     for line, value in json_values(text.rstrip()):
-                        if isinstance(value, list) and (spans or value and isinstance(value[0], dict)):
-                            place = str(path) if spans else f"{path}:{number}"
-                            yield from ((f"{place}[{i}]", item) for i, item in enumerate(value))
+                        where = f"{path}:{number + line}"
+                        if isinstance(value, list):
+                            yield from ((f"{where}[{i}]", item) for i, item in enumerate(value))
                         else:
-                            yield f"{path}:{number + line}", value
+                            yield where, value
                 except (ValueError, RecursionError) as error:  # not JSON, or brackets thousands deep
-                    where = f"{path}:{number + getattr(error, 'lineno', 1) - 1}"
-                    self._skip(where + f":{getattr(error, 'colno', 1)}" * is_lines, f"not JSON: {error}")
+                    line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
+                    self._skip(f"{path}:{number + line - 1}:{column}", f"not JSON: {error}")
 
     def _rows(self, path):
         """Yield (file:row, record) for every row of a .parquet file; what is null is left out."""
@@ -2312,7 +2274,8 @@ class Reader:
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, 1):
                 # Through JSON: dates and the like become texts, as they are in the other files.
-                yield f"{path}:{number}", json.loads(json.dumps(row, default=str), object_hook=without_nulls)
+                record = json.loads(json.dumps(row, default=str), object_hook=_without_nulls)
+                yield f"{path}:{number}", record
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged .parquet file ({error})") from error
 
@@ -2321,17 +2284,19 @@ class Reader:
 
         A file of a directory that holds no record at all is passed over.
         """
-        values = self._rows(path) if data_suffix(path) == ".parquet" else self._values(path)
-        if is_plain_text(path):
+        suffix = data_suffix(path)
+        if suffix == ".txt":
             values = [(str(path), {"text": path})] if next(read_text(path), "") else []
+        else:
+            values = self._rows(path) if suffix == ".parquet" else self._values(path)
         is_data, stranger = path in self.paths or self.on_bad_record == "skip", None
         for where, record in values:
             form = form_of(record)
-            if form is None and stranger is None:
+            if not form and not stranger:
                 keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
                 forms = "; ".join("+".join(filter(None, form[1:])) for form in FORMS)
                 stranger = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
-            is_data = is_data or form is not None
+            is_data = is_data or form
             if stranger and is_data:
                 self._skip(*stranger)
                 stranger = None
@@ -2341,28 +2306,42 @@ class Reader:
         if not self.kinds[path] and path not in self.paths:
             self.count("file without records", ": ".join(stranger or [str(path)]))
 
-    def documents(self, path: Path, kind: str, source: str) -> Iterator[tuple]:
-        """Yield (file:line, document of a `kind`) for every record of the kind `source` in a file."""
+    def documents(self, path: Path, kind: str, source: str) -> Iterator[Path | TextPart | Example]:
+        """Yield a document of a `kind` for every record of the kind `source` in a file."""
         for where, record, form in self.records(path):
-            if form.kind != source:
-                continue
+            remarks = []
             try:
-                document = read_document(kind, where, record, form)
+                if form.kind == source:
+                    yield read_document(kind, where, record, form, remarks)
             except LeftOut as error:
-                self.count(str(error), where)
+                remarks = [str(error)]
             except (ValueError, TypeError) as error:  # a key holds something of another type
                 self._skip(where, error)
-            else:
-                for key in record.keys() - {"text"} if kind == "text" else ():
-                    self.count(f"unknown key {key!r}", where)
-                yield where, document
+                remarks = []
+            for remark in dict.fromkeys(remarks):
+                self.count(remark, where)
 
     def division(self, kind: str, source: str) -> Callable:
-        """Look a few records ahead, mostly, how to `divide` the documents; what is wrong with them is said later."""
-        ahead = Reader(self.paths, "skip")
-        return divide(document for path in self.files for _, document in ahead.documents(path, kind, source))
+        """Return the function that says on which side a document is, "train" or "val", whatever the documents' order.
 
-    def items(self, kind: str, split: str) -> Iterator:
+        A tenth of all hashes are for validation. The first question's hash decides, for chats, pairs and prompts alike,
+        so that no question is on both sides. Of two different documents at least one is on each side.
+        """
+        ahead = Reader(self.paths, "skip")  # what is wrong with the documents is said later
+        for text_of in (lambda document: document.question(), lambda document: json.dumps(document.texts())):
+            shares, below = set(), 0.1
+            for document in itertools.chain(*(ahead.documents(path, kind, source) for path in ahead.files)):
+                # A .txt gives to both sides.
+                shares |= {0, 1} if isinstance(document, Path) else {hash_share(text_of(document))}
+                if min(shares) < below <= max(shares):  # mostly soon
+                    break
+            else:  # All are on one side. Then the lowest tenth is for validation, but not a single document.
+                below = sorted(shares)[max(1, len(shares) // 10)] if len(shares) > 1 else 0
+            if below:
+                return lambda document: "val" if hash_share(text_of(document)) < below else "train"
+        return lambda _: "train"
+
+    def items(self, kind: str, split: str) -> Iterator[TextPart | Example]:
         """Yield what is to be encoded: the parts of every text, or an example for every other record of a kind.
 
         A file without such records is an error if the user named it, and skipped if it came from a directory.
@@ -2373,25 +2352,26 @@ class Reader:
         side = self.division(kind, source) if split != "all" else lambda _: "train"
         count = 0
         for path in self.files:
-            for where, document in self.documents(path, kind, source):
+            for document in self.documents(path, kind, source):
                 count += 1
                 if isinstance(document, Path):
                     yield from text_parts(document, split)
-                    continue
-                for remark in document.remarks:
-                    self.count(remark, where)
-                yield document._replace(split=side(document))
+                else:
+                    yield document._replace(split=side(document))
             if not self.kinds[path][source] and path in self.paths:
                 raise self._nothing(kind, [path], [path])
         if not count:
             raise self._nothing(kind, self.paths, self.files)
 
     def _nothing(self, kind, paths, files):
-        kinds = ", ".join(sum((self.kinds[path] for path in files), Counter()))
-        found = f"holds {kinds} records" if kinds else "is empty, or holds no records"
-        problem = f"nothing for this stage, which takes {KINDS[kind]}: it {found}"
+        kinds = ", ".join(sum((self.kinds[path] for path in files), Counter())) or "no"
+        problem = f"nothing for this stage, which takes {KINDS[kind]}: it holds {kinds} records"
         report = f" ({self.report()})" * bool(self.counts)
         return UserError(f"{', '.join(map(str, paths))}: {problem}{report}")
+
+
+def _without_nulls(value):
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def text_parts(path: Path, split: str) -> Iterator[TextPart]:
@@ -2401,10 +2381,10 @@ def text_parts(path: Path, split: str) -> Iterator[TextPart]:
     boundary, at = total if split == "all" else max(1, int(0.9 * total)), 0
     for part in read_text(path):
         k = max(0, boundary - at)  # the boundary may lie inside this part
-        for side, half, begin, end in (("train", part[:k], 0, boundary), ("val", part[k:], boundary, total)):
-            if half:
-                yield TextPart(side, half, at == begin, at + len(half) == end)
-                at += len(half)
+        for half in filter(None, (part[:k], part[k:])):
+            side, end = "train" if at < boundary else "val", at + len(half)
+            yield TextPart(side, half, at in (0, boundary), end in (boundary, total))
+            at = end
 
 
 def kinds_of(paths: Paths) -> Counter:
@@ -2429,12 +2409,12 @@ def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
     division = functools.cache(reader.division)
     for path in reader.files:
         for where, record, form in reader.records(path):
-            if is_plain_text(path):  # every so many of a long text's parts
+            if data_suffix(path) == ".txt":  # every so many of a long text's parts
                 parts = (part.text for part in text_parts(path, split) if part.split == "train")
                 yield from itertools.islice(parts, 0, None, every)
             elif zlib.crc32(json.dumps(record).encode()) % every == 0:  # one record in so many
                 try:
-                    document = read_document(form.kind, where, record, form)
+                    document = read_document(form.kind, where, record, form, [])
                 except (ValueError, TypeError):  # is said when the record is used
                     continue
                 if split == "all" or division(form.kind, form.kind)(document) == "train":

@@ -1987,19 +1987,19 @@ def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2:9: not JSON"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: .*string"),
         ("a.jsonl", b'{"txt": "a"}\n', r"a.jsonl:1: unknown form of record \(txt\)"),
-        ("a.jsonl", b"[1]\n", "a.jsonl:1: unknown"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1\[0\]: unknown form of record \(int\)"),
         ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: an escape"),
-        ("a.json", b'[{"text": "a"},\n {"text": 3}]', r"a.json\[1\]: .*string"),
-        ("a.json", b'[\n{"text": "a"},\n{"text" 3}]', "a.json:3: not JSON"),
+        ("a.json", b'[{"text": "a"},\n {"text": 3}]', r"a.json:1\[1\]: .*string"),
+        ("a.json", b'[\n{"text": "a"},\n{"text" 3}]', "a.json:3:9: not JSON"),
         ("a.txt", b"abc\xff", "a.txt:1: not UTF-8"),
         ("a.txt", b"abc\nd\n\xffe\n", "a.txt:3: not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8"),
         ("a.txt", "你".encode()[:2], "a.txt:1: not UTF-8 .*unexpected end"),
-        ("a.txt", b"", "a.txt: (?!.*tenth).*(no text|empty)"),
+        ("a.txt", b"", "a.txt: (?!.*tenth).*holds no records"),
         ("a.jsonl", b'{"text": ""}\n', "a.jsonl: (?!.*tenth).*empty"),
-        ("a.csv", b"a", "unknown kind of data file"),
-        ("a.jsonl", b"", "a.jsonl: nothing for this stage, which takes text.*: it is empty"),
-        ("a.json", b"[" * 100_000, "a.json:1: not JSON"),
+        ("a.csv", b"a", "no data file: data are .txt"),
+        ("a.jsonl", b"", "a.jsonl: nothing for this stage, which takes text.*: it holds no records"),
+        ("a.json", b"[" * 100_000, "a.json:1:1: not JSON"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1:1: not JSON"),
         (
             "a.jsonl",
@@ -2025,7 +2025,7 @@ def test_bad_records_can_be_skipped_and_are_counted(tmp_path, tokenizer):
 
 
 def test_what_was_left_out_is_said_again_by_a_start_from_the_cache(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text(json.dumps(PLAIN) + "\nnot json\n" + json.dumps(PLAIN) + "\n[]\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(PLAIN) + "\nnot json\n" + json.dumps(PLAIN) + "\n[[]]\n")
     for _ in range(2):
         with pytest.warns(UserWarning, match="left out or changed: 2 × malformed, the first at .*a.jsonl:2:"):
             options = {"cache_dir": tmp_path / "c", "on_bad_record": "skip"}
@@ -2066,7 +2066,7 @@ def test_a_folder_as_people_have_it(tmp_path, tokenizer):
     (data / "dataset_info.json").write_text('{"splits": 3}\n{"text": "a"}\n')  # data after all: one is odd
     with pytest.raises(m.UserError, match="dataset_info.json:1: unknown form"):
         encode(data, tokenizer, "all", tmp_path / "c")
-    with pytest.raises(m.UserError, match="empty.json: nothing for this stage.*it is empty"):
+    with pytest.raises(m.UserError, match="empty.json: nothing for this stage.*it holds no records"):
         encode([data / "empty.json", data / "B.TXT"], tokenizer, "all", tmp_path / "c")
 
 
@@ -2090,7 +2090,7 @@ def test_json_however_it_is_laid_out(tmp_path, name, content):
 
 def test_json_errors_name_the_line_in_every_layout(tmp_path, tokenizer):
     objects = [json.dumps({"text": str(i)}, indent=1) for i in range(3)]
-    for name, where in (("a.json", "a.json:5"), ("a.jsonl", "a.jsonl:5:10")):
+    for name, where in (("a.json", "a.json:5:10"), ("a.jsonl", "a.jsonl:5:10")):
         (tmp_path / name).write_text("\n".join(objects).replace('"1"', "oops"))
         with pytest.raises(m.UserError, match=f"{where}: not JSON"):
             encode(tmp_path / name, tokenizer, "all", tmp_path / "c")
@@ -2908,7 +2908,7 @@ LOADERS = (m.ConversationDataLoader, m.DPODataLoader, m.PromptDataLoader)
         (m.ConversationDataLoader, {"messages": [USER]}, "without an assistant message"),
         (m.ConversationDataLoader, {"messages": []}, "without an assistant message"),
         (m.ConversationDataLoader, {"instruction": "a", "output": "b", "history": [["a"]]}, '"history" must be'),
-        (m.ConversationDataLoader, {"instruction": 3, "input": "a", "output": "b"}, '"instruction" and "input"'),
+        (m.ConversationDataLoader, {"instruction": 3, "input": "a", "output": "b"}, "input, context must be strings"),
         (m.ConversationDataLoader, PLAIN | {"answer": {"a": 1}}, '"answer" must be'),
         (m.PromptDataLoader, {"prompt": ASK, "answer": True}, '"answer" must be'),
         (m.PromptDataLoader, {"prompt": ASK, "gt": [["a"]]}, '"answer" must be'),
@@ -8591,38 +8591,38 @@ MISTAKES = [
     data_mistake("小".encode()[:2], "a.txt:1: not UTF-8 (unexpected end of data)", name="a.txt"),
     data_mistake(b"one\ntwo\nthr\xff", "a.txt:3: not UTF-8", name="a.txt"),
     data_mistake("你好".encode("utf-16"), "a.txt:1: not UTF-8", name="a.txt"),
-    data_mistake("", "empty", name="a.txt"),
+    data_mistake("", "holds no records", name="a.txt"),
     data_mistake("too short", "fewer than seq_len", "pretrain", "a.txt", "--seq-len", "60"),
     data_mistake('{"text": "a"}\n{"text": ', "a.jsonl:2:9: not JSON"),
     data_mistake('{"text": 3}', 'a.jsonl:1: "text" must be a string, not int'),
     data_mistake('{"text": null}', "not NoneType"),
     data_mistake('{"text": ["a"]}', "not list"),
-    data_mistake("[1, 2]", "a.jsonl:1: unknown form of record (list)"),
+    data_mistake("[1, 2]", "a.jsonl:1[0]: unknown form of record (int)"),
     data_mistake("3", "a.jsonl:1: unknown form of record (int)"),
     data_mistake('{"txt": "a"}', "unknown form of record (txt)"),
     data_mistake("{}", "empty object"),
     data_mistake('{"text": "a\\ud800"}', "a.jsonl:1: an escape"),
     data_mistake("[" * 100_000, "a.jsonl:1:1: not JSON"),
     data_mistake('{"text": ' + "9" * 5000 + "}", "a.jsonl:1:1: not JSON"),
-    data_mistake("", "and its kin: it is empty", "sft"),
-    data_mistake(" \n\n", 'nothing for this stage, which takes text: .txt files and {"text": …}: it is empty'),
-    data_mistake("a,b", "unknown kind of data file", "pretrain", "a.csv"),
+    data_mistake("", "and its kin: it holds no records", "sft"),
+    data_mistake(" \n\n", 'nothing for this stage, which takes text: .txt files and {"text": …}: it holds no records'),
+    data_mistake("a,b", "no data file: data are .txt", "pretrain", "a.csv"),
     # records laid out in other ways than one a line
     data_mistake('{\n "text": 3\n}', 'a.jsonl:1: "text" must be a string'),
     data_mistake('{\n "text": "a"\n}\n{\n "text": oops\n}', "a.jsonl:5:10: not JSON"),
-    data_mistake('{\n "text": "a"\n}\n{\n "text": oops\n}', "a.json:5: not JSON", "pretrain", "a.json"),
-    data_mistake('[{"text": "a"},\n{"text": 1}]', 'a.jsonl[1]: "text" must be a string'),
+    data_mistake('{\n "text": "a"\n}\n{\n "text": oops\n}', "a.json:5:10: not JSON", "pretrain", "a.json"),
+    data_mistake('[{"text": "a"},\n{"text": 1}]', 'a.jsonl:1[1]: "text" must be a string'),
     data_mistake('[{"text": "a"}, {"text": 1}]', 'a.jsonl:1[1]: "text" must be a string'),
     data_mistake('{"text": "a"} {"text": 1}', 'a.jsonl:1: "text" must be a string'),
     data_mistake('{"text": "a"},\n', "a.jsonl:1:14: not JSON"),
     data_mistake('[{"text": "a"},\n', "a.jsonl:1:16: not JSON"),
     # files that are empty, of odd names, or no files
-    data_mistake("", 'text: .txt files and {"text": …}: it is empty', "pretrain", "a.json"),
-    data_mistake("\ufeff", "it is empty", "pretrain", "A.TXT"),
+    data_mistake("", 'text: .txt files and {"text": …}: it holds no records', "pretrain", "a.json"),
+    data_mistake("\ufeff", "it holds no records", "pretrain", "A.TXT"),
     data_mistake("not json", "A.JSONL:1:1: not JSON", "pretrain", "A.JSONL"),
     data_mistake('{"text": ""}', "(records left out or changed: 1 × empty text, the first at {d}/a.jsonl:1)"),
     data_mistake("PAR1 and no more", "a.parquet: damaged .parquet file", "pretrain", "a.parquet"),
-    data_mistake("", "unknown kind of data file", "pretrain", "a.parquet.gz"),
+    data_mistake("", "no data file: data are .txt", "pretrain", "a.parquet.gz"),
     (
         {"a.jsonl": b'{"a": 1}'},
         ["train", "--data", "{d}", *RUN],
@@ -8633,7 +8633,7 @@ MISTAKES = [
         ["train", "--data", "{d}", *RUN],
         "a.jsonl:1: unknown form of record (a)",
     ),
-    ({".a.txt": b"hidden"}, ["train", "--data", "{d}", *RUN], "a directory without any data file"),
+    ({".a.txt": b"hidden"}, ["train", "--data", "{d}", *RUN], "no data file: data are .txt"),
     # one document cannot be divided
     *(
         (
@@ -8646,9 +8646,9 @@ MISTAKES = [
             (b'{"prompt": "a", "completion": "b"}\n' * 9, "or copies of it, cannot be divided: give more"),
         )
     ),
-    data_mistake('{"a": 1', "a.json:1: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
-    data_mistake('[{"text": "a"},\n\n{"text" 1}]', "a.json:3: not JSON", "pretrain", "a.json"),
-    data_mistake('[{"text": "a"}, {"b": 1}]', "a.json[1]: unknown form", "pretrain", "a.json"),
+    data_mistake('{"a": 1', "a.json:1:8: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
+    data_mistake('[{"text": "a"},\n\n{"text" 1}]', "a.json:3:9: not JSON", "pretrain", "a.json"),
+    data_mistake('[{"text": "a"}, {"b": 1}]', "a.json:1[1]: unknown form", "pretrain", "a.json"),
     data_mistake(b"no gzip", "damaged .gz", "pretrain", "a.txt.gz"),
     data_mistake(gzip.compress(b"hello" * 100, mtime=0)[:-9], "damaged .gz", "pretrain", "a.txt.gz"),
     data_mistake('{"messages": [' + SAY + "," + REPLY + "]}", "it holds chat records"),
@@ -8665,7 +8665,7 @@ MISTAKES = [
         + ","
         + REPLY[:-1]
         + r', "tool_calls": [{"name": "f", "arguments": "{\"a\": \"\\ud800\"}"}]}]}',
-        "name and arguments",
+        "a.jsonl:1: an escape",
         "sft",
     ),
     data_mistake('{"messages": [{"role": "user", "content": [{"image": "a"}]}]}', "parts with a text", "sft"),
@@ -8682,12 +8682,12 @@ MISTAKES = [
     data_mistake('{"messages": []}', "without an assistant message", "sft"),
     data_mistake('{"messages": 3}', "a message must be an object", "sft"),
     data_mistake('{"messages": [3]}', "a message must be an object", "sft"),
-    data_mistake('{"messages": [{"role": "user"}]}', "a message needs a role", "sft"),
+    data_mistake('{"messages": [{"role": "user"}]}', "a message must be an object with a role", "sft"),
     data_mistake('{"messages": [{"role": "robot", "content": "a"}]}', "one of system, user", "sft"),
     data_mistake('{"messages": [{"role": "user", "content": 3}]}', "of type string", "sft"),
     data_mistake('{"messages": [' + SAY + ', {"role": "system", "content": "s"}]}', "may only come first", "sft"),
     data_mistake('{"conversations": [{"from": "gpt", "value": null}]}', "of type string", "sft"),
-    data_mistake('{"instruction": 3, "input": "a", "output": "b"}', '"instruction" and "input"', "sft"),
+    data_mistake('{"instruction": 3, "input": "a", "output": "b"}', "input, context must be strings", "sft"),
     data_mistake('{"instruction": "a", "output": null}', "a message must be an object", "sft"),
     data_mistake('{"instruction": "a", "output": "b", "history": [["c"]]}', "pairs [question, answer]", "sft"),
     data_mistake('{"prompt": "a", "completion": 4}', "a message must be an object", "sft"),
@@ -8707,7 +8707,7 @@ MISTAKES = [
         ({}, ["train", *RUN, *words], message)
         for *words, message in (
             ("--data", "/no/such", "/no/such: no such file"),
-            ("--data", "{d}", "a directory without any data file"),
+            ("--data", "{d}", "no data file: data are .txt"),
             ("--val-data", "/no/such", "/no/such: no such file"),
             ("--leraning-rate", "1", "did you mean --learning-rate"),
             ("--max-steps", "many", "invalid int value: 'many'"),
