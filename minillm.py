@@ -5931,7 +5931,8 @@ class FlagParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            hint = did_you_mean(RENAMED_FLAGS.get(name, name), self._option_string_actions)
+            known = [RENAMED_FLAGS[name]] if name in RENAMED_FLAGS else self._option_string_actions
+            hint = did_you_mean(RENAMED_FLAGS.get(name, name), known)
             self.error(f"unknown argument {unknown[0]}{hint}")
         return namespace
 
