@@ -3431,6 +3431,7 @@ def run_config(run_dir: AnyPath) -> dict:
     if "model_type" in config:  # Hugging Face's
         return {
             "model_type": config["model_type"],
+            "imported": Path(run_dir).resolve().name,
             "stage": "pretrain",
             "train": {},
             "data": {},
@@ -4868,7 +4869,7 @@ STAGES = {
 
 
 def changed_options(saved: dict, now: dict) -> str:
-    """Return what differs between the options of a saved run, and where it comes from, and those of now, in words."""
+    """Return in words what differs between the options of a saved run, and where it comes from, and those of now."""
     before, after = ({**config, **config["train"], **config.get("rl", {})} for config in (saved, now))
     names = [name for name in before if not isinstance(before[name], dict) and after.get(name) != before[name]]
     return ", ".join(f"{name} {before[name]} -> {after.get(name)}" for name in names)
@@ -4931,11 +4932,16 @@ def get_imported_config(stage: str, model: MiniGPT, lora: bool = False) -> Train
 
     5e-5 for 135 M parameters; LoRA takes ten times that, learning from preferences and rewards a tenth.
     """
-    config = get_train_config("small", stage)
     scale = (10 if lora else 1) * (0.1 if stage in ("dpo", "ppo", "grpo") else 1)
-    config.learning_rate = scale * 0.6 / model.num_params() ** 0.5
-    config.optimizer, config.batch_size = "adamw", 8
-    config.eval_tokens, config.eval_every, config.save_every = 20_000, 100, 100
+    config = dataclasses.replace(
+        get_train_config("small", stage),
+        learning_rate=scale * 0.6 / model.num_params() ** 0.5,
+        optimizer="adamw",
+        batch_size=8,
+        eval_tokens=20_000,
+        eval_every=100,
+        save_every=100,
+    )
     if STAGES[stage].loader is not PromptDataLoader:
         config.max_steps, config.epochs = 0, STAGES[stage].epochs or 1.0
     return config
@@ -4952,33 +4958,27 @@ def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
     return RLHFConfig(**tiny if preset == "tiny" else {})
 
 
-def make_loader(
+def make_loaders(
     stage: str,
     tokenizer: BPETokenizer,
     shape: MiniGPTConfig,
     config: TrainConfig,
-    source: Source,
-    shuffle: bool,
+    sources: dict[str, Source],
     cache_dir: AnyPath,
-) -> BatchLoader:
-    """Return the loader of a stage's batches from `source`."""
+) -> dict[str, BatchLoader]:
+    """Return "train_data" and "val_data" of a stage, from the `sources` "train" and "val". The first is shuffled."""
     loader, seq_len, options = STAGES[stage].loader, config.seq_len or shape.max_position_embeddings, {}
     if loader is PromptDataLoader:  # what a prompt leaves is for the reply
         seq_len = min(seq_len, shape.max_position_embeddings) - config.reply_tokens
     if loader is ConversationDataLoader:
         options["packing"] = config.packing
-    return loader(
-        source.paths,
-        tokenizer,
-        config.batch_size,
-        seq_len,
-        source.split,
-        shuffle=shuffle,
-        seed=config.seed,
-        cache_dir=cache_dir,
-        on_bad_record=config.on_bad_record,
-        **options,
-    )
+    options |= {"seed": config.seed, "cache_dir": cache_dir, "on_bad_record": config.on_bad_record}
+    return {
+        f"{part}_data": loader(
+            source.paths, tokenizer, config.batch_size, seq_len, source.split, shuffle=part == "train", **options
+        )
+        for part, source in sources.items()
+    }
 
 
 def make_trainer(
@@ -5004,15 +5004,15 @@ def make_trainer(
     check_stage(stage, config, model.config)
     # 1 data
     torch.manual_seed(config.seed)  # of LoRA's factors and dropout
-    for part, source in sources.items():
-        loader = make_loader(stage, tokenizer, model.config, config, source, part == "train", cache_dir)
-        options[f"{part}_data"] = loader
+    loaders = make_loaders(stage, tokenizer, model.config, config, sources, cache_dir)
+    for loader in loaders.values():
         without = sum(not loader.note(i)["answer"] for i in loader.items) if loader.kind == "prompt" else 0
         if without and reward is answer_reward:
             raise UserError(
                 f'{", ".join(loader.source.paths)}: --reward answer needs prompts with an "answer" (or '
                 f'"gt"): {without} of {len(loader.items)} have none'
             )
+    options |= loaders
     # 2 what only some trainers take
     cls = STAGES[stage].trainer
     if issubclass(cls, (DPOTrainer, RLTrainer)):
@@ -5042,14 +5042,13 @@ class RLHFPipeline:
         sources: dict[str, Source] | None = None,
         train: dict[str, TrainConfig] | None = None,
         *,
-        preset: str = "tiny",
         device: Device = "cpu",
         cache_dir: AnyPath = "out/cache",
     ):
         self.config, self.base, self.out = config, Path(base), Path(out)
         self.sources = sources or {part: Source([f"data/{part}"], "all") for part in ("train", "val")}
-        self.train = {stage: get_train_config(preset, stage) for stage in self.stages} | (train or {})
-        self.device, self.cache_dir = device, cache_dir
+        self.train = {stage: get_train_config("tiny", stage) for stage in self.stages} | (train or {})
+        self.device, self.cache_dir = pick_device(str(device)), cache_dir
 
     def run(self) -> list[dict]:
         """Train what is not finished yet; return a row for each stage that is finished.
@@ -5061,12 +5060,12 @@ class RLHFPipeline:
         # a Hugging Face directory has no metrics
         rows = [self.row("pretrain", self.base)] if (self.base / "metrics.jsonl").exists() else []
         for stage in self.stages:
-            run_dir, changes = self.out / stage, self.changes(stage)
+            run_dir = self.out / stage
             if self.is_finished(run_dir):
-                print(f"{stage}: finished already, in {run_dir}{changes}", flush=True)
+                print(f"{stage}: finished already, in {run_dir}{self.changes(stage)}", flush=True)
             else:
-                print(f"\n== {stage}: {run_dir}{changes}", flush=True)
-                result = self.trainer(stage, run_dir).fit()  # from the beginning, or where it stopped
+                print(f"\n== {stage}: {run_dir}{self.changes(stage)}", flush=True)
+                result = self.trainer(stage).fit()  # from the beginning, or where it stopped
                 if "signal" in result:
                     return [*rows, result]
             rows.append(self.row(stage, run_dir))
@@ -5077,11 +5076,10 @@ class RLHFPipeline:
         model, tokenizer, _ = load_run(self.base)
         for stage in self.stages:
             check_stage(stage, self.train[stage], model.config)
-            for part, source in self.sources_of(stage).items():
-                data = make_loader(
-                    stage, tokenizer, model.config, self.train[stage], source, part == "train", self.cache_dir
-                )
-        self.messages = data.note(data.items[0])["messages"]  # the last ones are PPO's held-out prompts
+            sources = self.sources_of(stage)
+            loaders = make_loaders(stage, tokenizer, model.config, self.train[stage], sources, self.cache_dir)
+        *_, prompts = loaders.values()  # PPO's, held out
+        self.messages = prompts.note(prompts.items[0])["messages"]
         self.prompt = last_content(self.messages)
 
     def sources_of(self, stage: str) -> dict[str, Source]:
@@ -5094,31 +5092,39 @@ class RLHFPipeline:
                     break
         return sources
 
-    def trainer(self, stage: str, run_dir: Path) -> Trainer:
+    def origin(self, stage: str) -> dict[str, str]:
+        """Return where a stage starts from, as config.json says it."""
+        runs = {"parent": self.base if stage == "sft" else self.out / "sft"}
+        runs |= {"reward": self.out / "reward"} if stage == "ppo" else {}
+        imported = run_config(self.base).get("imported")
+        return {name: str(run.absolute()) for name, run in runs.items()} | {"checkpoint": "best", "imported": imported}
+
+    def trainer(self, stage: str) -> Trainer:
         """Return the trainer of a stage, where it stopped if it has begun."""
-        origin = self.parents(stage)
+        origin, run_dir = self.origin(stage), self.out / stage
         model, tokenizer, _ = load_run(origin["parent"])
-        options = {"run_dir": run_dir, "device": self.device, "cache_dir": self.cache_dir}
-        if "reward" in origin:
-            options["reward"] = load_run(origin["reward"])[0]
-        sources = self.sources_of(stage)
-        trainer = make_trainer(stage, model, tokenizer, sources, self.train[stage], self.config, **options)
-        trainer.origin = {name: str(path.absolute()) for name, path in origin.items()}
+        trainer = make_trainer(
+            stage,
+            model,
+            tokenizer,
+            self.sources_of(stage),
+            self.train[stage],
+            self.config,
+            reward=load_run(origin["reward"])[0] if "reward" in origin else None,
+            run_dir=run_dir,
+            device=self.device,
+            cache_dir=self.cache_dir,
+        )
+        trainer.origin = origin
         if holds_run(run_dir):
             trainer.load_checkpoint(run_dir / "checkpoint.pt")
         return trainer
-
-    def parents(self, stage: str) -> dict[str, Path]:
-        """Return the runs that a stage starts from."""
-        parents = {"parent": self.base if stage == "sft" else self.out / "sft"}
-        return parents | ({"reward": self.out / "reward"} if stage == "ppo" else {})
 
     def changes(self, stage: str) -> str:
         """Return what has changed since a stage began, so that a finished one shows what it does not know."""
         if not holds_run(self.out / stage):
             return ""
-        now = {name: str(path.absolute()) for name, path in self.parents(stage).items()}
-        now |= {"stage": stage, "train": dataclasses.asdict(self.train[stage]), "rl": dataclasses.asdict(self.config)}
+        now = {"stage": stage, "train": vars(self.train[stage]), "rl": vars(self.config), **self.origin(stage)}
         changed = changed_options(run_config(self.out / stage), now)
         return f"; changed since it began: {changed}" if changed else ""
 
@@ -5127,23 +5133,23 @@ class RLHFPipeline:
         return holds_run(run_dir) and load_checkpoint(run_dir / "checkpoint.pt").get("finished", True)
 
     def row(self, stage: str, run_dir: Path) -> dict:
-        """Return a finished stage's row of the table."""
-        # 1 its headline, before and after
-        logged = read_metrics(run_dir)
-        values = [row for row in logged if any(name.startswith("val_") for name in row)] or logged[-1:]
-        first, last = values[0], values[-1]
-        metric = headline(stage, {name.removeprefix("val_") for name in last if name.startswith("val_")})
+        """Return a finished stage's row of the table, of its best evaluation."""
+        model, tokenizer, state = load_run(run_dir, self.device)
+        rows = read_metrics(run_dir)
+        # 1 its headline, before the first step and after that of the weights
+        evaluations = {row["step"]: row for row in rows if any(name.startswith("val_") for name in row)}
+        before, after = (evaluations.get(step, {}) for step in (0, state["step"]))
+        metric = headline(stage, {name.removeprefix("val_") for name in after})
         # 2 its reply to the prompt of all rows
-        model, tokenizer, _ = load_run(run_dir, self.device)
         settings = GenerationConfig(max_new_tokens=self.train["ppo"].reply_tokens, do_sample=False)
         reply = "" if stage == "reward" else TextGenerator(model, tokenizer).chat(self.messages, settings)
         return {
             "stage": stage,
-            "seconds": last["elapsed_s"],
+            "seconds": rows[-1]["elapsed_s"],
             "metric": metric.replace("_", " "),
             "reply": reply,
-            "before": first.get(f"val_{metric}") if first["step"] == 0 else None,
-            "after": last.get(f"val_{metric}"),
+            "before": before.get(f"val_{metric}"),
+            "after": after.get(f"val_{metric}"),
         }
 
 
@@ -5333,15 +5339,13 @@ def read_hf_model(folder: Path, model: MiniGPT) -> MiniGPT:
     if not tensors:
         raise UserError(f"{folder} holds no weights: they are read from safetensors, one file or shards")
     # 2 compare the names
-    nothing = torch.empty(0)
-    head, embedding = (tensors.get(name, nothing) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    if model.config.tie_word_embeddings and torch.equal(head, embedding):  # written twice
-        tensors.pop("lm_head.weight", None)
+    head = tensors.get("lm_head.weight", torch.empty(0))
+    if model.config.tie_word_embeddings and torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
+        tensors.pop("lm_head.weight", None)  # written twice
     extra = {name for name in tensors.keys() - targets.keys() if not name.endswith("rotary_emb.inv_freq")}
     for names, problem in ((targets.keys() - tensors.keys(), "lack"), (extra, "hold, against config.json,")):
         if names:
-            shown = ", ".join(sorted(names)[:4]) + ", …" * (len(names) > 4)
-            raise UserError(f"the weights in {folder} {problem} {shown}")
+            raise UserError(f"the weights in {folder} {problem} {', '.join(sorted(names)[:4])}")
     # 3 fill the views; copy_ converts to float32, but would also broadcast, so shapes are compared
     for name, target in targets.items():
         tensor = tensors[name]
@@ -5462,14 +5466,13 @@ def gguf_tensors(model: MiniGPT, vocab_size: int) -> Batch:
     c, arch, tensors = model.config, gguf_architecture(model.config), {}
     whole = {"layers.*.self_attn.qkv_proj": ("blk.*.attn_qkv",)} if arch == "bailingmoe2" else {}
     for name, matrix in exported_weights(model, GGUF_NAMES | whole):
+        if name in ("token_embd", "output"):
+            matrix = matrix[:vocab_size]  # rows that no token has are left out
         if arch == "llama" and name.endswith(("attn_q", "attn_k")):  # it turns neighbours, not halves
             matrix = matrix.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         tensors[f"{name}{'_exps' if matrix.dim() == 3 else ''}.weight"] = matrix
-    tensors["token_embd.weight"] = tensors["token_embd.weight"][:vocab_size]  # rows that no token has are left out
     if arch == "bailingmoe2":  # has no tied weights
         tensors.setdefault("output.weight", tensors["token_embd.weight"])
-    if "output.weight" in tensors:
-        tensors["output.weight"] = tensors["output.weight"][:vocab_size]
     if c.rope_scaling and c.rope_scaling["rope_type"] == "llama3":  # how much slower each rotation is than without
         cos, sin = rope_tables(c)
         angles = torch.atan2(sin[1], cos[1])[c.head_dim // 2 :]  # at position 1
@@ -5583,8 +5586,10 @@ class ImportedTokenizer(BPETokenizer):
         self.im_start_id, self.im_end_id = ids.get("<|im_start|>"), ids.get("<|im_end|>")
         # BOS is what the file puts before every text
         self.bos_id = next((i for i in self._backend.encode("a").ids[:1] if i in added), None)
+        ends = self._generation.get("eos_token_id")
+        self._ends = [ends] if isinstance(ends, int) else list(ends or [])
         # tokens that are special already are left out: to add them again would reset their flags
-        ends = [token.content for i, token in added.items() if i in self._ends()]
+        ends = [token.content for i, token in added.items() if i in self._ends]
         names = (*self._template_tokens.values(), *ends, "<|im_start|>", "<|im_end|>")
         self._backend.add_special_tokens([text for text in names if text in ids and not is_special.get(text)])
 
@@ -5613,7 +5618,7 @@ class ImportedTokenizer(BPETokenizer):
 
     def _read_chat_template(self):
         """Take the chat template, or ChatML where its tokens exist, and find the tokens that end a text or a turn."""
-        ends = self._ends()
+        ends = self._ends
         if not all(i in range(self.vocab_size) for i in ends):
             raise UserError(f"generation_config.json: eos_token_id={ends} is outside the vocabulary")
         template, self._template = self._config.get("chat_template"), None
@@ -5633,12 +5638,8 @@ class ImportedTokenizer(BPETokenizer):
                         "the chat template puts no special token after a reply: a model cannot learn where to stop",
                         stacklevel=5,
                     )
-                ends += after[:1]
+                ends = [*ends, *after[:1]]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *ends]))
-
-    def _ends(self):
-        ends = self._generation.get("eos_token_id")
-        return [ends] if isinstance(ends, int) else list(ends or [])
 
     def _encode_text(self, text):
         ids = []
@@ -5800,7 +5801,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, ski
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         elif typing.get_origin(kind) is list:
-            options = {"nargs": "+", "metavar": "TEXT"}
+            options = {"nargs": "+", "metavar": "TEXT", "choices": typing.get_args(*typing.get_args(kind)) or None}
         else:
             options = {"type": json_object if kind is dict else kind, "metavar": kind.__name__.upper()}
         default = getattr(defaults, name)
@@ -5856,18 +5857,21 @@ def check_use(mode: str, stages: Iterable[str], given: Iterable[str], classes: I
         for name, comment in field_comments(cls).items():
             names = comment.partition(": ")[0].lower().split(", ")
             users[name] = names if set(names) <= {"export", *STAGES} else []
-    named = set(itertools.chain(*users.values()))
     # 2 the fields that this mode uses
-    parts = named.intersection(stages)  # none of a stage of one's own, which may use all
-    used = [name for name, names in users.items() if not (names and parts) or parts.intersection(names)]
+    named = set(itertools.chain(*users.values()))
+    used = [name for name, names in users.items() if not names or any(x in names or x not in named for x in stages)]
     if mode in USES:
         used = ["config", "stage", "out", *USES[mode].split()]
     # 3 the first that it does not
     for name in given:
         if name in users and name not in used:
-            near = [flag_of(other) for other in difflib.get_close_matches(name, used, n=1, cutoff=0.65)]
-            hint = "".join(f": did you mean {flag}?" for flag in near)
+            hint = did_you_mean(flag_of(name), map(flag_of, used))
             raise UserError(f"{flag_of(name)} has no effect in {mode}, but in {', '.join(users[name] or STAGES)}{hint}")
+
+
+def did_you_mean(flag: str, flags: Iterable[str]) -> str:
+    """Return the end of a message: the nearest of the flags, if one is near."""
+    return "".join(f": did you mean {near}?" for near in difflib.get_close_matches(flag, flags, n=1, cutoff=0.7))
 
 
 def check_needs(given: Iterable[str], *configs: object) -> None:
@@ -5907,12 +5911,9 @@ class FlagParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            near = (
-                [RENAMED_FLAGS[name]]
-                if name in RENAMED_FLAGS
-                else difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
-            )
-            self.error(f"unknown argument {unknown[0]}" + "".join(f": did you mean {flag}?" for flag in near))
+            known = [RENAMED_FLAGS[name]] if name in RENAMED_FLAGS else self._option_string_actions
+            hint = did_you_mean(RENAMED_FLAGS.get(name, name), known)
+            self.error(f"unknown argument {unknown[0]}{hint}")
         return namespace
 
 
@@ -5937,14 +5938,12 @@ def load_reward(source: str, tokenizer: BPETokenizer) -> RewardModel | Callable:
         if not callable(function):
             raise UserError(f"--reward {source}: {path} has no function {name}")
         return function
-    if not holds_run(source):
+    model, its_tokenizer, _ = load_run(source) if holds_run(source) else (None, None, None)
+    if not isinstance(model, RewardModel):
         raise UserError(
             f"--reward {source} is neither answer, nor FILE.py:function, nor the run directory of a reward "
             "model (trained with --stage reward)"
         )
-    model, its_tokenizer, _ = load_run(source)
-    if not isinstance(model, RewardModel):
-        raise UserError(f"--reward {source}: that run holds no reward model: train one with --stage reward")
     if its_tokenizer.content_hash() != tokenizer.content_hash():
         raise UserError(f"--reward {source}: its tokenizer is not the policy's")
     return model

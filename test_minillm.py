@@ -5805,6 +5805,19 @@ def test_the_pipeline_resumes_and_ends(tmp_path, trained_runs, monkeypatch, caps
     assert max(map(len, wide)) == 100
 
 
+def test_a_row_of_the_pipeline_is_of_the_best_evaluation(overfitted, trained_runs, tmp_path):
+    """Worked example: the run's best evaluation was at step 2 of 4."""
+    figures = {0: 5.0, 2: 3.0, 4: 4.0}
+    rows = [{"step": step, "val_bpb": bpb, "elapsed_s": step} for step, bpb in figures.items()]
+    write_jsonl(overfitted / "metrics.jsonl", rows)
+    trains = {stage: stage_config() for stage in m.RLHFPipeline.stages}
+    sources, options = sources_in(trained_runs / "data"), {"cache_dir": trained_runs / "cache"}
+    pipeline = m.RLHFPipeline(m.RLHFConfig(), overfitted, tmp_path / "out", sources, trains, **options)
+    pipeline.check()
+    row = pipeline.row("pretrain", overfitted)
+    assert (row["metric"], row["before"], row["after"], row["seconds"]) == ("bpb", 5.0, 3.0, 4)
+
+
 def test_an_interrupt_in_the_last_evaluation_is_kept(trained_runs, tmp_path, monkeypatch):
     config = stage_config(max_steps=2, eval_every=0)
     trainer = stage_trainer(trained_runs, "sft", tmp_path / "sft", config=config)
@@ -6091,7 +6104,7 @@ def test_export_writes_every_format_that_can_hold_the_model(tmp_path, tokenizer,
     status, files, text = export("odd")
     assert (status, files) == (2, set()) and "head_dim=16" in text
     status, files, text = export("dense", "--format", "onnx")
-    assert (status, files) == (2, set()) and "--format onnx: choose from hf, gguf" in text
+    assert (status, files) == (2, set()) and "--format: invalid choice: 'onnx' (choose from" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -6911,7 +6924,7 @@ def test_load_reward(tmp_path, trained_runs, tokenizer):
     (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return len(reply)\n\nx = 3\n")
     (tmp_path / "torn.py").write_text("x = 1\ndef f(:\n")
     for source, message in (
-        (str(trained_runs / "pretrain"), "no reward model"),
+        (str(trained_runs / "pretrain"), "nor the run directory of a reward model"),
         (str(tmp_path), "is neither answer, nor FILE.py:function, nor the run directory"),
         (f"{tmp_path}/mine.py:g", "no function g"),
         (f"{tmp_path}/mine.py:x", "no function x"),
@@ -7304,7 +7317,7 @@ def test_train_runs_every_stage(every_stage, stage, capsys):
 def test_a_stage_without_a_parent_says_which(out_with_a_run, trained_runs, capsys):
     assert train.main(["--stage", "ppo", "--out", str(out_with_a_run), *data_flags(trained_runs), *QUICK]) == 2
     error = one_error(capsys)
-    assert "where there is no run" in error and "--stage sft" in error
+    assert "to start from" in error and "--stage sft" in error
 
 
 def test_a_stage_is_resumed_with_the_data_and_the_reward_it_had(every_stage, tmp_path, capsys):
@@ -7631,6 +7644,10 @@ def test_the_best_or_the_last_weights_are_taken(out_with_a_run, trained_runs, tm
     assert scores["best"] != scores["last"]
     again = ["--stage", "sft", "--out", str(tmp_path), "--resume", "--max-steps", "2"]
     assert train.main(again) == 0 and "at step 2" in capsys.readouterr().out  # as it started
+    ppo = ["--stage", "ppo", *flags, "--checkpoint", "last", "--reward", str(trained_runs / "reward")]
+    assert train.main([*ppo, *data_flags(trained_runs), *quick("ppo"), "--max-steps", "1"]) == 0
+    again = ["--stage", "ppo", "--out", str(tmp_path), "--resume", "--max-steps", "2"]
+    assert train.main(again) == 0 and f"from {base} at step 2" in capsys.readouterr().out  # also its reference
 
 
 # -- rlhf in one go ----------------------------------------------------------------------------------------------------
@@ -7740,7 +7757,7 @@ def test_a_stopped_rlhf_does_not_mix_old_stages_with_new_ones(rlhf, tmp_path, mo
         (["--device", "tpu9"], "tpu9"),
         (["--device", "meta"], "meta"),
         (["--vocab-size", "100"], "--vocab-size 100"),
-        (["--seq-len", "999"], "--seq-len 999"),
+        (["--seq-len", "999"], "seq_len=999 exceeds the context"),
         (["--max-steps", "0"], "needs an end"),
         (["--seed", "99999999999999999999"], "seed="),
         (["--rope-scaling", "{a"], "rope-scaling"),
@@ -7780,9 +7797,12 @@ SHORT = ["--reply-tokens", "6", "--data", "{prompts}", "--val-data", "{prompts}"
         (["--stage", "rlhf", "--reward", "answer"], "--reward"),
         (["--stage", "sft", "--init", "/nowhere"], "/nowhere"),
         (["--stage", "sft", "--hidden-size", "64"], "hidden_size=64"),
-        (["--stage", "sft", "--seq-len", "999"], "--seq-len 999"),
+        (["--stage", "sft", "--seq-len", "999"], "seq_len=999 exceeds the context"),
         (["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "nothing"], "nothing"),
-        (["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "{base}"], "no reward model"),
+        (
+            ["--stage", "grpo", "--init", "{base}", *SHORT, "--reward", "{base}"],
+            "nor the run directory of a reward model",
+        ),
         (["--stage", "grpo", "--group-size", "1"], "group_size=1"),
         (["--stage", "dpo", "--init", "{base}", "--data", "{text}"], "nothing for this stage"),
         (["--stage", "ppo", "--kl-coef", "-1"], "kl_coef=-1.0"),
@@ -8718,7 +8738,7 @@ MISTAKES = [
             ("--learning-rate", "0", "learning_rate=0.0"),
             ("--beta1", "1", "beta1=1.0"),
             ("--seq-len", "0", "seq_len=0"),
-            ("--seq-len", "9999", "--seq-len 9999 exceeds the context"),
+            ("--seq-len", "9999", "seq_len=9999 exceeds the context"),
             ("--config", "huge", "config 'huge' is unknown"),
             ("--stage", "dream", "--stage dream is unknown"),
             ("--device", "tpu", "device 'tpu'"),

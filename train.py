@@ -40,7 +40,7 @@ class Command:
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
     png: str = "plot.png"  # file that --plot draws
     out: str = "out"  # where runs and caches go
-    format: list[str] | None = None  # export: hf for transformers, gguf for llama.cpp [both if possible]
+    format: list[Literal["hf", "gguf"]] | None = None  # export: for transformers, llama.cpp [both if possible]
     resume: bool = False  # go on with the run in OUT/CONFIG/STAGE
     overwrite: bool = False  # replace the run in OUT/CONFIG/STAGE
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -63,12 +63,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = vars(build_parser().parse_args(argv))
     args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
-    args.given, args.imported, args.command = given, None, shlex.join(["python", "train.py", *words])
+    args.given, args.command = given, shlex.join(["python", "train.py", *words])
     m.get_config(args.config)
     check_flags(args)
-    if args.init:  # a model that was trained elsewhere has its own name
-        parent = m.run_config(args.init)
-        args.imported = Path(args.init).resolve().name if "model_type" in parent else parent.get("imported")
+    args.imported = m.run_config(args.init).get("imported") if args.init else None  # the name of a foreign model
     name = args.config if "config" in given else args.imported or args.config
     args.runs, args.cache = Path(args.out) / name, Path(args.out) / "cache"
     return args
@@ -78,7 +76,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line `argv`; `started` is the time.monotonic() from which --minutes count (default: now)."""
     with sample.user_errors("train.py") as ended:
         args = parse(argv)
-        args.started = time.monotonic() if started is None else started
+        m.keep_freed_memory()
+        args.started, args.device = started or time.monotonic(), m.pick_device(args.device)
         stages = {"tokenizer": train_tokenizer, "rlhf": rlhf, "eval": evaluate, "export": export}
         run = stages.get(args.stage, train) if args.inspect is None else inspect
         return sample.plot(args.plot, Path(args.png)) if args.plot else run(args)
@@ -95,8 +94,7 @@ def check_flags(args) -> None:
     if args.stage not in stages:
         raise m.UserError(f"--stage {args.stage} is unknown: choose from {', '.join(stages)}")
     if mode == "--inspect" and (args.stage != "sft" or args.inspect < 1):
-        problem = "is not possible: it shows 1 or more of what --stage sft would train on"
-        raise m.UserError(f"--inspect {args.inspect} --stage {args.stage} {problem}")
+        raise m.UserError(f"--inspect {args.inspect} is not possible: it shows 1 or more records of --stage sft")
     if args.resume and args.overwrite:
         raise m.UserError("--resume and --overwrite exclude each other")
     if name := next((name for name in ("reward", "checkpoint") if name in args.given and args.stage == "rlhf"), None):
@@ -131,14 +129,15 @@ def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
     return dataclasses.replace(base or m.get_train_config(args.config, stage), **given)
 
 
-def imported_seq_len(args, config: m.TrainConfig, model: m.MiniGPT, tokenizer: m.BPETokenizer, device) -> int:
-    """Return the longest record's length, or what memory allows: 8 rows of 512 tokens in 135 M parameters take 6 GB."""
-    limit = min(model.config.max_position_embeddings, 512 if device.type == "cpu" else 2048)
-    if m.STAGES[args.stage].loader.kind == "text":
-        return limit
-    source = data_sources(args)["train"]
-    data = m.make_loader(args.stage, tokenizer, model.config, config, source, False, args.cache)
-    return min(limit, max(data.lengths) + (config.reply_tokens if data.kind == "prompt" else 0))
+def imported_config(args, model: m.MiniGPT, tokenizer: m.BPETokenizer, sources: dict[str, m.Source]) -> m.TrainConfig:
+    """Return the options for a model from elsewhere; a row has the longest record's length, or what memory allows."""
+    config = train_config(args, m.get_imported_config(args.stage, model, "lora_rank" in args.given))
+    limit = 512 if args.device.type == "cpu" else 2048  # 8 rows of 512 tokens in 135 M parameters take 6 GB
+    if config.seq_len is None and m.STAGES[args.stage].loader.kind != "text":
+        data = m.make_loaders(args.stage, tokenizer, model.config, config, sources, args.cache)["train_data"]
+        limit = min(limit, max(data.lengths) + (config.reply_tokens if data.kind == "prompt" else 0))
+    config.seq_len = config.seq_len or min(limit, model.config.max_position_embeddings)
+    return config
 
 
 def rlhf_config(args, base: m.RLHFConfig | None = None) -> m.RLHFConfig:
@@ -165,11 +164,14 @@ def check_shape(args, shape: m.MiniGPTConfig) -> None:
         raise m.UserError(f"--config or its flags contradict the loaded model: {', '.join(wrong)}: leave them out")
 
 
-def set_seq_len(config: m.TrainConfig, shape: m.MiniGPTConfig) -> None:
-    config.seq_len = config.seq_len or shape.max_position_embeddings
-    if config.seq_len > shape.max_position_embeddings:
-        context = f"max_position_embeddings={shape.max_position_embeddings}"
-        raise m.UserError(f"--seq-len {config.seq_len} exceeds the context, {context}")
+def complete(args, config: m.TrainConfig, shape: m.MiniGPTConfig, seq_len: int | None = None) -> None:
+    """Fill in the length of rows [`seq_len`, or the context] and the fastest dtype, and check them."""
+    check_shape(args, shape)
+    config.seq_len = config.seq_len or seq_len or shape.max_position_embeddings
+    m.check_stage(args.stage, config, shape)
+    # RL compares probabilities, which rounding would blur
+    if config.dtype == "auto" and args.stage in m.STAGES and m.STAGES[args.stage].loader.kind != "prompt":
+        config.dtype = m.fastest_dtype(args.device)
 
 
 def can_resume(run_dir: Path, args) -> bool:
@@ -177,36 +179,31 @@ def can_resume(run_dir: Path, args) -> bool:
     if args.resume and not run_dir.is_dir():
         raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
     if m.holds_run(run_dir) and not args.resume and not args.overwrite:
-        ways = "--resume to go on with it, --overwrite to replace it, or another --out"
-        raise m.UserError(f"{run_dir} holds a run already: give {ways}")
+        raise m.UserError(f"{run_dir} holds a run already: give --resume to go on, --overwrite, or another --out")
     return args.resume and m.holds_run(run_dir)
-
-
-def set_dtype(config: m.TrainConfig, stage: str, device: torch.device) -> None:
-    """Let auto be the fastest dtype; RL compares probabilities, which rounding would blur."""
-    if config.dtype == "auto" and m.STAGES[stage].loader.kind != "prompt":
-        config.dtype = m.fastest_dtype(device)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def get_tokenizer(args, vocab_size: int) -> m.BPETokenizer:
-    source, chosen, start = data_sources(args)["train"], args.runs / "tokenizer.json", time.monotonic()
+def get_tokenizer(args) -> m.BPETokenizer:
+    """Return the tokenizer of --stage tokenizer, or train one."""
+    source, vocab_size = data_sources(args)["train"], model_config(args).vocab_size
+    chosen, start = args.runs / "tokenizer.json", time.monotonic()
     if args.stage != "tokenizer" and chosen.exists():
-        tokenizer = m.BPETokenizer.load(chosen)
+        tokenizer, how = m.BPETokenizer.load(chosen), f"from {chosen}"
         if tokenizer.vocab_size > vocab_size:
             raise m.UserError(f"{chosen} has {tokenizer.vocab_size} tokens, more than --vocab-size {vocab_size}")
-        print(f"tokenizer: {tokenizer.vocab_size} tokens, from {chosen}")
-        return tokenizer
-    manager, on_bad_record = m.TokenizerManager(args.cache), train_config(args).on_bad_record
-    tokenizer = manager.get_or_train_tokenizer(source.paths, vocab_size, source.split, on_bad_record)
-    print(f"tokenizer: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s")
+    else:
+        manager, on_bad_record = m.TokenizerManager(args.cache), train_config(args).on_bad_record
+        tokenizer = manager.get_or_train_tokenizer(source.paths, vocab_size, source.split, on_bad_record)
+        how = f"{time.monotonic() - start:.1f} s"
+    print(f"tokenizer: {tokenizer.vocab_size} tokens, {how}")
     return tokenizer
 
 
 def train_tokenizer(args) -> int:
-    tokenizer, path = get_tokenizer(args, model_config(args).vocab_size), args.runs / "tokenizer.json"
+    tokenizer, path = get_tokenizer(args), args.runs / "tokenizer.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     print(f"{path}: {(text := '小模型也能训练。A small model can learn.')!r} is {len(tokenizer.encode(text))} tokens")
@@ -215,10 +212,10 @@ def train_tokenizer(args) -> int:
 
 def new_model(args, config: m.TrainConfig) -> tuple[m.MiniGPT, m.BPETokenizer, dict]:
     shape = model_config(args)
-    set_seq_len(config, shape)
+    complete(args, config, shape)
     if config.lora_rank:
         raise m.UserError(f"--lora-rank {config.lora_rank} needs a trained model: give --init RUN_DIR")
-    tokenizer = get_tokenizer(args, shape.vocab_size)
+    tokenizer = get_tokenizer(args)
     torch.manual_seed(config.seed)
     return m.MiniGPT(shape), tokenizer, {"step": 0}
 
@@ -231,52 +228,46 @@ def find_parent(args, saved: dict, run_dir: Path) -> Path | None:
     if stage is None:
         return run_dir if saved else None  # a resumed pretraining takes its shape and tokenizer from itself
     if not (args.runs / stage / "config.json").exists():
-        ways = f"train it with --stage {stage}, or name another with --init"
-        raise m.UserError(f"{args.stage} starts from {args.runs / stage}, where there is no run: {ways}")
+        raise m.UserError(f"no run in {args.runs / stage} to start from: train it with --stage {stage}, or give --init")
     return args.runs / stage
 
 
 def train(args) -> int:
     """Run one of m.STAGES: pretraining from a new model, another stage from its parent's run."""
     config, rl = train_config(args), rlhf_config(args)  # flags are checked before anything is loaded
-    device, run_dir, saved, reward = m.pick_device(args.device), args.runs / args.stage, {}, None
+    run_dir, saved, options = args.runs / args.stage, {}, {}
     if is_resumed := can_resume(run_dir, args):
         saved = m.load_run(run_dir, which="last")[2]["config"]
         config = train_config(args, m.TrainConfig(**saved["train"]))
-        rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]) if saved.get("rl") else None)
-    parent = find_parent(args, saved, run_dir)
-    which = args.given.get("checkpoint", saved.get("checkpoint", "last") if saved else "best")
+        rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]))
+    # 1 data and model
+    sources = data_sources(args, saved.get("data"))
+    parent, which = find_parent(args, saved, run_dir), args.given.get("checkpoint") or saved.get("checkpoint", "best")
     model, tokenizer, state = new_model(args, config) if parent is None else m.load_run(parent, which=which)
-    if parent is not None:
-        check_shape(args, model.config)
-        if args.imported and not is_resumed:
-            config = train_config(args, m.get_imported_config(args.stage, model, "lora_rank" in args.given))
-            config.seq_len = config.seq_len or imported_seq_len(args, config, model, tokenizer, device)
-        set_seq_len(config, model.config)
-    set_dtype(config, args.stage, device)
+    if args.imported and not is_resumed:
+        config = imported_config(args, model, tokenizer, sources)
+    complete(args, config, model.config)
     m.check_needs(args.given, config, model.config)
+    # 2 where it comes from, and what RL maximises
     origin = {} if parent in (None, run_dir) else {"parent": str(parent.absolute()), "checkpoint": which}
     origin |= {"imported": args.imported} if args.imported else {}
     if m.STAGES[args.stage].loader.kind == "prompt":
         name = args.reward or saved.get("reward") or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
         if not args.reward and m.is_code(name):  # whoever can write a checkpoint must not run code here
             raise m.UserError(f"--resume: this run names {name}, which is code: name it with --reward")
-        reward = m.load_reward(name, tokenizer)
+        options["reward"] = m.load_reward(name, tokenizer)
         origin["reward"] = name if name == "answer" else str(Path(name).absolute())
-    m.keep_freed_memory()
-    sources = data_sources(args, saved.get("data"))
-    options = {"run_dir": run_dir, "device": device, "cache_dir": args.cache, "started": args.started}
-    trainer = m.make_trainer(args.stage, model, tokenizer, sources, config, rl, reward=reward, **options)
+    # 3 the trainer
+    options |= {"run_dir": run_dir, "device": args.device, "cache_dir": args.cache, "started": args.started}
+    trainer = m.make_trainer(args.stage, model, tokenizer, sources, config, rl, **options)
     trainer.origin = origin
     if "parent" in origin:
-        print(
-            f"{args.stage}: from {parent} at step {state['step']}" + (f", reward: {origin['reward']}" if reward else "")
-        )
+        reward = f", reward: {origin['reward']}" if "reward" in origin else ""
+        print(f"{args.stage}: from {parent} at step {state['step']}{reward}")
     if is_resumed:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
-        print(f"resuming {run_dir} at step {trainer.step_count}")
-        if changed := m.changed_options(saved, trainer.config_dict()):
-            print(f"from here on: {changed}")
+        changed = m.changed_options(saved, trainer.config_dict())
+        print(f"resuming {run_dir} at step {trainer.step_count}" + f"; from here on: {changed}" * bool(changed))
     return fit(args, trainer)
 
 
@@ -290,21 +281,22 @@ def fit(args, trainer: m.Trainer) -> int:
         print(f"stopped at step {trainer.step_count}; {saved}")
         return 128 + result["signal"]
     sample.show_end(trainer, result)
-    following = f"sample.py --run {shlex.quote(str(run_dir))}"
-    following += f" --prompt {shlex.quote(trainer.prompts()[0])}" if trainer.stage == "pretrain" else " --chat"
+    following = ["sample.py", "--run", str(run_dir)]
+    following += ["--prompt", trainer.prompts()[0]] if trainer.stage == "pretrain" else ["--chat"]
     if trainer.stage == "reward":  # with the flags that place it, as the user gave them
-        places = [(m.flag_of(name), args.given.get(name)) for name in ("config", "init", "data", "val_data", "out")]
-        words = [[flag, *([value] if isinstance(value, str) else value)] for flag, value in places if value]
-        following = shlex.join(["train.py", "--stage", "ppo", *sum(words, [])])
-    print(f"next:  python {following}")
+        following = ["train.py", "--stage", "ppo"]
+        for name in [name for name in ("config", "init", "data", "val_data", "out") if name in args.given]:
+            value = args.given[name]
+            following += [m.flag_of(name), *([value] if isinstance(value, str) else value)]
+    print(f"next:  python {shlex.join(following)}")
     return 128 + result["signal"] if "signal" in result else 0
 
 
 def rlhf(args) -> int:
     """SFT, reward model and PPO, one after the other, after pretraining if there is no base model; resumable."""
-    base, rl, device = Path(args.init or args.runs / "pretrain"), rlhf_config(args), m.pick_device(args.device)
-    stages, sources = m.RLHFPipeline.stages, data_sources(args)
-    configs = {stage: train_config(argparse.Namespace(**vars(args) | {"stage": stage})) for stage in stages}
+    base, rl, sources = Path(args.init or args.runs / "pretrain"), rlhf_config(args), data_sources(args)
+    stages = {stage: argparse.Namespace(**vars(args) | {"stage": stage}) for stage in m.RLHFPipeline.stages}
+    configs = {stage: train_config(its_args) for stage, its_args in stages.items()}
     for source in sources.values():
         if lacking := {"chat", "preference"} - m.kinds_of(source.paths).keys():
             problem = f"no {' and no '.join(sorted(lacking))} records: --stage rlhf takes conversations and pairs"
@@ -314,17 +306,13 @@ def rlhf(args) -> int:
         changes = {"stage": "pretrain", "resume": m.holds_run(base), "overwrite": False}
         if status := train(argparse.Namespace(**vars(args) | changes)):
             return status
-    model = m.load_run(base)[0]
-    check_shape(args, model.config)
-    for stage in stages if args.imported else ():
-        configs[stage] = train_config(args, m.get_imported_config(stage, model, "lora_rank" in args.given))
-        configs[stage].seq_len = configs[stage].seq_len or min(1024, model.config.max_position_embeddings)
-    for stage, config in configs.items():
-        set_seq_len(config, model.config)
-        set_dtype(config, stage, device)
-    m.check_needs(args.given, *configs.values(), model.config)
-    m.keep_freed_memory()
-    pipeline = m.RLHFPipeline(rl, base, args.runs, sources, configs, device=device, cache_dir=args.cache)
+    pipeline = m.RLHFPipeline(rl, base, args.runs, sources, configs, device=args.device, cache_dir=args.cache)
+    model, tokenizer, _ = m.load_run(base)
+    for stage, its_args in stages.items():
+        if args.imported:
+            pipeline.train[stage] = imported_config(its_args, model, tokenizer, pipeline.sources_of(stage))
+        complete(its_args, pipeline.train[stage], model.config)
+    m.check_needs(args.given, *pipeline.train.values(), model.config)
     with m.replacing(args.overwrite, *(args.runs / stage for stage in stages)):
         rows = pipeline.run()
     if "signal" in rows[-1]:
@@ -342,30 +330,26 @@ def evaluate(args) -> int:
     """Score a run on --val-data, else on the validation part of --data or of its own data; the last line is JSON."""
     if not args.init:
         raise m.UserError(f"--stage eval scores a run: name its directory, for example --init {args.runs}/pretrain")
-    m.keep_freed_memory()
     model, tokenizer, state = m.load_run(args.init, which=args.checkpoint)
-    check_shape(args, model.config)
     saved = state["config"]
-    config = train_config(args, m.TrainConfig(**saved["train"] | {"lora_rank": 0}))  # LoRA is merged already
-    config.eval_prompts = args.given.get("eval_prompts", sys.maxsize)
-    config.seq_len = config.seq_len or min(1024, model.config.max_position_embeddings)
-    set_seq_len(config, model.config)
+    changes = {"lora_rank": 0, "eval_prompts": sys.maxsize}  # LoRA is merged already; all prompts
+    config = train_config(args, m.TrainConfig(**saved["train"] | changes))
+    complete(args, config, model.config, min(1024, model.config.max_position_embeddings))
     source = data_sources(args, saved["data"])["val"]
     kinds, stage = m.kinds_of(source.paths), saved["stage"]
     if m.STAGES[stage].loader.kind not in kinds and stage != "reward":
         stage = {"text": "pretrain", "chat": "sft", "preference": "dpo"}.get(next(iter(kinds), "text"), "ppo")
     paths, kind = ", ".join(map(str, source.paths)), m.STAGES[stage].loader.kind
-    options = {"rl": m.RLHFConfig(**saved.get("rl", {})), "device": m.pick_device(args.device), "cache_dir": args.cache}
-    if saved["stage"] == stage == "dpo":
-        options["reference"] = m.load_run(saved["parent"], which=saved.get("checkpoint", "last"))[0]
     print(f"{args.init} at step {state['step']} on {kind} records of {paths} ({source.split})")
-    sources = {} if kind == "prompt" else {"val": source}
-    trainer = m.make_trainer("sft" if kind == "prompt" else stage, model, tokenizer, sources, config, **options)
+    options = {"rl": m.RLHFConfig(**saved.get("rl", {})), "device": args.device, "cache_dir": args.cache}
     if kind == "prompt":
-        trainer.val_data = m.make_loader(stage, tokenizer, model.config, config, source, False, args.cache)
-        result = trainer.exact_match()
+        data = m.make_loaders(stage, tokenizer, model.config, config, {"val": source}, args.cache)
+        result = m.make_trainer("sft", model, tokenizer, {}, config, **options, **data).exact_match()
     else:
-        if stage == "dpo" and "reference" not in options:  # the model's own preference, beside no reference
+        if compared := saved["stage"] == stage == "dpo":
+            options["reference"] = m.load_run(saved["parent"], which=saved.get("checkpoint", "last"))[0]
+        trainer = m.make_trainer(stage, model, tokenizer, {"val": source}, config, **options)
+        if stage == "dpo" and not compared:  # the model's own preference, beside no reference
             trainer.val_data.reference_logprobs = torch.zeros_like(trainer.val_data.reference_logprobs)
         result = trainer.evaluate(args.given.get("eval_tokens"))
     if not result:
@@ -384,19 +368,14 @@ def export(args) -> int:
     dtype = args.given.get("dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
     add_bos = state["config"]["stage"] == "pretrain"  # texts begin with one, conversations do not
     formats = {
-        "hf": ("for transformers", lambda: model.save_pretrained(folder, tokenizer, dtype)),
-        "gguf": (
-            "for llama.cpp and ollama",
-            lambda: m.write_gguf(folder / "model.gguf", model, tokenizer, add_bos, getattr(torch, dtype)),
-        ),
+        "hf": lambda: model.save_pretrained(folder, tokenizer, dtype),
+        "gguf": lambda: m.write_gguf(folder / "model.gguf", model, tokenizer, add_bos, getattr(torch, dtype)),
     }
     written = []
-    if unknown := set(args.format or ()) - formats.keys():
-        raise m.UserError(f"--format {', '.join(unknown)}: choose from {', '.join(formats)}")
     for name in args.format or formats:
-        users, write = formats[name]
+        users = {"hf": "for transformers", "gguf": "for llama.cpp and ollama"}[name]
         try:
-            write()
+            formats[name]()
             written.append(users)
         except m.UserError as error:
             if args.format or name == "gguf" and not written:
@@ -408,14 +387,11 @@ def export(args) -> int:
 
 def inspect(args) -> int:
     """Show conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
-    parent, config, shape = Path(args.init or args.runs / "pretrain"), train_config(args), model_config(args)
-    if (parent / "config.json").exists():
-        model, tokenizer, _ = m.load_run(parent)
-        check_shape(args, shape := model.config)
-    else:
-        tokenizer = get_tokenizer(args, shape.vocab_size)
-    set_seq_len(config, shape)
-    data = m.make_loader("sft", tokenizer, shape, config, data_sources(args)["train"], False, args.cache)
+    parent, config = Path(args.init or args.runs / "pretrain"), train_config(args)
+    model, tokenizer, _ = m.load_run(parent) if (parent / "config.json").exists() else new_model(args, config)
+    complete(args, config, model.config)
+    sources = {"train": data_sources(args)["train"]}
+    data = m.make_loaders("sft", tokenizer, model.config, config, sources, args.cache)["train_data"]
     sample.show_conversations(data, args.inspect)
     return 0
 
