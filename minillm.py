@@ -2590,9 +2590,9 @@ def _shuffled(items, random):
     return [items[i] for i in torch.randperm(len(items), generator=random).tolist()]
 
 
-def pad_rows(rows: list[list[int]], pad_id: int, side: str = "left") -> Batch:
-    """Return rows of ids as {"input_ids", "attention_mask"}, both (B, T), padded on one side."""
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+def pad_left(rows: list[list[int]], pad_id: int) -> Batch:
+    """Return rows of ids as {"input_ids", "attention_mask"}, both (B, T), padded on the left."""
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     return {"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad(list(map(torch.ones_like, ids)))}
 
@@ -2773,9 +2773,10 @@ class RecordDataLoader(BatchLoader):
         return items
 
     def sequence(self, i: int, side: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the ids (n,) int64 of a sequence of record i, and which are trained (n,) bool."""
+        """Return the ids (n,) int64 of a sequence of record i, as far as they are used, and which are trained (n,)."""
         k = self.sides * i + side
-        span = slice(self.ends[k], self.ends[k + 1])
+        start, end = self.ends[k : k + 2]
+        span = slice(start, min(end, start + self.lengths[i]))
         return self.arrays["ids"][span].long(), self.arrays["trained"][span]
 
     def note(self, i: int) -> dict:
@@ -2823,7 +2824,7 @@ class ConversationDataLoader(RecordDataLoader):
         self.truncated = (kept == 0).tolist()  # where not even the first reply fits
         self.lengths = kept.where(kept > 0, self.seq_len).tolist()
         # 2. Of a truncated conversation a part of a reply must be left.
-        items = [i for i, cut in enumerate(self.truncated) if not cut or self.sequence(i)[1][: self.seq_len].any()]
+        items = [i for i, cut in enumerate(self.truncated) if not cut or self.sequence(i)[1].any()]
         too_long, lost = int((full > self.seq_len).sum()), sum(self.truncated)
         if too_long:
             warnings.warn(
@@ -2848,8 +2849,7 @@ class ConversationDataLoader(RecordDataLoader):
 
     def collate(self, rows: list[list[int]]) -> Batch:
         """Return the batch of these rows of conversations."""
-        cut = [[tuple(x[: self.lengths[i]] for x in self.sequence(i)) for i in row] for row in rows]
-        return _pack(cut, self.tokenizer.pad_id)
+        return _pack([[self.sequence(i) for i in row] for row in rows], self.tokenizer.pad_id)
 
 
 class DPODataLoader(RecordDataLoader):
@@ -2874,9 +2874,9 @@ class DPODataLoader(RecordDataLoader):
 
 
 class PromptDataLoader(RecordDataLoader):
-    """Batches of prompts for PPO and GRPO: "input_ids", "attention_mask", both (B, T), "messages", "answers" (lists).
+    """Batches of prompts for PPO and GRPO: the lists "input_ids" (of lists of ids), "messages" and "answers".
 
-    Prompts are padded on the left and have at most `seq_len` tokens. An answer is "" where none is known.
+    A prompt has at most `seq_len` tokens. An answer is "" where none is known.
     """
 
     kind = "prompt"
@@ -2884,8 +2884,11 @@ class PromptDataLoader(RecordDataLoader):
 
     def collate(self, items: list[int]) -> dict:
         notes = [self.note(i) for i in items]
-        batch = pad_rows([self.sequence(i)[0].tolist() for i in items], self.tokenizer.pad_id)
-        return batch | {"messages": [note["messages"] for note in notes], "answers": [note["answer"] for note in notes]}
+        return {
+            "input_ids": [self.sequence(i)[0].tolist() for i in items],
+            "messages": [note["messages"] for note in notes],
+            "answers": [note["answer"] for note in notes],
+        }
 
 
 class LanguageModelingDataset(torch.utils.data.Dataset):
@@ -3136,7 +3139,7 @@ class TextGenerator:
         """Return the ids that continue each row, up to its first end; rows of similar length share a batch."""
         replies, random = [[]] * len(rows), random or self._random(config)
         for group in length_groups(torch.tensor(list(map(len, rows))), size=batch_size) if rows else []:
-            ids, mask = pad_rows([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
+            ids, mask = pad_left([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
             if config.num_beams > 1:
                 output = self.beam_search(ids, config, mask)
             else:
@@ -4600,10 +4603,9 @@ class RLTrainer(Trainer):
 
         As they are sampled: at the sampling temperature, and over the tokenizer's vocabulary only.
         """
-        ids = batch["input_ids"]
-        hidden, _ = model.hidden_states(ids[:, :-1], token_mask=batch["token_mask"][:, :-1])
-        labels = ids[:, 1:].where(batch["mask"], -100)  # the reply, not the prompt
-        return token_logprobs(hidden, model.output_weight[: self.tokenizer.vocab_size], labels, self.rl.temperature)
+        hidden, _ = model.hidden_states(batch["input_ids"][:, :-1], token_mask=batch["token_mask"][:, :-1])
+        weight, labels = model.output_weight[: self.tokenizer.vocab_size], batch["labels"][:, 1:]
+        return token_logprobs(hidden, weight, labels, self.rl.temperature)
 
     def by_length_groups(self, fn: Callable, batch: Batch) -> Tensor:
         """Return fn(batch), (N, 1) or (N, T - 1), computed in groups of rows of similar length."""
@@ -4617,34 +4619,34 @@ class RLTrainer(Trainer):
 
     # -- the rollout ---------------------------------------------------------------------------------------------------
 
-    def sample_replies(self, prompts: dict, random: torch.Generator | None) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the ids of each prompt, without padding, and of a reply up to its first end-of-turn."""
+    def sample_replies(self, prompts: list[list[int]], random: torch.Generator | None) -> list[list[int]]:
+        """Return the ids of a reply to each prompt, up to its first end-of-turn."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, temperature=self.rl.temperature, top_p=1.0)
-        rows = zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
-        asked = [ids[mask > 0].tolist() for ids, mask in rows]
         generator = TextGenerator(self.model, self.tokenizer)
         with self.autocast():
-            return asked, self.in_memory(lambda parts: generator.continue_ids(asked, settings, 64 // parts, random), 64)
+            return self.in_memory(lambda parts: generator.continue_ids(prompts, settings, 64 // parts, random), 64)
 
     @torch.no_grad()
     def rollout(self, prompts: dict, random: torch.Generator | None = None) -> Rollout:
         """Let the policy reply to a batch of prompts; return the experience and what to log.
 
-        Experience: "input_ids", "token_mask" (N, T), padded on the right; "mask" (reply tokens), "logprobs",
+        Experience: "input_ids", "labels", "token_mask" (N, T), padded on the right; "mask" (reply tokens), "logprobs",
         "reference_logprobs", "kl" (N, T - 1); "scores", "last" (N,), the column of the last token. A reply ends with
         its first end-of-turn; one without any loses `missing_end_penalty`.
         """
         # 1 write
         start = time.monotonic()
-        asked, written = self.sample_replies(prompts, random)
+        written = self.sample_replies(prompts["input_ids"], random)
         rollout_s = time.monotonic() - start  # generation alone, without scoring
-        # 2 the tensors: column j of `mask` is about token j + 1
-        texts = [prompt + reply for prompt, reply in zip(asked, written, strict=True)]
-        batch = self._to_device(pad_rows(texts, self.tokenizer.pad_id, "right"))
-        ids, token_mask = batch["input_ids"], batch["attention_mask"] > 0  # (N, T)
-        begins = torch.tensor(list(map(len, asked)), device=self.device)  # (N,)
-        mask = (token_mask & (token_mask.cumsum(dim=1) > begins[:, None]))[:, 1:]
-        batch = {"input_ids": ids, "token_mask": token_mask, "mask": mask, "last": token_mask.sum(dim=1) - 2}
+        # 2 the tensors: as in SFT, the reply is what is trained
+        rows = []
+        for prompt, reply in zip(prompts["input_ids"], written, strict=True):
+            ids = torch.tensor(prompt + reply)
+            rows.append([(ids, torch.arange(len(ids)) >= len(prompt))])
+        ids, labels, _, segments = self._to_device(_pack(rows, self.tokenizer.pad_id)).values()  # (N, T)
+        mask = labels[:, 1:] != -100  # (N, T - 1)
+        last = segments.sum(dim=1) - 2  # a row is one sequence: its segments are 1, and 0 for padding
+        batch = {"input_ids": ids, "labels": labels, "token_mask": segments > 0, "mask": mask, "last": last}
         # 3 score
         replies = list(map(self.tokenizer.decode, written))
         ended = torch.tensor([reply[-1] in self.tokenizer.stop_ids for reply in written], device=self.device)  # (N,)
@@ -4664,7 +4666,7 @@ class RLTrainer(Trainer):
             "ended": ended.float().mean(),
             "entropy": -masked_mean(logprobs, mask),
             "reply_length": tokens / N,
-            "tokens": token_mask.sum(),
+            "tokens": segments.sum(),
             "rollout_s": rollout_s,
             "rollout_tok_per_s": tokens / rollout_s,
         }
@@ -4695,35 +4697,29 @@ class RLTrainer(Trainer):
         start = time.monotonic()
         batch, stats = self.experience(batches[0])
         # 2 update in minibatches; N is 0 where nothing can be learned from the rollout
-        (N, T), results = batch["input_ids"].shape, []
+        N, T = batch["input_ids"].shape
         minibatches = (
             rows
             for _ in range(self.rl.update_epochs if N else 0)
             for rows in torch.randperm(N).chunk(-(-N // self.rl.minibatch_size))
         )
+        metrics, updates = dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0), 0
         for rows in minibatches:
             groups = length_groups(batch["last"], rows, 32)  # micro-batches with little padding
-            results.append(self.update([select_rows(batch, group) for group in groups]))
+            metrics, updates = self.update([select_rows(batch, group) for group in groups]), updates + 1
             # 3 stop when the policy has moved far from the one that wrote
-            if results[-1]["moved"] > (self.rl.stop_kl or math.inf):
+            if metrics["moved"] > (self.rl.stop_kl or math.inf):
                 break
         self.step_count += 1
-        updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
-        means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-        share = stats.pop("rollout_s") / (time.monotonic() - start)  # share of the step's time
         tokens = int(stats["tokens"])  # tokens of the whole rollout
-        return (
-            means
-            | stats
-            | {
-                "rollout_share": share,
-                "updates": updates,
-                "moved": results[-1]["moved"],
-                "count": max(1, N),
-                "tokens": tokens,
-                "flops": tokens * self.model.flops_per_token(T),
-            }
-        )
+        metrics |= stats | {  # those of the last update
+            "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
+            "updates": updates,
+            "count": max(1, N),
+            "tokens": tokens,
+            "flops": tokens * self.model.flops_per_token(T),
+        }
+        return metrics
 
     def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Return the subclass's loss with a named part: how far the policy has moved from the one that wrote.
@@ -4818,7 +4814,7 @@ class GRPOTrainer(RLTrainer):
     @torch.no_grad()
     def experience(self, prompts: dict) -> Rollout:
         G = self.rl.group_size
-        # G times each prompt, one after another; tensors as lists of their rows
+        # each prompt G times, one after another
         repeated = {name: [item for item in value for _ in range(G)] for name, value in prompts.items()}
         batch, stats = self.rollout(repeated)
         batch["advantages"] = grpo_advantages(batch["scores"], G, self.rl.advantage_kind)  # (N,)
@@ -4826,7 +4822,7 @@ class GRPOTrainer(RLTrainer):
         stats["equal_groups"] = equal.float().mean().item()
         kept = ~equal | (self.rl.grpo_kl_coef > 0)  # groups of equal rewards have no other gradient than the KL's
         # dropped rows have loss 0: to divide by all replies, each kept row counts N / kept
-        batch["row_weight"] = torch.ones_like(batch["scores"]) / kept.float().mean()
+        batch["row_weight"] = kept / kept.float().mean()
         return {name: value[kept] for name, value in batch.items()}, stats
 
     def count(self, batch: Batch) -> float:

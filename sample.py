@@ -281,9 +281,9 @@ def table(rows: list[dict], prompt: str) -> str:
 def show_conversations(data: m.ConversationDataLoader, count: int) -> None:
     """Print conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    full = [len(data.sequence(i)[0]) for i in range(len(data.lengths))]
+    full = [end - start for start, end in itertools.pairwise(data.ends)]
     for i in range(min(count, len(full))):
-        ids, trained = (x[: data.lengths[i]].tolist() for x in data.sequence(i))
+        ids, trained = (x.tolist() for x in data.sequence(i))
         text, lost = "", full[i] - len(ids)
         for is_trained, run in itertools.groupby(range(len(ids)), trained.__getitem__):
             part = data.tokenizer.decode([ids[at] for at in run], skip_special_tokens=False)

@@ -1886,8 +1886,8 @@ def test_a_packed_row_by_hand(tmp_path, bytes_only):
 
 
 def test_prompts_and_pairs_are_padded_by_hand(tmp_path, bytes_only):
-    """Worked example: prompts on the left, where a reply follows; pairs on the right."""
-    batch = m.pad_rows([[7, 8, 9], [5]], pad_id=0)
+    """Worked example: what a reply follows on the left; pairs on the right."""
+    batch = m.pad_left([[7, 8, 9], [5]], pad_id=0)
     assert batch["input_ids"].tolist() == [[7, 8, 9], [0, 0, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     pair = {"prompt": "q", "chosen": "yes", "rejected": "n", "category": "b"}
@@ -2839,10 +2839,8 @@ def test_every_form_of_prompt(tmp_path, tokenizer, record, prompt, answer):
     loader = load(m.PromptDataLoader, tmp_path, tokenizer, [record, other])
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
     batch = loader.collate([0, 1])
-    assert batch["answers"] == [answer, ""] and batch["input_ids"][0].tolist() == ids
-    short = int(batch["attention_mask"][1].sum())
-    assert batch["attention_mask"][1].tolist() == [0] * (len(ids) - short) + [1] * short
-    assert (batch["input_ids"][1, : len(ids) - short] == tokenizer.pad_id).all()
+    short = tokenizer.apply_chat_template(turns("好"), add_generation_prompt=True)
+    assert batch["answers"] == [answer, ""] and batch["input_ids"] == [ids, short]
     assert batch["messages"] == [prompt, turns("好")]
 
 
@@ -2857,7 +2855,7 @@ def test_messages_and_answers_are_kept_as_they_are(tmp_path, tokenizer):
     (batch,) = loader
     assert batch["messages"] == [prompt, [prompt[1]], [{"role": "user", "content": " "}]]
     assert batch["answers"] == [ODD + "\n b\t", "", "0"]
-    for row, n in zip(batch["input_ids"].tolist(), (3, 2, 2), strict=True):  # none of the text became a special token
+    for row, n in zip(batch["input_ids"], (3, 2, 2), strict=True):  # none of the text became a special token
         assert row.count(tokenizer.im_start_id) == n and row.count(tokenizer.im_end_id) == n - 1
         assert tokenizer.eos_id not in row and tokenizer.bos_id not in row
     chat = load(m.ConversationDataLoader, tmp_path, tokenizer, [{"messages": turns(ODD, ODD)}], "chat.jsonl")
@@ -3444,7 +3442,7 @@ def test_rows_that_go_on_keep_their_own_past(generator, tokenizer, penalty):
     """Rows that have ended leave the batch; the caches, masks and seen tokens of the others are not mixed up."""
     alone = m.TextGenerator(generator.model, ending_at(tokenizer))
     rows = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 9, 3, 7, 6, 4, 8)]
-    batch = m.pad_rows(rows, tokenizer.pad_id)
+    batch = m.pad_left(rows, tokenizer.pad_id)
     config = settings(max_new_tokens=25, repetition_penalty=penalty, do_sample=False)
     steps = []
     for k, (tokens, ended) in enumerate(alone._decode(batch["input_ids"], config, batch["attention_mask"], None)):
@@ -3467,7 +3465,7 @@ def test_a_mixture_of_experts_is_not_compiled_for_decoding(tokenizer):
 def test_compiled_decoding_writes_the_same(tokenizer):
     model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
     eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
-    batch = m.pad_rows([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
+    batch = m.pad_left([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
     for config in (
         settings(do_sample=False, min_new_tokens=12),
         settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1),  # more slots: another graph
@@ -5073,7 +5071,7 @@ def test_the_reward_model_and_dpo_learn_what_is_preferred(tmp_path, tokenizer):
 def prompt_batch(tokenizer, questions: list[str], answers: list[str] | None = None) -> dict:
     chats = [turns(question) for question in questions]
     rows = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    return m.pad_rows(rows, tokenizer.pad_id) | {"messages": chats, "answers": answers or [""] * len(rows)}
+    return {"input_ids": rows, "messages": chats, "answers": answers or [""] * len(rows)}
 
 
 def rl_trainer(cls, tokenizer, reward=lambda messages, reply, answer: float(answer), model=None, train=None, **rl):
@@ -5127,12 +5125,11 @@ def test_a_reply_ends_with_its_first_end_of_turn(tokenizer, monkeypatch):
     prompts = four_prompts(tokenizer)
     batch, stats = trainer.rollout(prompts)
     assert not any(value.requires_grad for value in batch.values())
-    begins = prompts["attention_mask"].sum(dim=1)
-    for row, (n, length) in enumerate(zip(begins.tolist(), [4, 6, 1, 2], strict=True)):
+    for row, (prompt, length) in enumerate(zip(prompts["input_ids"], [4, 6, 1, 2], strict=True)):
+        n = len(prompt)
         assert batch["mask"][row].nonzero().flatten().tolist() == list(range(n - 1, n - 1 + length))
         assert batch["input_ids"][row, n : n + length].tolist() == WRITTEN[row, :length].tolist()
-        width = prompts["input_ids"].shape[1]
-        assert torch.equal(batch["input_ids"][row, :n], prompts["input_ids"][row, width - n :])
+        assert batch["input_ids"][row, :n].tolist() == prompt
         assert batch["token_mask"][row].sum() == n + length == batch["last"][row] + 2
     assert batch["scores"].tolist() == [1, 0.25, 1, 1] and stats["ended"] == 0.75 and stats["reward"] == 1
     assert stats["reply_length"] == 13 / 4 and stats["accuracy"] == 0
@@ -5250,8 +5247,8 @@ def test_a_rollout_in_groups_is_the_rollout(tokenizer, monkeypatch):
     prompts = mixed_prompts(tokenizer)
     batch, _ = trainer.experience(prompts)
     with torch.no_grad():
-        for row, n in enumerate(prompts["attention_mask"].sum(dim=1).tolist()):
-            assert torch.equal(batch["input_ids"][row, :n], prompts["input_ids"][row, -n:])
+        for row, n in enumerate(map(len, prompts["input_ids"])):
+            assert batch["input_ids"][row, :n].tolist() == prompts["input_ids"][row]
             ids, end = batch["input_ids"][row, : batch["last"][row] + 2][None], int(batch["last"][row]) + 1
             logprobs = trainer.model(ids)[0, :-1, :300].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             assert batch["mask"][row].nonzero().flatten().tolist() == list(range(n - 1, end))
@@ -5368,8 +5365,8 @@ def test_ppo_says_when_the_policy_will_not_move(steps, says, tokenizer, capsys):
 
 def test_a_seeded_rollout_draws_anew_in_each_group(tokenizer, monkeypatch):
     in_small_groups(monkeypatch)
-    trainer, prompts = rl_trainer(m.PPOTrainer, tokenizer), prompt_batch(tokenizer, ["ab"] * 6)
-    rows = [trainer.sample_replies(prompts, torch.Generator().manual_seed(5))[1] for _ in range(2)]
+    trainer, prompts = rl_trainer(m.PPOTrainer, tokenizer), prompt_batch(tokenizer, ["ab"] * 6)["input_ids"]
+    rows = [trainer.sample_replies(prompts, torch.Generator().manual_seed(5)) for _ in range(2)]
     assert rows[0] == rows[1] and len(set(map(tuple, rows[0]))) > 2
 
 
@@ -6821,7 +6818,7 @@ def test_loaders_take_imported_tokenizers(tmp_path):
         assert ours.decode(ids[trained], skip_special_tokens=False) == f"吃鱼。{end}yes, ok{end}" and trained[-1]
         (batch,) = load(m.PromptDataLoader, folder, ours, chats)
         asked = ours.apply_chat_template(chats[0]["messages"][:3], add_generation_prompt=True)
-        assert batch["input_ids"].tolist() == [asked] and batch["messages"] == [chats[0]["messages"][:3]]
+        assert batch["input_ids"] == [asked] and batch["messages"] == [chats[0]["messages"][:3]]
 
 
 # ======================================================================================================================
