@@ -115,14 +115,13 @@ def check_fields(owner: object, ranges: dict[str, str]) -> None:
             names = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "none")
             check(owner, type(value) in kinds, field, f"of type {names}")  # not isinstance: True is an int
     for interval, fields in ranges.items():
-        low, high = interval[1:-1].split(", ")
-        allowed = f"in {interval}" if high != "inf" else f"{low} or more" if interval[0] == "[" else f"above {low}"
+        low, high = map(float, interval[1:-1].split(", "))
+        includes_low, includes_high = "[" in interval, "]" in interval
+        allowed = f"in {interval}" if high < math.inf else f"{low:g} or more" if includes_low else f"above {low:g}"
         for field in fields.split():
             value = getattr(owner, field)
-            if value is not None:
-                above = value > float(low) or interval[0] == "[" and value == float(low)
-                below = value < float(high) or interval[-1] == "]" and value == float(high)
-                check(owner, above and below, field, allowed)
+            at_limit = includes_low and value == low or includes_high and value == high
+            check(owner, value is None or at_limit or low < value < high, field, allowed)
 
 
 @dataclass
@@ -371,8 +370,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        mask = visible_keys(torch.arange(S - T, S, device=q.device), S, None)
+    bias = torch.where(mask, q.new_zeros(()), -math.inf)  # (B or 1, 1, T, S)
     with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
         scores = bias.view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
         q, k, v = q.reshape(B * K, -1, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
@@ -395,12 +394,11 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, K, T, D) to a layer; return all that it holds, (B, K, length + T, D)."""
-        all_k, all_v, start, T = self.k[layer], self.v[layer], self.length, k.shape[2]
+        all_k, all_v, start, end = self.k[layer], self.v[layer], self.length, self.length + k.shape[2]
         if self.position is not None:
             return all_k.index_copy_(2, self.position, k), all_v.index_copy_(2, self.position, v)
-        all_k.narrow(2, start, T).copy_(k)  # into the slots start … start + T - 1
-        all_v.narrow(2, start, T).copy_(v)
-        return all_k.narrow(2, 0, start + T), all_v.narrow(2, 0, start + T)
+        all_k[:, :, start:end], all_v[:, :, start:end] = k, v
+        return all_k[:, :, :end], all_v[:, :, :end]
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row `rows[i]`; there may be more rows than before, or fewer."""
@@ -479,12 +477,13 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if not self.training:
             return weights, experts, probs.new_zeros(())
-        E = probs.shape[-1]
-        counted = torch.ones(len(x), device=x.device) if token_mask is None else token_mask.flatten().float()  # (N,)
-        visits = torch.zeros_like(probs).scatter_(1, experts, counted[:, None].expand_as(experts)).sum(0)  # (E,)
-        f = visits / visits.sum().clamp(min=1)  # share of all visits that goes to each expert
-        P = (probs * counted[:, None]).sum(0) / counted.sum().clamp(min=1)  # mean probability of each expert
-        return weights, experts, E * (f * P).sum()
+        visits = torch.zeros_like(probs).scatter_(1, experts, 1.0)  # (N, E)
+        if token_mask is not None:
+            visits, probs = (part * token_mask.reshape(-1, 1) for part in (visits, probs))  # 0 for padding
+        num_visits = visits.sum().clamp(min=1)
+        f = visits.sum(0) / num_visits  # share of all visits that goes to each expert
+        P = probs.sum(0) / (num_visits / self.k)  # mean probability of each expert
+        return weights, experts, len(P) * (f * P).sum()
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> the mixture (B, T, C) and the balance loss; `token_mask` (B, T) is 0 for padding."""
@@ -659,11 +658,10 @@ class MiniGPT(nn.Module):
 
     def num_params(self, active: bool = False) -> int:
         """Count parameters; with `active` only those that a token uses (all of a dense model)."""
-        c, total = self.config, sum(p.numel() for p in self.parameters())
-        if not active or not c.num_experts:
-            return total
-        idle = c.num_hidden_layers * (c.num_experts - c.num_experts_per_tok)
-        return total - idle * 3 * c.hidden_size * c.moe_intermediate_size
+        c, idle = self.config, 0
+        if active and c.num_experts:
+            idle = (c.num_experts - c.num_experts_per_tok) * 3 * c.hidden_size * c.moe_intermediate_size  # of a block
+        return sum(p.numel() for p in self.parameters()) - c.num_hidden_layers * idle
 
     def flops_per_token(self, seq_len: int) -> int:
         """Count floating-point operations of forward and backward for a token of a row (arXiv:2204.02311, B).
@@ -701,7 +699,7 @@ class LoRALinear(nn.Module):
         rows, columns = base.weight.shape
         # B A is 0 at first, so that training starts from the model as it is
         self.lora_a = nn.Parameter(torch.randn(rank, columns, device=self.weight.device) * columns**-0.5)
-        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=self.weight.device))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(rows, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
@@ -1083,25 +1081,22 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     Only matrices are decayed. Routers and LoRA's factors stay with AdamW: an orthogonal update would use LoRA's whole
     rank at every step.
     """
-    others, matrices, stacks = [], [], defaultdict(list)  # a stack: weights that consist of matrices of the same rows
+    # for AdamW; and for Muon, by the rows of the matrices that a weight consists of
+    others, matrices, stacks = [], [], defaultdict(list)
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             of_a_block = p.dim() >= 2 and "layers." in path and not path.endswith("gate") and "lora_" not in name
-            if p.requires_grad and of_a_block:
-                matrices.append(p)
+            if p.requires_grad and of_a_block and config.optimizer == "muon":
                 stacks[tuple(getattr(module, "stacked", {}).get(name, p.shape[-2:-1]))].append(p)
             elif p.requires_grad:
-                others.append(p)
-    groups = [{"params": others, "weight_decay": 0.0}]
-    if config.optimizer == "adamw":
-        groups.append({"params": matrices, "weight_decay": config.weight_decay})
-    betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas, fused=True)
-    if config.optimizer == "adamw" or not matrices:
-        return [adamw]
-    groups = [{"params": params, "stacked": list(rows)} for rows, params in stacks.items()]
-    half = config.dtype == "bfloat16"
-    return [adamw, Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half)]
+                (matrices if of_a_block else others).append(p)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices, "weight_decay": config.weight_decay}]
+    groups, betas = [group for group in groups if group["params"]], (config.beta1, config.beta2)
+    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)]
+    if stacks:
+        groups, half = [{"params": stacks[rows], "stacked": list(rows)} for rows in stacks], config.dtype == "bfloat16"
+        optimizers.append(Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half))
+    return optimizers
 
 
 # -- device, precision, memory -----------------------------------------------------------------------------------------
@@ -1501,8 +1496,9 @@ class BPETokenizer:
             pieces += [start, (TEXT, message["role"] + "\n"), (kind, message["content"]), end, (TEXT, "\n")]
         return pieces + [start, (TEXT, "assistant\n")] * add_generation_prompt
 
-    def _encode_pieces(self, pieces):
+    def _encode_messages(self, messages, kinds, add_generation_prompt=False):
         ids, trained, after_reply = [], [], False  # after a reply that is trained, but for empty text
+        pieces = self._chat_pieces(messages, kinds, add_generation_prompt)
         for kind, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
             text = "".join(text for _, text in run)
             new = [kind] if isinstance(kind, int) else self.encode(text)
@@ -1525,15 +1521,14 @@ class BPETokenizer:
             else REPLY
             for i, message in enumerate(messages)
         ]
-        return self._encode_pieces(self._chat_pieces(messages, kinds, False))
+        return self._encode_messages(messages, kinds)
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
         """Return the ids that transformers gives, save that contents never become special tokens.
 
         The generation prompt opens the assistant's turn.
         """
-        kinds = [TEXT] * len(messages)
-        return self._encode_pieces(self._chat_pieces(messages, kinds, add_generation_prompt))[0]
+        return self._encode_messages(messages, [TEXT] * len(messages), add_generation_prompt)[0]
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -3206,7 +3201,7 @@ class TextGenerator:
                 logits = state.feed(next_ids)
                 tokens = logits.argmax(dim=-1) if greedy else draw(sampling_probs(logits, config), random)
                 written = padding.index_copy(0, running, tokens).where(~ended, padding)  # ended rows write padding
-                ended |= (written[:, None] == state.stop_ids).any(dim=1)
+                ended |= torch.isin(written, state.stop_ids)
                 yield written, ended
                 unfinished = int((~ended).sum())  # waits for the device
                 if not unfinished:
@@ -3227,13 +3222,15 @@ class TextGenerator:
         """
         config = config or GenerationConfig(num_beams=4)
         k, penalty = config.num_beams, config.length_penalty
-        most_ends = k if config.early_stopping else math.inf  # after these, a prompt is done
         with eval_mode(self.model):
             state = _Decoding(self, input_ids, config, attention_mask)
             ids = input_ids.to(state.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
             logits = state.feed(ids)  # (rows, V)
             (B, V), logprobs = logits.shape, logits.new_zeros(len(ids), 1)  # (B, beams)
-            best, best_score, num_ends = list(ids), [-math.inf] * B, [0] * B  # of each prompt's hypotheses
+            best, num_ends = (
+                [(-math.inf, row) for row in ids],
+                [0] * B,
+            )  # each prompt's best hypothesis; its ends so far
             for length in range(1, state.new_tokens + 1):
                 # 1 extend: enough candidates that k unfinished ones remain even if all stop tokens are among them
                 totals = (logprobs.view(-1, 1) + logits.log_softmax(dim=-1)).view(B, -1)  # (B, beams V)
@@ -3244,21 +3241,23 @@ class TextGenerator:
                 # 2 finish: an end counts only among the best k; at the last step all end
                 ends = torch.isin(tokens, state.stop_ids) | (length == state.new_tokens)
                 for b, i in (ends & totals.isfinite())[:, :k].nonzero().tolist():
-                    score = totals[b, i].item() / length**penalty
-                    if score > best_score[b] and num_ends[b] < most_ends:
-                        best_score[b], best[b] = score, candidates[b, i]
-                    num_ends[b] += 1
+                    hypothesis = totals[b, i].item() / length**penalty, candidates[b, i]
+                    best[b], num_ends[b] = max(best[b], hypothesis, key=lambda pair: pair[0]), num_ends[b] + 1
                 # 3 go on with the best k of the others, unless none can win: a log-probability only falls, but divided
                 # by a power of the length it can still rise until the maximum length
                 logprobs, others = totals.masked_fill(ends, -math.inf).topk(min(k, totals.shape[1]))  # (B, k)
                 divisor = (state.new_tokens if penalty > 0 else length) ** penalty
-                highest = [logprob / divisor for logprob in logprobs[:, 0].tolist()]
-                if all(best_score[b] >= highest[b] or num_ends[b] >= most_ends for b in range(B)):
+                for b, logprob in enumerate(logprobs[:, 0].tolist()):
+                    if best[b][0] >= logprob / divisor or config.early_stopping and num_ends[b] >= k:
+                        logprobs[b] = -math.inf
+                if logprobs.isneginf().all():
                     break
                 state.reorder(rows.gather(1, others).flatten())
                 ids = candidates.take_along_dim(others[:, :, None], dim=1).flatten(0, 1)  # (B k, T + length)
                 logits = state.feed(ids[:, -1:].contiguous())  # compiled code is for fixed strides, too
-        return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=self.tokenizer.pad_id)
+        return nn.utils.rnn.pad_sequence(
+            [ids for _, ids in best], batch_first=True, padding_value=self.tokenizer.pad_id
+        )
 
 
 def compile_decode_step(model: MiniGPT) -> Callable:
@@ -4703,23 +4702,29 @@ class RLTrainer(Trainer):
             for _ in range(self.rl.update_epochs if N else 0)
             for rows in torch.randperm(N).chunk(-(-N // self.rl.minibatch_size))
         )
-        metrics, updates = dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0), 0
+        results = []
         for rows in minibatches:
             groups = length_groups(batch["last"], rows, 32)  # micro-batches with little padding
-            metrics, updates = self.update([select_rows(batch, group) for group in groups]), updates + 1
+            results.append(self.update([select_rows(batch, group) for group in groups]))
             # 3 stop when the policy has moved far from the one that wrote
-            if metrics["moved"] > (self.rl.stop_kl or math.inf):
+            if results[-1]["moved"] > (self.rl.stop_kl or math.inf):
                 break
         self.step_count += 1
+        updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
+        means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         tokens = int(stats["tokens"])  # tokens of the whole rollout
-        metrics |= stats | {  # those of the last update
-            "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
-            "updates": updates,
-            "count": max(1, N),
-            "tokens": tokens,
-            "flops": tokens * self.model.flops_per_token(T),
-        }
-        return metrics
+        return (
+            means
+            | stats
+            | {
+                "moved": results[-1]["moved"],
+                "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
+                "updates": updates,
+                "count": max(1, N),
+                "tokens": tokens,
+                "flops": tokens * self.model.flops_per_token(T),
+            }
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Return the subclass's loss with a named part: how far the policy has moved from the one that wrote.

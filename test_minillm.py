@@ -851,6 +851,22 @@ def test_balance_loss(k):
     assert moe.eval()(x, None)[1] == 0
 
 
+@pytest.mark.parametrize("config", [shape(dropout=0.5), moe_shape(dropout=0.5)], ids=["dense", "moe"])
+@pytest.mark.parametrize("silent", ["o_proj", "down_proj"])
+def test_dropout_follows_attention_and_the_mlp(config, silent):
+    """With one of them silent, about half of what the block adds is 0, and the rest is doubled."""
+    block, x = random_model(config).layers[0], torch.randn(1, 40, 32)
+    rope = [table[None, :40, None] for table in m.rope_tables(config)]
+    with torch.no_grad():
+        for name, p in block.named_parameters():
+            if silent in name:
+                p.zero_()
+        exact, dropped = (block.train(mode)(x, *rope, None, None)[0] - x for mode in (False, True))
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * exact[kept], rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_checkpointing_and_dropout():
     for config in (shape(dropout=0.0), moe_shape()):
         model, ids = random_model(config).train(), random_ids(2, 10)
@@ -3422,6 +3438,15 @@ def test_rows_of_unequal_length_are_as_if_alone(generator):
     for beams in (2, 3):
         config = settings(num_beams=beams)
         assert generator.generate(prompts, config) == [generator.generate(prompt, config) for prompt in prompts]
+
+
+def test_padding_does_not_count_as_repetition(generator):
+    """Whatever the padding's id: here it is the token that the row alone would choose."""
+    config, row = settings(max_new_tokens=6, repetition_penalty=1e6, do_sample=False), random_ids(1, 5)
+    alone = generator.greedy_search(row, config)[0, 5:]
+    padded = F.pad(row, (3, 0), value=alone[0].item())
+    mask = F.pad(torch.ones_like(row), (3, 0))
+    assert alone[0] not in row and torch.equal(generator.greedy_search(padded, config, mask)[0, 8:], alone)
 
 
 def test_rows_after_their_end_are_padding_and_touch_nobody(generator, tokenizer):
