@@ -1719,7 +1719,7 @@ def _run_child(item):
 
 
 def path_list(paths: Paths) -> list[Path]:
-    return [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
+    return [Path(path) for path in ([paths] if isinstance(paths, AnyPath) else paths)]
 
 
 def files_under(folder: Path, above: tuple = ()) -> Iterator[Path]:
@@ -2191,11 +2191,11 @@ def json_values(text: str) -> Iterator[tuple[int, object]]:
     >>> list(json_values('{"a": 1}\\n[2,\\n3] 4'))
     [(0, {'a': 1}), (1, [2, 3]), (2, 4)]
     """
-    line = start = end = 0
+    line, start, end, decode = 0, 0, 0, json.JSONDecoder().raw_decode
     while match := re.compile(r"\S").search(text, end):
         line += text.count("\n", start, match.start())
         start = match.start()
-        value, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = decode(text, start)
         yield line, value
 
 
@@ -2241,8 +2241,9 @@ class Reader:
         """
         # A .jsonl has a value a line, unless a list, or an object printed over several lines, begins it. A .json is
         # read as a whole, unless its first line is an object by itself.
-        is_lines, limit = data_suffix(path) == ".jsonl", LONGEST_RECORD
+        is_lines = data_suffix(path) == ".jsonl"
         spans = re.compile(r"\s*([\[{]|\[.*[^\]\s])\s*" if is_lines else r"\s*(?!\{.*\}\s*$).+\s*")
+        limit = LONGEST_RECORD
         with open_text(path) as file:
             for number, text in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), ""), 1):
                 if spans and text.strip():
@@ -2256,7 +2257,8 @@ class Reader:
                     for line, value in json_values(text.rstrip()):
                         where = f"{path}:{number + line}"
                         if isinstance(value, list):
-                            yield from ((f"{where}[{i}]", item) for i, item in enumerate(value))
+                            for i, item in enumerate(value):
+                                yield f"{where}[{i}]", item
                         else:
                             yield where, value
                 except (ValueError, RecursionError) as error:  # not JSON, or brackets thousands deep
@@ -2288,21 +2290,20 @@ class Reader:
             values = [(str(path), {"text": path})] if next(read_text(path), "") else []
         else:
             values = self._rows(path) if suffix == ".parquet" else self._values(path)
-        is_data, stranger = path in self.paths or self.on_bad_record == "skip", None
+        kinds, stranger = self.kinds[path], None
         for where, record in values:
-            form = form_of(record)
-            if not form and not stranger:
+            if form := form_of(record):
+                kinds[form.kind] += 1
+            elif not stranger:
                 keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
                 forms = "; ".join("+".join(filter(None, form[1:])) for form in FORMS)
                 stranger = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
-            is_data = is_data or form
-            if stranger and is_data:
+            if stranger and (kinds or path in self.paths or self.on_bad_record == "skip"):
                 self._skip(*stranger)
                 stranger = None
             if form:
-                self.kinds[path][form.kind] += 1
                 yield where, record, form
-        if not self.kinds[path] and path not in self.paths:
+        if not kinds and path not in self.paths:
             self.count("file without records", ": ".join(stranger or [str(path)]))
 
     def documents(self, path: Path, kind: str, source: str) -> Iterator[Path | TextPart | Example]:
@@ -2403,7 +2404,7 @@ def sample_texts(paths: Paths, split: str, on_bad_record: str) -> Iterator[str]:
     """
     reader = Reader(paths, on_bad_record)
     # Compressed text is about four times as long as its file.
-    size = sum(f.stat().st_size * (1 if f.suffix in (".txt", ".json", ".jsonl") else 4) for f in reader.files)
+    size = sum(f.stat().st_size * (4 if f.suffix in (".gz", ".parquet") else 1) for f in reader.files)
     every = max(1, round(size / TOKENIZER_BYTES))
     division = functools.cache(reader.division)
     for path in reader.files:
