@@ -23,9 +23,8 @@ PROMPTS = ["从前，", "Once there was"]
 
 
 def build_parser() -> m.FlagParser:
-    parser = m.FlagParser(
-        prog="sample.py", description=__doc__, usage="sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
-    )
+    usage = "sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
+    parser = m.FlagParser(prog="sample.py", description=__doc__, usage=usage)
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
     parser.add_argument("--out", metavar="DIR", help="where to look for the newest run [out]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
@@ -71,8 +70,7 @@ def generation_config(args) -> m.GenerationConfig:
         del given["temperature"]
     for owner, names in ONLY_WITH.items():
         if owner != strategy and (useless := given.keys() & set(names)):
-            flags = ", ".join(map(m.flag_of, sorted(useless)))
-            raise m.UserError(f"{flags} has no effect with {mode}: it is for --strategy {owner}")
+            raise m.UserError(f"{m.flag_of(min(useless))} has no effect with {mode}: it is for --strategy {owner}")
     if strategy == "beam" and "num_beams" not in given:
         config.num_beams = 4
     return dataclasses.replace(config, do_sample=strategy == "sample")
@@ -139,6 +137,7 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) ->
     """Hold a conversation until the end of input. Ctrl-C ends a reply, and at the prompt the conversation."""
     start = [{"role": "system", "content": system}] if system else []
     messages, limit = list(start), generator.model.config.max_position_embeddings
+    encode = generator.tokenizer.apply_chat_template
     with contextlib.suppress(ImportError):  # where there is one, arrow keys edit the line and bring back earlier ones
         import readline  # noqa: F401
     print("(/reset begins anew, Ctrl-D or Ctrl-C ends)")
@@ -154,10 +153,7 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) ->
         elif text:
             messages.append({"role": "user", "content": text})
             room = limit - min(config.new_tokens(0), limit // 2)
-            while (
-                len(messages) > len(start) + 1
-                and len(generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room
-            ):
+            while len(messages) > len(start) + 1 and len(encode(messages, add_generation_prompt=True)) > room:
                 del messages[len(start) : len(start) + 2]  # the context is full: the oldest turn is forgotten
             if reply := print_reply(generator, messages, config):
                 messages.append({"role": "assistant", "content": reply})
