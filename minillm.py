@@ -5276,28 +5276,28 @@ def hf_config(config: MiniGPTConfig, dtype: str = "float32") -> dict:
 
 
 GGUF_NAMES = {  # of our weights, there; "*" is a layer's number. A matrix of several is several there
-    "embed_tokens": ("token_embd",),
-    "norm": ("output_norm",),
-    "lm_head": ("output",),
-    "layers.*.input_layernorm": ("blk.*.attn_norm",),
-    "layers.*.self_attn.qkv_proj": ("blk.*.attn_q", "blk.*.attn_k", "blk.*.attn_v"),
-    "layers.*.self_attn.q_norm": ("blk.*.attn_q_norm",),
-    "layers.*.self_attn.k_norm": ("blk.*.attn_k_norm",),
-    "layers.*.self_attn.o_proj": ("blk.*.attn_output",),
-    "layers.*.post_attention_layernorm": ("blk.*.ffn_norm",),
-    "layers.*.mlp.gate": ("blk.*.ffn_gate_inp",),
-    "layers.*.mlp.gate_up_proj": ("blk.*.ffn_gate", "blk.*.ffn_up"),
-    "layers.*.mlp.down_proj": ("blk.*.ffn_down",),
-    "layers.*.mlp.shared.gate_up_proj": ("blk.*.ffn_gate_shexp", "blk.*.ffn_up_shexp"),
-    "layers.*.mlp.shared.down_proj": ("blk.*.ffn_down_shexp",),
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "layers.*.input_layernorm": "blk.*.attn_norm",
+    "layers.*.self_attn.qkv_proj": "blk.*.attn_q blk.*.attn_k blk.*.attn_v",
+    "layers.*.self_attn.q_norm": "blk.*.attn_q_norm",
+    "layers.*.self_attn.k_norm": "blk.*.attn_k_norm",
+    "layers.*.self_attn.o_proj": "blk.*.attn_output",
+    "layers.*.post_attention_layernorm": "blk.*.ffn_norm",
+    "layers.*.mlp.gate": "blk.*.ffn_gate_inp",
+    "layers.*.mlp.gate_up_proj": "blk.*.ffn_gate blk.*.ffn_up",
+    "layers.*.mlp.down_proj": "blk.*.ffn_down",
+    "layers.*.mlp.shared.gate_up_proj": "blk.*.ffn_gate_shexp blk.*.ffn_up_shexp",
+    "layers.*.mlp.shared.down_proj": "blk.*.ffn_down_shexp",
 }
-HF_NAMES = {name: (name,) for name in GGUF_NAMES} | {  # after "model."
-    "layers.*.self_attn.qkv_proj": tuple(f"layers.*.self_attn.{part}_proj" for part in "qkv"),
-    "layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"),
+HF_NAMES = {name: name for name in GGUF_NAMES} | {  # after "model."
+    "layers.*.self_attn.qkv_proj": "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj",
+    "layers.*.mlp.gate_up_proj": "layers.*.mlp.gate_proj layers.*.mlp.up_proj",
 }
 
 
-def exported_weights(model: MiniGPT, names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+def exported_weights(model: MiniGPT, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights as views, under `names`.
 
     A parameter that no table knows raises a UserError: other programs would ignore it, or take it for another.
@@ -5313,11 +5313,10 @@ def exported_weights(model: MiniGPT, names: dict[str, tuple[str, ...]]) -> Itera
                 f"the parameter {name} cannot be exported: no supported architecture has it, as none has the head of "
                 "a reward model"
             )
-        if len(names[part]) == 3:
-            matrices = p.detach().split(heads)  # (H D, C), (K D, C), (K D, C)
-        else:
-            matrices = p.detach().chunk(len(names[part]), dim=-min(2, p.dim()))  # gate and up: (F, C) or (E, F, C) each
-        for there, matrix in zip(names[part], matrices, strict=True):
+        parts, matrix = names[part].split(), p.detach()
+        # q, k, v: (H D, C), (K D, C) twice; gate and up: (F, C), or (E, F, C) of experts
+        matrices = matrix.split(heads) if len(parts) == 3 else matrix.chunk(len(parts), dim=-min(2, p.dim()))
+        for there, matrix in zip(parts, matrices, strict=True):
             yield there.replace("*", layer), matrix
 
 
@@ -5395,20 +5394,23 @@ def write_hf_directory(folder: Path, model: MiniGPT, tokenizer: BPETokenizer | N
 
 # -- GGUF: one file for llama.cpp and ollama ---------------------------------------------------------------------------
 
-GGUF_FIELDS = {  # of our config, there
-    "num_hidden_layers": "block_count",
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
+GGUF_FIELDS = {  # there, and of our config
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
 }
 GGUF_EXPERT_FIELDS = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "num_shared_experts": "expert_shared_count",
-    "norm_topk_prob": "expert_weights_norm",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "num_shared_experts",
+    "expert_weights_norm": "norm_topk_prob",
 }
 GGUF_TYPES = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}  # number there, and how `struct` packs it
 GGUF_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
@@ -5436,13 +5438,13 @@ def gguf_metadata(model: MiniGPT, tokenizer: BPETokenizer, add_bos: bool) -> dic
     """Return what a GGUF file says about a model beside its tensors."""
     c, arch, rope = model.config, gguf_architecture(model.config), model.config.rope_scaling or {}
     names = GGUF_FIELDS | (GGUF_EXPERT_FIELDS if c.num_experts else {})
-    fields = {there: getattr(c, here) for here, there in names.items()}
-    fields |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), c.head_dim)
+    fields = {there: getattr(c, here) for there, here in names.items()}
     fields |= {"attention.layer_norm_rms_epsilon": float(c.rms_norm_eps), "rope.freq_base": float(c.rope_theta)}
     fields |= {"expert_gating_func": 1} if c.num_experts else {}  # softmax
-    if rope.get("rope_type") in ("linear", "yarn"):
-        fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
-    if rope.get("rope_type") == "yarn":  # llama.cpp multiplies by the usual attention factor itself
+    kind = rope.get("rope_type")
+    if kind in ("linear", "yarn"):
+        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":  # llama.cpp multiplies by the usual attention factor itself
         usual = 0.1 * math.log(rope["factor"]) + 1
         fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
         fields["rope.scaling.attn_factor"] = rope.get("attention_factor", usual) / usual
@@ -5470,7 +5472,7 @@ def gguf_metadata(model: MiniGPT, tokenizer: BPETokenizer, add_bos: bool) -> dic
 def gguf_tensors(model: MiniGPT, vocab_size: int) -> Batch:
     """Return the model's weights under GGUF's names."""
     c, arch, tensors = model.config, gguf_architecture(model.config), {}
-    whole = {"layers.*.self_attn.qkv_proj": ("blk.*.attn_qkv",)} if arch == "bailingmoe2" else {}
+    whole = {"layers.*.self_attn.qkv_proj": "blk.*.attn_qkv"} if arch == "bailingmoe2" else {}
     for name, matrix in exported_weights(model, GGUF_NAMES | whole):
         if name in ("token_embd", "output"):
             matrix = matrix[:vocab_size]  # rows that no token has are left out
@@ -5603,9 +5605,10 @@ class ImportedTokenizer(BPETokenizer):
         """Find the bytes of every id, and how to recognise special tokens in a template's text."""
         vocabulary, added = self._backend.get_vocab(), self._backend.get_added_tokens_decoder()
         # 1 the bytes: merges spell them in GPT-2's table, added tokens stand as they are
-        if max(vocabulary.values()) > sys.maxunicode:  # a list of that length would take all memory
-            raise UserError(f"a token has the id {max(vocabulary.values())}: at most {sys.maxunicode} is supported")
-        self.token_bytes = [b""] * (1 + max(vocabulary.values()))
+        last = max(vocabulary.values())
+        if last > sys.maxunicode:  # a list of that length would take all memory
+            raise UserError(f"a token has the id {last}: at most {sys.maxunicode} is supported")
+        self.token_bytes = [b""] * (last + 1)
         for text, i in vocabulary.items():
             in_bytes = i not in added and CHAR_TO_BYTE.keys() >= set(text)
             self.token_bytes[i] = bytes(map(CHAR_TO_BYTE.get, text)) if in_bytes else text.encode()
@@ -5875,11 +5878,6 @@ def check_use(mode: str, stages: Iterable[str], given: Iterable[str], classes: I
             raise UserError(f"{flag_of(name)} has no effect in {mode}, but in {', '.join(users[name] or STAGES)}{hint}")
 
 
-def did_you_mean(flag: str, flags: Iterable[str]) -> str:
-    """Return the end of a message: the nearest of the flags, if one is near."""
-    return "".join(f": did you mean {near}?" for near in difflib.get_close_matches(flag, flags, n=1, cutoff=0.7))
-
-
 def check_needs(given: Iterable[str], *configs: object) -> None:
     """Raise UserError for a given flag whose switch is off in all of the configs that were made of the flags."""
     for name in NEEDS.keys() & set(given):
@@ -5890,13 +5888,18 @@ def check_needs(given: Iterable[str], *configs: object) -> None:
             raise UserError(f"{flag_of(name)} has no effect without {needed}")
 
 
-# people's names, and those of version 0.1
-RENAMED_FLAGS = {
+RENAMED_FLAGS = {  # people's names, and those of version 0.1
     "--answer-tokens": "--reply-tokens",
     "--kl-target": "--kl-coef",
     "--lr": "--learning-rate",
     "--block-size": "--seq-len",
 }
+
+
+def did_you_mean(flag: str, flags: Iterable[str]) -> str:
+    """Return the end of a message: what a flag is called now, or the nearest of `flags`, if one is near."""
+    near = RENAMED_FLAGS.get(flag) or "".join(difflib.get_close_matches(flag, flags, n=1, cutoff=0.7))
+    return f": did you mean {near}?" if near else ""
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -5916,9 +5919,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].split("=")[0]
-            known = [RENAMED_FLAGS[name]] if name in RENAMED_FLAGS else self._option_string_actions
-            hint = did_you_mean(RENAMED_FLAGS.get(name, name), known)
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]}{hint}")
         return namespace
 

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
@@ -23,9 +23,8 @@ PROMPTS = ["从前，", "Once there was"]
 
 
 def build_parser() -> m.FlagParser:
-    parser = m.FlagParser(
-        prog="sample.py", description=__doc__, usage="sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
-    )
+    usage = "sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
+    parser = m.FlagParser(prog="sample.py", description=__doc__, usage=usage)
     parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
     parser.add_argument("--out", metavar="DIR", help="where to look for the newest run [out]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
@@ -70,38 +69,33 @@ def generation_config(args) -> m.GenerationConfig:
         strategy, mode = "greedy", "--temperature 0"
         del given["temperature"]
     for owner, names in ONLY_WITH.items():
-        for name in names:
-            if name in given and owner != strategy:
-                flag = "--" + name.replace("_", "-")
-                raise m.UserError(f"{flag} has no effect with {mode}: it is for --strategy {owner}")
+        if owner != strategy and (useless := given.keys() & set(names)):
+            raise m.UserError(f"{m.flag_of(min(useless))} has no effect with {mode}: it is for --strategy {owner}")
     if strategy == "beam" and "num_beams" not in given:
         config.num_beams = 4
     return dataclasses.replace(config, do_sample=strategy == "sample")
 
 
 def check_flags(args) -> None:
-    """Refuse flags that exclude each other or have no effect, and a terminal that cannot be used."""
+    """Raise UserError for flags that exclude each other or have no effect, and for a stdin that is closed."""
     if args.chat and args.prompt:
         raise m.UserError("--chat and --prompt exclude each other: say it in the conversation")
     if args.system is not None and not args.chat:
         raise m.UserError("--system has no effect without --chat")
     if args.run and args.out:
         raise m.UserError("--out has no effect beside --run, which names the run already")
-    if getattr(sys.stdout, "closed", True):  # None where the process was started without one
-        raise m.UserError("stdout is closed: there is nowhere to write to")
     if args.chat and getattr(sys.stdin, "closed", True):
         raise m.UserError("--chat reads from stdin, which is closed: use --prompt")
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ?
-    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
-    try:
+    is_closed = getattr(sys.stdout, "closed", True)  # None where the process was started without one
+    with user_errors("sample.py") as ended:
         args = build_parser().parse_args(argv)
         config = generation_config(args)
         check_flags(args)
+        if is_closed:
+            raise m.UserError("stdout is closed: there is nowhere to write to")
         run_dir = args.run or m.newest_run(args.out or "out")
         if args.checkpoint and "model_type" in m.run_config(run_dir):
             raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
@@ -113,37 +107,21 @@ def main(argv: list[str] | None = None) -> int:
         if args.chat:
             if state["config"]["stage"] == "pretrain" and "model_type" not in state["config"]:
                 print(
-                    "(a base model: it was never trained on conversations and only continues texts. Use --prompt, or "
-                    f"teach it to answer: python train.py --stage sft --init {shlex.quote(str(run_dir))})"
+                    "(a base model: it was never trained on conversations and only continues texts. Teach it to answer:"
                 )
+                print(f"python train.py --stage sft --init {shlex.quote(str(run_dir))})")
             chat(generator, config, typed_texts("--system", [args.system or ""])[0])
         else:
             for prompt in typed_texts("--prompt", args.prompt or PROMPTS):
                 write(generator, prompt, config)
         sys.stdout.flush()
-    except BrokenPipeError:
-        m.silence_stdout()
-    except (m.UserError, OSError, RuntimeError, UnicodeError) as error:
-        if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
-            raise
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        try:
-            sys.stdout and sys.stdout.flush()
-        except OSError:  # a full disk: what is left must not fail again at the end
-            m.silence_stdout()
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    return ended[0]
 
 
-def pieces(generator: m.TextGenerator, prompt: str | list[dict], config: m.GenerationConfig) -> Iterator[str]:
-    """Yield the continuation of a text, or the reply to messages, as it comes; that of beams at the end."""
-    if config.num_beams > 1:
-        yield from generator.generate([prompt], config)
-    else:
-        yield from generator.stream(prompt, config)
+def pieces(generator: m.TextGenerator, prompt: str | list[dict], config: m.GenerationConfig) -> Iterable[str]:
+    """Return the continuation of a text, or the reply to messages, as it comes; that of beams at the end."""
+    return generator.generate([prompt], config) if config.num_beams > 1 else generator.stream(prompt, config)
 
 
 def write(generator: m.TextGenerator, prompt: str, config: m.GenerationConfig) -> None:
@@ -159,6 +137,7 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) ->
     """Hold a conversation until the end of input. Ctrl-C ends a reply, and at the prompt the conversation."""
     start = [{"role": "system", "content": system}] if system else []
     messages, limit = list(start), generator.model.config.max_position_embeddings
+    encode = generator.tokenizer.apply_chat_template
     with contextlib.suppress(ImportError):  # where there is one, arrow keys edit the line and bring back earlier ones
         import readline  # noqa: F401
     print("(/reset begins anew, Ctrl-D or Ctrl-C ends)")
@@ -174,10 +153,7 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) ->
         elif text:
             messages.append({"role": "user", "content": text})
             room = limit - min(config.new_tokens(0), limit // 2)
-            while (
-                len(messages) > len(start) + 1
-                and len(generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True)) > room
-            ):
+            while len(messages) > len(start) + 1 and len(encode(messages, add_generation_prompt=True)) > room:
                 del messages[len(start) : len(start) + 2]  # the context is full: the oldest turn is forgotten
             if reply := print_reply(generator, messages, config):
                 messages.append({"role": "assistant", "content": reply})
@@ -207,7 +183,7 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
 def user_errors(program: str) -> Iterator[list[int]]:
     """Print mistakes of the user, and warnings once each, in one line; the yielded list gets the exit status."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None is closed
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows ? and training goes on
     status: list[int] = []
@@ -217,16 +193,20 @@ def user_errors(program: str) -> Iterator[list[int]]:
         try:
             yield status
         except KeyboardInterrupt:
-            print("\ninterrupted: what was not saved yet is lost", file=sys.stderr)
+            print("\ninterrupted", file=sys.stderr)
             status.append(130)
         except BrokenPipeError:
             m.silence_stdout()
             status.append(0)
-        except (m.UserError, OSError, RuntimeError) as error:
+        except (m.UserError, OSError, RuntimeError, UnicodeError) as error:
             if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
                 raise
             print(f"{program}: error: {error}", file=sys.stderr)
             status.append(2)
+            try:
+                sys.stdout.flush()
+            except OSError:  # a full disk: what is left must not fail again at the end
+                m.silence_stdout()
 
 
 def show_end(trainer: m.Trainer, result: dict) -> None:
@@ -258,13 +238,14 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
     if size > 1e8 and trainer.device.type == "cpu" and not config.lora_rank:
         print("on a CPU it takes long to train so many parameters: try --lora-rank 8")
     if data.kind != "prompt":  # at 40 % of the speed of a matrix product
-        lengths = [config.seq_len] if is_text else [data.sides * data.lengths[i] for i in data.items]
-        rows = config.max_steps * config.batch_size * config.accumulation_steps / len(lengths)  # in epochs, for records
-        tokens = config.epochs * sizes[0] if is_text and config.epochs else (config.epochs or rows) * sum(lengths)
-        seconds = tokens * model.flops_per_token(config.seq_len) / 0.4 / m.matmul_peak(trainer.device, config.dtype)
-        print(
-            f"about {min(seconds / 60, config.minutes or math.inf):.1f} minutes, and some for evaluations", flush=True
+        tokens = sizes[0] if is_text else data.sides * sum(data.lengths[i] for i in data.items)  # of an epoch
+        rows = tokens / config.seq_len if is_text else sizes[0]
+        epochs = config.epochs or config.max_steps * config.batch_size * config.accumulation_steps / rows
+        seconds = (
+            epochs * tokens * model.flops_per_token(config.seq_len) / 0.4 / m.matmul_peak(trainer.device, config.dtype)
         )
+        minutes = min(seconds / 60, config.minutes or math.inf)
+        print(f"about {minutes:.1f} minutes, and some for evaluations", flush=True)
 
 
 def table(rows: list[dict], prompt: str) -> str:
@@ -329,9 +310,8 @@ def plot(runs: list[str], path: Path) -> int:
     if not panels:
         raise m.UserError(f"{', '.join(runs)}: nothing has been logged yet")
     columns = min(3, len(panels))
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // columns), columns, squeeze=False, figsize=(4.2 * columns, 3 * -(-len(panels) // columns))
-    )
+    height = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(height, columns, squeeze=False, figsize=(4.2 * columns, 3 * height))
     for axis, names in itertools.zip_longest(axes.flat, panels):
         if names is None:
             axis.remove()

@@ -7710,6 +7710,17 @@ def test_train_rlhf_begins_with_pretraining_where_there_is_none(rlhf, tmp_path, 
     assert all(m.load_checkpoint(tmp_path / f"out/tiny/{stage}/checkpoint.pt")["finished"] for stage in stages)
 
 
+def test_rlhf_of_a_model_from_elsewhere(trained_runs, tmp_path):
+    """All stages keep its name, take its defaults, and rows of the data's lengths."""
+    there, out = huggingface_run(tmp_path / "there", "Qwen3"), tmp_path / "out"
+    argv = ["--stage", "rlhf", "--init", str(there), "--out", str(out), *QUICK, "--max-steps", "1"]
+    assert train.main([*argv, *data_flags(trained_runs)]) == 0
+    for stage, parent in (("sft", there), ("reward", out / "there/sft"), ("ppo", out / "there/sft")):
+        config = m.run_config(out / "there" / stage)
+        assert (config["parent"], config["checkpoint"], config["imported"]) == (str(parent), "best", "there")
+        assert config["train"]["optimizer"] == "adamw" and config["train"]["seq_len"] < 128
+
+
 def test_rlhf_on_a_file_a_kind(rlhf, trained_runs, capsys):
     files = {
         part: [str(trained_runs / f"data/{part}/{name}.jsonl") for name in ("sft", "pref")] for part in ("train", "val")
