@@ -2539,12 +2539,7 @@ def _memory_map(path, dtype):
 
 
 def encode_data(
-    kind: str,
-    paths: Paths,
-    tokenizer: BPETokenizer,
-    split: str = "train",
-    cache_dir: AnyPath = "out/cache",
-    on_bad_record: str = "stop",
+    kind: str, paths: Paths, tokenizer: BPETokenizer, split: str, cache_dir: AnyPath, on_bad_record: str = "stop"
 ) -> tuple[Batch, str]:
     """Return the memory-mapped arrays of a split of the records of a kind, and the split's key.
 
@@ -2912,12 +2907,9 @@ class LanguageModelingDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int):
         ids = self.rows[i]
-        room = 0, self.max_length - len(ids)
-        return {
-            "input_ids": F.pad(ids, room, value=self.pad_id),
-            "labels": F.pad(ids, room, value=-100),
-            "attention_mask": F.pad(torch.ones_like(ids), room),
-        }
+        input_ids = F.pad(ids, (0, self.max_length - len(ids)), value=self.pad_id)
+        mask = torch.arange(self.max_length) < len(ids)
+        return {"input_ids": input_ids, "labels": input_ids.where(mask, -100), "attention_mask": mask.long()}
 
 
 # ======================================================================================================================
