@@ -4635,10 +4635,10 @@ class RLTrainer(Trainer):
         written = self.sample_replies(prompts["input_ids"], random)
         rollout_s = time.monotonic() - start  # generation alone, without scoring
         # 2 the tensors: as in SFT, the reply is what is trained
-        rows = []
-        for prompt, reply in zip(prompts["input_ids"], written, strict=True):
-            ids = torch.tensor(prompt + reply)
-            rows.append([(ids, torch.arange(len(ids)) >= len(prompt))])
+        rows = [
+            [(torch.tensor(prompt + reply), torch.tensor([False] * len(prompt) + [True] * len(reply)))]
+            for prompt, reply in zip(prompts["input_ids"], written, strict=True)
+        ]
         ids, labels, _, segments = self._to_device(_pack(rows, self.tokenizer.pad_id)).values()  # (N, T)
         mask = labels[:, 1:] != -100  # (N, T - 1)
         last = segments.sum(dim=1) - 2  # a row is one sequence: its segments are 1, and 0 for padding
@@ -4647,10 +4647,8 @@ class RLTrainer(Trainer):
         replies = list(map(self.tokenizer.decode, written))
         ended = torch.tensor([reply[-1] in self.tokenizer.stop_ids for reply in written], device=self.device)  # (N,)
         with eval_mode(self.model), self.autocast():
-            logprobs, reference = (
-                self.by_length_groups(functools.partial(self.logprobs, model), batch)
-                for model in (self.model, self.reference)
-            )
+            logprobs = self.by_length_groups(functools.partial(self.logprobs, self.model), batch)
+            reference = self.by_length_groups(functools.partial(self.logprobs, self.reference), batch)
             scores = self._score(batch, prompts, replies)
         kl = kl_estimate(logprobs, reference) * mask
         batch["logprobs"], batch["reference_logprobs"], batch["kl"] = logprobs, reference, kl  # (N, T - 1)
