@@ -196,9 +196,9 @@ def is_rope_scaling(scaling: dict) -> bool:
     needed, options = ROPE_KEYS.get(str(kind)), YARN_OPTIONS if kind == "yarn" else []
     if needed is None or not set(needed) <= scaling.keys() <= {"rope_type", *needed, *options}:
         return False
-    numbers = {key: value for key, value in scaling.items() if key not in ("rope_type", "truncate")}
     return type(scaling.get("truncate", True)) is bool and all(
-        type(value) in (int, float) and least.get(key, 0) <= value < math.inf for key, value in numbers.items()
+        type(scaling[key]) in (int, float) and least.get(key, 0) <= scaling[key] < math.inf
+        for key in scaling.keys() - {"rope_type", "truncate"}
     )
 
 
@@ -1058,7 +1058,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        matrices: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
+        matrices = defaultdict(list)  # by shape: (its update, the matrix itself, the learning rate)
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 if "momentum" not in self.state[p]:
@@ -1066,11 +1066,11 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                pairs = zip(unstack(update, group["stacked"]), unstack(p, group["stacked"]), strict=True)
-                for matrix, target in pairs:
-                    matrices[matrix.shape].append((matrix, target, group["lr"]))
+                updates, targets = (unstack(weight, group["stacked"]) for weight in (update, p))
+                for update, target in zip(updates, targets, strict=True):
+                    matrices[target.shape].append((update, target, group["lr"]))
         for shape, items in matrices.items():  # equal shapes go through the iteration together
-            updates = orthogonalize(torch.stack([matrix for matrix, _, _ in items]), half=self.half)
+            updates = orthogonalize(torch.stack([update for update, _, _ in items]), half=self.half)
             for update, (_, target, lr) in zip(updates, items, strict=True):
                 target.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
@@ -1504,8 +1504,7 @@ class BPETokenizer:
         ids, trained, after_reply = [], [], False  # after a reply that is trained, but for empty text
         pieces = self._chat_pieces(messages, kinds, add_generation_prompt)
         for kind, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
-            text = "".join(text for _, text in run)
-            new = [kind] if isinstance(kind, int) else self.encode(text)
+            new = [kind] if isinstance(kind, int) else self.encode("".join(text for _, text in run))
             ends_turn = after_reply and kind in self.stop_ids  # the model learns where to stop, too
             ids += new
             trained += [kind == TRAINED or ends_turn] * len(new)
