@@ -592,11 +592,12 @@ class MiniGPT(nn.Module):
         cache: the T tokens follow those in it, and are added to it.
         """
         T = input_ids.shape[1]
-        start, limit = cache.length if cache else 0, self.config.max_position_embeddings
+        limit = self.config.max_position_embeddings
         if cache and cache.position is not None:  # fixed shapes: every slot of the cache is a key
             slots, S, fast = cache.position, cache.max_length, False
         else:
-            slots, S = torch.arange(start, start + T, device=input_ids.device), start + T
+            S = T + (cache.length if cache else 0)
+            slots = torch.arange(S - T, S, device=input_ids.device)
             fast = attention_mask is None and T in (1, S)  # no mask: plain causal, or one query after all keys
         if position_ids is None:
             position_ids = slots[None]
@@ -999,8 +1000,8 @@ class TrainConfig(MemoryConfig):
             "[0, 4294967295]": "seed",
         }
         check_fields(self, ranges)
-        highest = self.learning_rate
-        check(self, self.min_learning_rate <= highest, "min_learning_rate", f"at most learning_rate={highest}")
+        is_lower = self.min_learning_rate <= self.learning_rate
+        check(self, is_lower, "min_learning_rate", f"at most learning_rate={self.learning_rate}")
 
 
 def learning_rate_at(step: int, progress: float, config: TrainConfig) -> float:
@@ -1133,13 +1134,13 @@ def fastest_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return str(pick_dtype("auto", device)).removeprefix("torch.")
     names = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
-    # in turns, so that what else the machine does slows all of them
-    rounds = [[matmul_peak(device, name, 512) for name in names] for _ in range(4)]
-    speed = dict(zip(names, map(max, zip(*rounds, strict=True)), strict=True))
+    speed = defaultdict(float)
+    for name in names * 4:  # in turns, so that what else the machine does slows all of them
+        speed[name] = max(speed[name], matmul_peak(device, name, 512))
     x = torch.rand(64, 64)
     with onednn_products(True):
         is_exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5)  # processors with AMX round
-    best = "float32_onednn" if is_exact and speed.get("float32_onednn", 0) > 1.1 * speed["float32"] else "float32"
+    best = "float32_onednn" if is_exact and speed["float32_onednn"] > 1.1 * speed["float32"] else "float32"
     return "bfloat16" if speed["bfloat16"] > 1.5 * speed[best] else best
 
 
@@ -2968,12 +2969,12 @@ def sampling_probs(logits: Tensor, config: GenerationConfig) -> Tensor:
     probs = (logits.float() / config.temperature).softmax(dim=-1)
     if not config.top_k and config.top_p == 1 and not config.min_p:
         return probs
-    if config.top_k:
-        candidates = min(config.top_k, probs.shape[-1])
-    else:
+    V = probs.shape[-1]
+    candidates = min(config.top_k, V)
+    if not config.top_k:
         # Sorting all V tokens would take longer than the model. Tokens below (1 - p) / V hold less than 1 - p together,
         # so they are not among those that reach p: only the others need to be sorted.
-        least = (config.min_p * probs.amax(dim=-1, keepdim=True)).clamp(min=(1 - config.top_p) / probs.shape[-1])
+        least = (config.min_p * probs.amax(dim=-1, keepdim=True)).clamp(min=(1 - config.top_p) / V)
         candidates = int((probs >= least).sum(dim=-1).max())
     top, ids = probs.topk(candidates, dim=-1)  # likeliest first
     if config.top_k:
@@ -3015,22 +3016,21 @@ class _Decoding:
             raise UserError(f"prompts must be integers (B, T), int64, not {input_ids.dtype} {tuple(input_ids.shape)}")
         if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
             raise UserError("prompts of unequal length must be padded on the left, where attention_mask (B, T) is 0")
-        B, T = input_ids.shape
+        (B, T), (low, high) = input_ids.shape, input_ids.aminmax()
         if T >= limit:
             raise UserError(f"a prompt of {T} tokens leaves no room in the context of {limit}: shorten it")
-        low, high = input_ids.aminmax()
         if low < 0 or high >= V:
             raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
-        self.prompt_len, self.new_tokens = T, min(config.new_tokens(T), limit - T)
+        self.new_tokens = min(config.new_tokens(T), limit - T)
         if self.new_tokens < 1:
             raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
         # 2 make room for them and what follows
-        size = T + self.new_tokens
+        size, self.least_end = T + self.new_tokens, T + config.min_new_tokens  # no end before so many
         if self.compiled:  # code is compiled for a shape: sizes in steps of 256 let calls share it
             size = min(limit, -(-size // 256) * 256)
         self.cache = KVCache(self.model, B, size)
         self.padding = (mask == 0).sum(dim=1, keepdim=True).to(self.device)  # (B, 1): slots before a row's first token
-        self.is_padded = self.padding.any().item()
+        self.is_padded = bool(self.padding.any())
         self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)  # the tokens that occurred
         self.stop_ids = torch.tensor(self.tokenizer.stop_ids, dtype=torch.long, device=self.device)
 
@@ -3052,7 +3052,7 @@ class _Decoding:
             self.seen.scatter_(1, ids if mask is None else ids.where(mask[:, start:end], ids[:, -1:]), True)
             logits = penalize_repetition(logits, self.seen, self.config.repetition_penalty)
         logits[:, self.tokenizer.vocab_size :] = -math.inf  # ids that the tokenizer does not have
-        if end - self.prompt_len < self.config.min_new_tokens:
+        if end < self.least_end:
             logits.index_fill_(1, self.stop_ids, -math.inf)
         return logits
 
