@@ -153,12 +153,9 @@ class MiniGPTConfig:
     pad_token_id: int = 0  # padding; masked out of attention and loss
 
     def __post_init__(self):
-        sizes = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size max_position_embeddings num_experts_per_tok moe_intermediate_size"
-        )
         ranges = {
-            "[1, inf)": sizes,
+            "[1, inf)": "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "intermediate_size max_position_embeddings num_experts_per_tok moe_intermediate_size",
             "[0, inf)": "num_experts num_shared_experts router_aux_loss_coef",
             "[0, 1)": "dropout",
             "(0, inf)": "rms_norm_eps",
@@ -771,8 +768,8 @@ class RewardModel(MiniGPT):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, C) -> scores (…)."""
-        with torch.autocast(hidden.device.type, enabled=False):  # float32: in bf16 near scores would be ties
-            wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # in bf16 near scores would be ties
+        with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), self.score.weight.to(wide))[..., 0]
 
 
