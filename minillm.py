@@ -4703,19 +4703,15 @@ class RLTrainer(Trainer):
         self.step_count += 1
         updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-        tokens = int(stats["tokens"])  # tokens of the whole rollout
-        return (
-            means
-            | stats
-            | {
-                "moved": results[-1]["moved"],
-                "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
-                "updates": updates,
-                "count": max(1, N),
-                "tokens": tokens,
-                "flops": tokens * self.model.flops_per_token(T),
-            }
-        )
+        stats |= {
+            "moved": results[-1]["moved"],
+            "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
+            "updates": updates,
+            "count": max(1, N),
+            "tokens": int(stats["tokens"]),  # of the whole rollout
+            "flops": stats["tokens"] * self.model.flops_per_token(T),
+        }
+        return means | stats
 
     def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Return the subclass's loss with a named part: how far the policy has moved from the one that wrote.
