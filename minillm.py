@@ -15,7 +15,7 @@ and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an even
     9 Trainers          one loop: accumulate -> clip -> step -> log -> evaluate -> save; pretraining, SFT, DPO, rewards
    10 Reinforcement     rollouts, PPO and GRPO
    11 Pipeline          the table of stages; SFT -> reward model -> PPO in one resumable go
-   12 Edges             Hugging Face directories, foreign tokenizers, command-line flags, reward files
+   12 Edges             Hugging Face directories, GGUF, foreign tokenizers, command-line flags, reward files
 
 What it does not do: train on several processes, shard a model, run pipelines of tools, serve requests, quantize.
 Importing it only defines names. A mistake of the user raises UserError. Its message names the problem, the place, the
@@ -371,7 +371,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     bias = torch.where(mask, q.new_zeros(()), -math.inf)  # (B or 1, 1, T, S)
     with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
         scores = bias.view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
-        q, k, v = q.reshape(B * K, -1, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+        q, k, v = q.reshape(B * K, -1, D), k.to(q.dtype).reshape(B * K, S, D), v.to(q.dtype).reshape(B * K, S, D)
         scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
 
@@ -3856,8 +3856,10 @@ class Trainer:
     def _to_device(self, batch):
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, decoding: bool = False) -> contextlib.AbstractContextManager:
+        # on a CPU the few rows of decoding are faster in float32: weights would be cast anew at every step
+        enabled = self.dtype != torch.float32 and not (decoding and self.device.type == "cpu")
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     # -- loops ---------------------------------------------------------------------------------------------------------
 
@@ -3881,41 +3883,43 @@ class Trainer:
         """
         self._check_can_fit()
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.run_dir), catch_signals() as caught:
+        config, window, evaluation = self.config, [], {}
+        with locked(self.run_dir), catch_signals() as caught, self._saved_on_error():
             self._start_run()
-            saved = self.step_count
-            try:
-                evaluation = self._train(caught)
-            except (UserError, RuntimeError):
-                if self.step_count > saved:
+            if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
+                evaluation = self._evaluate_and_save()  # what the parent's model can do already
+            batches = self._endless_batches()
+            is_over, is_stopped = False, bool(caught)
+            while not is_over and not is_stopped:
+                # 1 accumulate, clip, step
+                start, before = time.monotonic(), self.epochs_done
+                metrics = self.step(list(itertools.islice(batches, config.accumulation_steps)))
+                self.tokens_seen, self.epochs_done = self.tokens_seen + metrics["tokens"], self._count_epochs()
+                # 2 log
+                window.append(metrics | {"seconds": time.monotonic() - start})
+                if self.step_count % config.log_every == 0 or self.step_count == 1:
+                    self._log_window(window, evaluation)
+                    window = []
+                # 3 evaluate, save. Only here the clock and the user are asked: a later signal waits for the next step
+                is_over, is_stopped = self.progress() >= 1, bool(caught)
+                if is_over or not is_stopped and self._is_evaluation_due(before):
+                    evaluation = self._evaluate_and_save()
+                elif is_stopped or self.step_count % (config.save_every or math.inf) == 0:
                     self.save_checkpoint(self.run_dir / "checkpoint.pt")
-                raise
+            if is_over:
+                self._say_best(evaluation)
         return evaluation | ({"signal": caught[0]} if caught else {})
 
-    def _train(self, caught):
-        """The loop of `fit`, until the run is over or a signal is caught."""
-        config, evaluation = self.config, {}
-        if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
-            evaluation = self._evaluate_and_save()  # what the parent's model can do already
-        batches, window = self._endless_batches(), []
-        is_over, is_stopped = False, bool(caught)
-        while not is_over and not is_stopped:
-            start, before = time.monotonic(), self.epochs_done
-            metrics = self.step(list(itertools.islice(batches, config.accumulation_steps)))
-            self.tokens_seen, self.epochs_done = self.tokens_seen + metrics["tokens"], self._count_epochs()
-            window.append(metrics | {"seconds": time.monotonic() - start})
-            if self.step_count % config.log_every == 0 or self.step_count == 1:
-                self._log_window(window, evaluation)
-                window = []
-            # the one place that asks the clock and the user; a later signal ends the run after the next step
-            is_over, is_stopped = self.progress() >= 1, bool(caught)
-            if is_over or not is_stopped and self._is_evaluation_due(before):
-                evaluation = self._evaluate_and_save()
-            elif is_stopped or self.step_count % (config.save_every or math.inf) == 0:
+    @contextlib.contextmanager
+    def _saved_on_error(self):
+        """Save the steps that are done before an error ends the block."""
+        first = self.step_count
+        try:
+            yield
+        except (UserError, RuntimeError):
+            if self.step_count > first:
                 self.save_checkpoint(self.run_dir / "checkpoint.pt")
-        if is_over:
-            self._say_best(evaluation)
-        return evaluation
+            raise
 
     def _is_evaluation_due(self, before):
         """Return whether to evaluate after this step, in which `epochs_done` moved on from `before`."""
@@ -3925,7 +3929,7 @@ class Trainer:
         return self.step_count % (every or math.inf) == 0 or ends_epoch and self.step_count < every * now
 
     def _say_best(self, last):
-        """Say which evaluation was the best, and warn where training has gone on for too long."""
+        """Say which evaluation was the best if it is not the last, and warn where training has gone on for too long."""
         best = self.best_figures
         text = (
             f"best: the evaluation of step {best.get('step')} ({describe(best)}); "
@@ -3933,7 +3937,7 @@ class Trainer:
         )
         if best and self._is_worse(last, best):
             warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=4)
-        elif best:
+        elif best and best["step"] < self.step_count:
             self.line.say(text)
         if best and self.first_figures and self._is_worse(best, self.first_figures):
             problem = f"before the first step held-out figures were better: {describe(self.first_figures)}"
@@ -3942,7 +3946,7 @@ class Trainer:
     def _is_worse(self, figures, others):
         """Return whether an evaluation is clearly worse than another; a NaN is."""
         quality = self.quality(others)
-        return not self.quality(figures) >= quality - 0.02 * abs(quality)
+        return not (self.quality(figures) >= quality - 0.02 * abs(quality) or math.isnan(quality))
 
     def _check_can_fit(self):
         limits = self.config.max_steps or self.config.minutes or self.config.epochs
@@ -4063,7 +4067,8 @@ class Trainer:
         """Return greedy replies to chats that end in a generation prompt."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, do_sample=False)
         generator = TextGenerator(self.model, self.tokenizer)
-        return self.in_memory(lambda parts: generator.generate(prompts, settings, 128 // parts), 128)
+        with self.autocast(decoding=True):
+            return self.in_memory(lambda parts: generator.generate(prompts, settings, 128 // parts), 128)
 
     def _evaluate_and_save(self):
         """Evaluate on the first `eval_tokens`; after a step also save, keep the best and show a sample.
@@ -4615,7 +4620,7 @@ class RLTrainer(Trainer):
         """Return the ids of a reply to each prompt, up to its first end-of-turn."""
         settings = GenerationConfig(max_new_tokens=self.config.reply_tokens, temperature=self.rl.temperature, top_p=1.0)
         generator = TextGenerator(self.model, self.tokenizer)
-        with self.autocast():
+        with self.autocast(decoding=True):
             return self.in_memory(lambda parts: generator.continue_ids(prompts, settings, 64 // parts, random), 64)
 
     @torch.no_grad()
@@ -5142,7 +5147,7 @@ class RLHFPipeline:
 
 
 # ======================================================================================================================
-# 12 Edges: Hugging Face directories, foreign tokenizers and chat templates, command-line flags, reward files.
+# 12 Edges: Hugging Face directories, GGUF, foreign tokenizers and chat templates, command-line flags, reward files.
 # ======================================================================================================================
 
 # -- Hugging Face directories ------------------------------------------------------------------------------------------

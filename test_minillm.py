@@ -5536,6 +5536,17 @@ def test_a_table_of_100_columns():
     assert len(lines[2]) == 100 and lines[2].endswith("…")
 
 
+@pytest.mark.parametrize("stage", m.STAGES)
+@pytest.mark.parametrize("dtype", ["float32_onednn", "bfloat16"])
+def test_every_stage_trains_and_evaluates_in_every_dtype(tmp_path, trained_runs, stage, dtype):
+    results = []
+    for name in ("float32", dtype):
+        config = dataclasses.replace(stage_config(), dtype=name, max_steps=1)
+        results.append(stage_trainer(trained_runs, stage, tmp_path / name, config=config).fit())
+    assert results[0].keys() == results[1].keys()
+    assert results[1] == pytest.approx(results[0], rel=0.05, abs=0.5)
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "ppo", "grpo"])
 def test_every_stage_resumes_bit_for_bit(tmp_path, trained_runs, stage):
     straight = stage_trainer(trained_runs, stage, tmp_path / "straight")
