@@ -8410,7 +8410,7 @@ def test_bench_lets_forks_duel(tmp_path, capsys):
     here = Path(m.__file__).parent
     fork = tmp_path / "fork"
     fork.mkdir()
-    for name in ("minillm.py", "train.py"):
+    for name in ("minillm.py", "train.py", "sample.py"):
         shutil.copy(here / name, fork)
     shutil.copytree(here / "data", fork / "data")
     argv = ["--duel", str(fork), "--steps", "3", "--seeds", "2", "--json", str(tmp_path / "duel.json")]
