@@ -295,8 +295,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
     """Return cosines and signed sines of rotary position embedding (arXiv:2104.09864), each (max_positions, D).
 
-    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`: linear slows all of them; YaRN
-    (arXiv:2309.00071) and Llama 3 only those that turn seldom within the original context, with a blend between.
+    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`. Linear slows all of them. YaRN
+    (arXiv:2309.00071) and Llama 3 slow those that turn seldom within the original context, with a blend between.
     """
     D, base = config.head_dim, config.rope_theta
     inv_freq = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
@@ -981,7 +981,7 @@ class TrainConfig(MemoryConfig):
     eval_prompts: int = 200  # SFT, PPO, GRPO: validation prompts that the model answers in an evaluation
     reply_tokens: int = 48  # SFT, DPO, PPO, GRPO: longest reply in evaluations and rollouts
     sample_tokens: int = 48  # length of the samples shown during training; 0 is none
-    seed: int = 0  # of initialisation, data order and dropout, below 2 ** 32
+    seed: int = 0  # seed of initialisation, data order and dropout, below 2 ** 32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: long runs on CUDA
     on_bad_record: Literal["stop", "skip"] = "stop"  # stop at a malformed line of data, or count it and go on
     tensorboard: bool = False  # also write the metrics for TensorBoard into the run directory
@@ -1605,7 +1605,7 @@ class BPETokenizer:
 #   9  PreTrainer.loss moves the labels by one, runs MiniGPT.hidden_states and sums the loss in chunked_cross_entropy.
 #  10  _accumulate divides by the count of all and runs backward; clipping and the optimizers' steps follow.
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # of data files, in any case
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # data files, in any case
 LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from about so much text at most
 
@@ -1699,7 +1699,7 @@ def parallel_map(fn: Callable, items: Iterable) -> Iterator:
 
 
 def _start_child(fn, parent):
-    global _child_function  # of a forked child; a closure could not be sent through the pool's queue
+    global _child_function  # set in a forked child; a closure could not be sent through the pool's queue
     _child_function = fn
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
 
@@ -1826,7 +1826,7 @@ FORMS = (  # the first one whose keys a record has
 MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
 # Further keys of records and of messages. One that is nowhere is counted and named, or refused if it means no text.
 RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
-SWITCHES = ("trained", "train", "loss", "weight")  # of a message: 0 or false if it is not to be learned from
+SWITCHES = ("trained", "train", "loss", "weight")  # keys of a message: 0 or false if it is not learned from
 MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls", *SWITCHES)
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
 
@@ -1875,8 +1875,8 @@ def form_of(record: object) -> Form | None:
 def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
     """Return a text said by `role`, a message, or a list of them, as [{"role", "content"}, …].
 
-    A message is {role, content} or {from, value}. Two of a user or an assistant in a row are joined by a blank line,
-    which is noted in `remarks`, as are keys that are not read. Raises ValueError for anything else.
+    A message is {role, content} or {from, value}. Two of a user or an assistant in a row are joined by a blank line.
+    That is noted in `remarks`, as are keys that are not read. Raises ValueError for anything else.
     """
     messages = []
     for item in value if isinstance(value, list) else [value]:
@@ -2287,21 +2287,21 @@ class Reader:
             values = [(str(path), {"text": path})] if next(read_text(path), "") else []
         else:
             values = self._rows(path) if suffix == ".parquet" else self._values(path)
-        kinds, stranger = self.kinds[path], None
+        kinds, unknown = self.kinds[path], None
         for where, record in values:
             if form := form_of(record):
                 kinds[form.kind] += 1
-            elif not stranger:
+            elif not unknown:
                 keys = ", ".join(record) or "empty object" if isinstance(record, dict) else type(record).__name__
                 forms = "; ".join("+".join(filter(None, form[1:])) for form in FORMS)
-                stranger = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
-            if stranger and (kinds or path in self.paths or self.on_bad_record == "skip"):
-                self._skip(*stranger)
-                stranger = None
+                unknown = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
+            if unknown and (kinds or path in self.paths or self.on_bad_record == "skip"):
+                self._skip(*unknown)
+                unknown = None
             if form:
                 yield where, record, form
         if not kinds and path not in self.paths:
-            self.count("file without records", ": ".join(stranger or [str(path)]))
+            self.count("file without records", ": ".join(unknown or [str(path)]))
 
     def documents(self, path: Path, kind: str, source: str) -> Iterator[Path | TextPart | Example]:
         """Yield a document of a `kind` for every record of the kind `source` in a file."""
@@ -2662,7 +2662,7 @@ class BatchLoader:
         return items[: len(items) - len(items) % self.batch_size] or items
 
     def __iter__(self):
-        order = self.order()  # of the whole epoch; the cursor may stand in its middle
+        order = self.order()  # the whole epoch's; the cursor may stand in its middle
         self.size = max(1, len(order))
         while self.index < len(order):
             yield self.collate(self._take(order))
@@ -2931,7 +2931,7 @@ class GenerationConfig:
     length_penalty: float = 1.0  # beams are ranked by log-probability / length ** penalty
     early_stopping: bool = False  # beams end as soon as num_beams are finished, not when none can win any more
     stop: list[str] | None = None  # texts that end the continuation; they are not part of it
-    seed: int | None = None  # of the sampling; without one each call differs
+    seed: int | None = None  # seed of the sampling; without one each call differs
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -4996,7 +4996,7 @@ def make_trainer(
         raise UserError(f"a reward model cannot be the beginning of stage {stage}: it scores and does not write")
     check_stage(stage, config, model.config)
     # 1 data
-    torch.manual_seed(config.seed)  # of LoRA's factors and dropout
+    torch.manual_seed(config.seed)  # for LoRA's factors and dropout
     loaders = make_loaders(stage, tokenizer, model.config, config, sources, cache_dir)
     for loader in loaders.values():
         without = sum(not loader.note(i)["answer"] for i in loader.items) if loader.kind == "prompt" else 0
@@ -5211,7 +5211,7 @@ def read_hf_config(folder: AnyPath) -> MiniGPTConfig:
     if "num_local_experts" in data:  # another name of it
         data.setdefault("num_experts", data["num_local_experts"])
     fields = {field: data.get(field, value) for field, value in HF_KINDS[kind][1].items()}
-    # of several EOS the first; it stands in for a BOS or padding that is missing
+    # the first of several EOS; it stands in for a BOS or padding that is missing
     eos = data.get("eos_token_id")
     ends = eos if isinstance(eos, list) else [eos]
     data["eos_token_id"] = eos = next((i for i in ends if i is not None), MiniGPTConfig.eos_token_id)

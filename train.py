@@ -40,7 +40,7 @@ class Command:
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
     png: str = "plot.png"  # file that --plot draws
     out: str = "out"  # where runs and caches go
-    format: list[Literal["hf", "gguf"]] | None = None  # export: for transformers, llama.cpp [both if possible]
+    format: list[Literal["hf", "gguf"]] | None = None  # hf (transformers), gguf (llama.cpp) [both if possible]
     resume: bool = False  # go on with the run in OUT/CONFIG/STAGE
     overwrite: bool = False  # replace the run in OUT/CONFIG/STAGE
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
