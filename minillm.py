@@ -17,7 +17,7 @@ and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an even
    11 Pipeline          the table of stages; SFT -> reward model -> PPO in one resumable go
    12 Edges             Hugging Face directories, GGUF, foreign tokenizers, command-line flags, reward files
 
-What it does not do: train on several processes, shard a model, run pipelines of tools, serve requests, quantize.
+What it does not do: shard a model over devices, run pipelines of tools, serve requests, quantize.
 Importing it only defines names. A mistake of the user raises UserError. Its message names the problem, the place, the
 value that was found, the allowed values and a remedy. Weights follow the conventions of Hugging Face's Llama and Qwen3.
 
@@ -72,6 +72,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -1068,7 +1069,8 @@ class Muon(torch.optim.Optimizer):
                 for update, target in zip(updates, targets, strict=True):
                     matrices[target.shape].append((update, target, group["lr"]))
         for shape, items in matrices.items():  # equal shapes go through the iteration together
-            updates = orthogonalize(torch.stack([update for update, _, _ in items]), half=self.half)
+            updates = torch.stack([update for update, _, _ in items])  # (n, rows, cols)
+            updates = WORLD.share(functools.partial(orthogonalize, half=self.half), updates)
             for update, (_, target, lr) in zip(updates, items, strict=True):
                 target.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
@@ -1111,7 +1113,7 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device  # of several, this process's
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1130,6 +1132,10 @@ def fastest_dtype(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return str(pick_dtype("auto", device)).removeprefix("torch.")
+    return WORLD.first(lambda: _measured_dtype(device))
+
+
+def _measured_dtype(device):
     names = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
     speed = defaultdict(float)
     for name in names * 4:  # in turns, so that what else the machine does slows all of them
@@ -3297,7 +3303,140 @@ def length_of_stop_prefix(text: str, stops: list[str] | None) -> int:
 
 # signals that ask for an end; Windows has fewer
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-FORMAT = 2  # the checkpoints' format; those of format 1 can be used, but not resumed
+FORMAT = 3  # the checkpoints' format; those of older ones can be used, but not resumed
+
+
+class World:
+    """The processes of a run, as torchrun starts them; alone, every operation is the identity.
+
+    Each process holds the whole state and walks the same loaders. It takes its rows of every batch, and what depends on
+    all rows is summed or gathered. So the sums of losses, counts and gradients are those of one process.
+    """
+
+    rank, size, barriers = 0, 1, 0
+    limit = datetime.timedelta(minutes=10)  # how long processes wait for each other inside a step
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that prints, logs and saves."""
+        return self.rank == 0
+
+    def start(self) -> None:
+        """Join the other processes if torchrun has started several; all but the first fall silent."""
+        if self.size > 1 or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        # the store is torchrun's: it outlives any of the processes
+        self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit)
+        if not self.is_first:
+            silence_stdout()
+            warnings.simplefilter("ignore")
+
+    def _communicate(self, operation, *args, **options):
+        """Call an operation of torch.distributed; if it fails, the error names the processes that did not answer."""
+        try:
+            operation(*args, **options)
+        except RuntimeError as error:
+            self.store.set(f"waiting/{self.rank}", "")
+            time.sleep(2)  # whoever is alive says so
+            lost = [rank for rank in range(self.size) if not self.store.check([f"waiting/{rank}"])]
+            problem = (
+                f"process {', '.join(map(str, lost))} of {self.size} has ended or does not answer" if lost else error
+            )
+            raise UserError(f"{problem}: start again with --resume, from the last checkpoint") from error
+
+    def _all_gather(self, tensor):
+        """Return the tensors of all processes, which have one shape."""
+        gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        self._communicate(dist.all_gather, gathered, tensor.contiguous())
+        return gathered
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over the processes, in place."""
+        if self.size > 1:
+            self._communicate(dist.all_reduce, tensor)
+        return tensor
+
+    def max(self, *numbers: float) -> list[float]:
+        """Return the largest of each number over the processes."""
+        if self.size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        self._communicate(dist.all_reduce, tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: typing.Any) -> list:
+        """Return the values of all processes: numbers, texts and tensors in lists and dicts."""
+        if self.size == 1:
+            return [value]
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        mine = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)  # (n,)
+        sizes = torch.zeros(self.size, dtype=torch.long)
+        sizes[self.rank] = len(mine)
+        longest = int(self.sum(sizes).max())
+        gathered = self._all_gather(F.pad(mine, (0, longest - len(mine))))
+        parts = [ctypes.string_at(part.data_ptr(), size) for part, size in zip(gathered, sizes.tolist(), strict=True)]
+        return [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True) for part in parts]
+
+    def first(self, fn: Callable) -> typing.Any:
+        """Return fn() as the first process computes it; the others wait."""
+        return self.gather(fn() if self.is_first else None)[0]
+
+    def add(self, figures: Metrics) -> Metrics:
+        """Return the sums of figures by name, which not every process needs to have."""
+        total = Counter()
+        for part in self.gather({name: float(value) for name, value in figures.items()}):
+            total.update(part)
+        return dict(total)
+
+    def mine(self, batch: typing.Any) -> typing.Any:
+        """Return this process's rows of a batch, or its items of a list."""
+        if isinstance(batch, dict):
+            return {name: self.mine(rows) for name, rows in batch.items()}
+        return batch[self.rank :: self.size]
+
+    def share(self, fn: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """Return fn(rows), which treats rows one by one; each process computes an equal part of them."""
+        if self.size == 1:
+            return fn(rows)
+        n = -(-len(rows) // self.size)  # rounded up
+        padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n * self.size - len(rows)))
+        return torch.cat(self._all_gather(fn(padded[n * self.rank : n * (self.rank + 1)])))[: len(rows)]
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up gradients over the processes. A parameter that has one in no process keeps none."""
+        for group in batched(parameters if self.size > 1 else (), torch.numel, 1 << 24):  # flat buffers of 64 MB
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            counts = group[0].new_tensor([p.grad is not None for p in group])
+            flat = self.sum(torch.cat([tensor.flatten() for tensor in (*gradients, counts)]))
+            *gradients, counts = flat.split([*map(torch.numel, group), len(group)])
+            for p, gradient, count in zip(group, gradients, counts.tolist(), strict=True):
+                p.grad = gradient.view_as(p) if count else None
+
+    def barrier(self) -> None:
+        """Wait for the others, however long they encode data: torchrun ends all if one of them dies."""
+        self.barriers += 1
+        if self.size > 1:
+            self.store.set(f"barrier/{self.barriers}/{self.rank}", "")
+            names = [f"barrier/{self.barriers}/{rank}" for rank in range(self.size)]
+            while not self.store.check(names):
+                time.sleep(0.05)
+
+    def seed(self, seed: int) -> int:
+        """Return a seed of this process's own; the first one's is `seed` itself."""
+        return seed + 1_000_003 * self.rank
+
+    def is_first_to(self, event: str) -> bool:
+        """Return whether no other process has announced this event."""
+        return self.size == 1 or self.store.add(event, 1) == 1
+
+
+WORLD = World()
 
 
 def save_checkpoint(path: AnyPath, state: dict) -> None:
@@ -3395,7 +3534,7 @@ def catch_signals() -> Iterator[list[int]]:
     caught: list[int] = []
 
     def _note(number, _):
-        if caught:
+        if caught and WORLD.size == 1:  # torchrun repeats what its processes have got from the terminal already
             raise KeyboardInterrupt  # the user does not want to wait for the step
         caught.append(number)
 
@@ -3534,12 +3673,14 @@ def replacing(overwrite: bool, *run_dirs: Path) -> Iterator[None]:
     for old in (old for run_dir in run_dirs for old in run_dir.parent.glob(f"{run_dir.name}.old-*")):
         print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
     aside = {}
+    WORLD.barrier()  # no process reads the old ones any more
     try:
-        for run_dir in run_dirs if overwrite else ():
+        for run_dir in run_dirs if overwrite and WORLD.is_first else ():
             if run_dir.exists():
                 with locked(run_dir):  # unless somebody trains in it
                     pass
                 aside[run_dir] = run_dir.rename(run_dir.with_name(f"{run_dir.name}.old-{time.time_ns()}"))
+        WORLD.barrier()
         yield
     finally:
         some_new = any(map(holds_run, aside))
@@ -3637,6 +3778,17 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     B = len(batch["input_ids"])
     rows = -(-B // parts)  # rounded up
     return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, B, rows)]
+
+
+def average(parts: Iterable[Figures]) -> Metrics:
+    """Return Σ sum / Σ count of each figure over the parts, and over all processes; of a total the sum."""
+    sums, counts = Counter(), Counter()
+    for name, figure in itertools.chain(*(figures.items() for figures in parts)):
+        value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
+        sums[name] += float(value)
+        counts[name] += count
+    sums, counts = WORLD.add(sums), WORLD.add(counts)
+    return {name: total / counts[name] if counts[name] else int(total) for name, total in sums.items()}
 
 
 class Trainer:
@@ -3750,13 +3902,20 @@ class Trainer:
 
     def update(self, batches: list[Batch]) -> Metrics:
         """One optimizer step on the gradient of Σ loss / Σ count over `batches`, whatever their sizes."""
-        # 1 accumulate: from here on the gradients are complete
+        # 1 accumulate the gradients of this process's rows; from here on they are complete, and the same everywhere
+        count = sum(map(self.count, batches))  # of all rows, before any backward
+        if not count:
+            raise UserError("a batch holds nothing to train on: all of its labels are -100")
+        mine = [batch for batch in map(WORLD.mine, batches) if len(batch["input_ids"])]
         self.trained.train()
         with onednn_products(self.config.dtype == "float32_onednn"):
-            metrics = self.in_memory(
-                lambda parts: self._accumulate([micro for batch in batches for micro in split_rows(batch, parts)]),
-                max(len(batch["input_ids"]) for batch in batches),
+            means = self.in_memory(
+                lambda parts: self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count),
+                max((len(batch["input_ids"]) for batch in mine), default=1),
             )
+        WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
+        metrics = WORLD.add(means)
+        self.part_names = dict.fromkeys(metrics)
         # 2 clip; an optimizer whose module has no gradient yet (PPO's policy in the critic's warm-up) stays out
         optimizers = [
             optimizer
@@ -3768,7 +3927,7 @@ class Trainer:
         limit = self.config.grad_clip or math.inf
         norms = [nn.utils.clip_grad_norm_(module.parameters(), limit).item() for module in self.trained.values()]
         # 3 step, unless something is not finite: then weights and moments stay as they are
-        rate = learning_rate_at(self.step_count, self.progress(), self.config)
+        rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)
         is_finite = all(map(math.isfinite, [metrics["loss"], *norms]))  # the same for all optimizers
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -3789,7 +3948,7 @@ class Trainer:
                 f"loss or gradient was not finite in 20 steps in a row, up to step {self.step_count}{where}: "
                 "try a smaller --learning-rate, or --dtype float32"
             )
-        return metrics | {"grad_norm": norms[0] if is_finite else math.nan, "lr": rate}
+        return metrics | {"count": count, "grad_norm": norms[0] if is_finite else math.nan, "lr": rate}
 
     def in_memory(self, fn: Callable[[int], typing.Any], rows: int) -> typing.Any:
         """Return fn(parts), which computes `rows` rows in so many parts, twice as many whenever memory runs out."""
@@ -3833,11 +3992,8 @@ class Trainer:
             module._compiled_call_impl = None
         return True
 
-    def _accumulate(self, micro_batches):
-        """Sum the gradients of Σ loss / Σ count over all micro-batches; return that mean, its parts' and the count."""
-        count = sum(map(self.count, micro_batches))  # the count of all, before any backward
-        if not count:
-            raise UserError("a batch holds nothing to train on: all of its labels are -100")
+    def _accumulate(self, micro_batches, count):
+        """Sum the gradients of Σ loss / `count` over the micro-batches; return that mean and those of the parts."""
         means = defaultdict(float)
         for batch in micro_batches:
             with self.autocast():
@@ -3845,8 +4001,7 @@ class Trainer:
             self.scaler.scale(losses["loss"]).backward()  # gradients add up in p.grad
             for name, loss in losses.items():
                 means[name] += loss.detach()
-        self.part_names = dict.fromkeys(means)
-        return {name: mean.item() for name, mean in means.items()} | {"count": count}
+        return {name: mean.item() for name, mean in means.items()}
 
     def _named_loss(self, batch):
         loss = self.loss(batch)
@@ -3882,15 +4037,14 @@ class Trainer:
         error ends it with a checkpoint of the steps before.
         """
         self._check_can_fit()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         config, window, evaluation = self.config, [], {}
-        with locked(self.run_dir), catch_signals() as caught, self._saved_on_error():
+        with self._held_run_dir(), catch_signals() as caught, self._saved_on_error():
             self._start_run()
             if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
                 evaluation = self._evaluate_and_save()  # what the parent's model can do already
             batches = self._endless_batches()
-            is_over, is_stopped = False, bool(caught)
-            while not is_over and not is_stopped:
+            is_over, signal_number = False, self._end_of_run(caught)[1]
+            while not is_over and not signal_number:
                 # 1 accumulate, clip, step
                 start, before = time.monotonic(), self.epochs_done
                 metrics = self.step(list(itertools.islice(batches, config.accumulation_steps)))
@@ -3901,23 +4055,39 @@ class Trainer:
                     self._log_window(window, evaluation)
                     window = []
                 # 3 evaluate, save. Only here the clock and the user are asked: a later signal waits for the next step
-                is_over, is_stopped = self.progress() >= 1, bool(caught)
-                if is_over or not is_stopped and self._is_evaluation_due(before):
+                is_over, signal_number = self._end_of_run(caught)
+                if is_over or not signal_number and self._is_evaluation_due(before):
                     evaluation = self._evaluate_and_save()
-                elif is_stopped or self.step_count % (config.save_every or math.inf) == 0:
+                elif signal_number or self.step_count % (config.save_every or math.inf) == 0:
                     self.save_checkpoint(self.run_dir / "checkpoint.pt")
             if is_over:
                 self._say_best(evaluation)
-        return evaluation | ({"signal": caught[0]} if caught else {})
+        signal_number = self._end_of_run(caught)[1]  # here all wait until the first process has saved
+        return evaluation | ({"signal": signal_number} if signal_number else {})
+
+    def _end_of_run(self, caught):
+        """Return whether the run is over, and the signal that ends it early (0: none), as any process knows."""
+        progress, number = WORLD.max(self.progress(), caught[0] if caught else 0)
+        return progress >= 1, int(number)
+
+    @contextlib.contextmanager
+    def _held_run_dir(self):
+        """Hold the run directory: the first process for all of them."""
+        if not WORLD.is_first:
+            yield
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.run_dir):
+            yield
 
     @contextlib.contextmanager
     def _saved_on_error(self):
-        """Save the steps that are done before an error ends the block."""
+        """Save the steps that are done before an error ends the block; of several processes the others may be gone."""
         first = self.step_count
         try:
             yield
         except (UserError, RuntimeError):
-            if self.step_count > first:
+            if self.step_count > first and WORLD.size == 1:
                 self.save_checkpoint(self.run_dir / "checkpoint.pt")
             raise
 
@@ -4010,17 +4180,12 @@ class Trainer:
             raise UserError("there is no validation data to evaluate on")
         if hasattr(self.val_data, "rewind"):
             self.val_data.rewind()  # always the same batches
-        sums, counts = Counter(), Counter()
+        figures = []
         with eval_mode(self.trained), self.autocast():
-            for batch in self.held_out(max_tokens):
-                results = self.map_in_memory(self.measure, batch)
-                for name, figure in itertools.chain(*(figures.items() for figures in results)):
-                    value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
-                    sums[name] += float(value)
-                    counts[name] += count
+            for batch in map(WORLD.mine, self.held_out(max_tokens)):
+                figures += self.map_in_memory(self.measure, batch) if len(batch["input_ids"]) else []
             matches = self.exact_match()
-        # Σ sum / Σ count, whatever the sizes of the batches
-        result = {name: total / counts[name] if counts[name] else int(total) for name, total in sums.items()}
+        result = average(figures)
         if not any(result.values()):
             raise UserError("the validation data holds nothing to score")
         return result | matches
@@ -4047,9 +4212,10 @@ class Trainer:
             return {}
         # "first" counts those without room, too: then the prompts do not depend on the model
         checkable = (i for i in data.items if data.note(i)["answer"])
-        answered = self._answered(itertools.islice(checkable, self.config.eval_prompts))
+        answered = self._answered(WORLD.mine(list(itertools.islice(checkable, self.config.eval_prompts))))
         right = [answer_matches(reply, note["answer"]) for note, reply in answered]
-        return {"exact_match": sum(right) / len(right)} if right else {}
+        sums = WORLD.add({"right": sum(right), "replies": len(right)})
+        return {"exact_match": sums["right"] / sums["replies"]} if sums["replies"] else {}
 
     def samples(self) -> str:
         """Return text to show beside an evaluation: replies to a few held-out prompts."""
@@ -4088,11 +4254,11 @@ class Trainer:
         if is_best := bool(result) and self.quality(result) > self.best:
             self.best, self.best_figures = self.quality(result), result | {"step": self.step_count}
         self.save_checkpoint(path)
-        if is_best:
+        if is_best and WORLD.is_first:
             with atomic_write(self.run_dir / "best.pt") as out, open(path, "rb") as file:
                 shutil.copyfileobj(file, out)
         # 3 show what the model writes
-        if self.config.sample_tokens and (text := self.samples()):
+        if self.config.sample_tokens and WORLD.is_first and (text := self.samples()):
             self.line.say("  " + text.replace("\n", "\n  "))
         self.final_s = 1.1 * (time.monotonic() - start) + 0.3  # the last one will take as long
         return result
@@ -4115,7 +4281,7 @@ class Trainer:
         row |= {
             "lr": window[-1]["lr"],
             "tok_per_s": row.pop("tokens") / step_s,
-            "mfu": row.pop("flops") / step_s / self.peak_flops,
+            "mfu": row.pop("flops") / step_s / self.peak_flops / WORLD.size,
         }
         self._log(row)
         if not evaluation and self.val_data is not None:  # not measured yet: evaluating is a third of training
@@ -4135,6 +4301,8 @@ class Trainer:
         )
 
     def _log(self, row):
+        if not WORLD.is_first:
+            return
         row = {
             "step": self.step_count,
             **row,
@@ -4154,6 +4322,13 @@ class Trainer:
 
     def _start_run(self):
         """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will repeat."""
+        self.peak_flops = math.nan
+        if WORLD.size > 1:
+            self._check_equal()
+            if self.step_count == 0:  # dropout and sampling differ
+                torch.manual_seed(WORLD.seed(self.config.seed))
+        if not WORLD.is_first:
+            return
         # 1 nothing on disk is harmed
         if self.step_count == 0 and holds_run(self.run_dir):
             raise UserError(f"{self.run_dir} holds a run already: load its checkpoint, or take another run_dir")
@@ -4207,6 +4382,10 @@ class Trainer:
 
         Of a LoRA run that starts from another run's weights, these are left out; their fingerprint is in "base".
         """
+        random_states = WORLD.gather({name: gen.get_state() for name, gen in self._random_states().items()})
+        self._check_equal()
+        if not WORLD.is_first:
+            return
         parts = {name: getattr(part, "state_dict", lambda: None)() for name, part in self._parts().items()}
         save_checkpoint(
             path,
@@ -4221,16 +4400,26 @@ class Trainer:
                 **{name: trained_weights(self.trained[name]) for name in self.base},
                 "base": self.base,
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "rng": {name: generator.get_state() for name, generator in self._random_states().items()},
+                "rng": random_states,  # of each process
                 "counters": {name: getattr(self, name) for name in self.counters},
                 "elapsed_s": self.elapsed_s(),
             },
         )
 
+    def _check_equal(self):
+        """Raise UserError unless all processes have the same weights."""
+        if WORLD.size > 1 and len(set(marks := WORLD.gather(fingerprint(self.trained)))) > 1:
+            odd = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+            raise UserError(f"processes {odd} have other weights than the first: are machines and versions the same?")
+
     def load_checkpoint(self, path: AnyPath) -> None:
-        """Go on where `save_checkpoint` stopped."""
+        """Go on where `save_checkpoint` stopped, with any number of processes."""
         # 1 read and compare, before anything is changed
+        if not WORLD.is_first:  # after the first process, which may repair
+            WORLD.barrier()
         state = load_checkpoint(path, repair=True)
+        if WORLD.is_first:
+            WORLD.barrier()
         self._check_belongs(path, state)
         # 2 weights, cursor, moments
         for name in state.get("base", {}):
@@ -4243,9 +4432,13 @@ class Trainer:
         # 3 counters, clock, random states
         vars(self).update(state["counters"])
         self.started -= state["elapsed_s"]  # the time before counts as well
+        if len(state["rng"]) != WORLD.size:
+            self.line.say(f"saved by {len(state['rng'])} processes, now {WORLD.size}: new random numbers from here on")
+            torch.manual_seed(WORLD.seed(self.config.seed + self.step_count))
+            return
         for name, generator in self._random_states().items():
-            if name in state["rng"]:
-                generator.set_state(state["rng"][name])
+            if name in state["rng"][WORLD.rank]:
+                generator.set_state(state["rng"][WORLD.rank][name])
 
     def _check_belongs(self, path, state):
         """Raise UserError unless a checkpoint can be resumed by this trainer."""
@@ -4435,9 +4628,9 @@ class DPOTrainer(PairTrainer):
             self.line.say(f"the reference scores {len(loader.items):,} pairs, once")
         logprobs = torch.zeros(len(loader.lengths), 2)
         by_length = sorted(loader.items, key=loader.lengths.__getitem__)  # little padding
-        for items in batched(by_length, lambda _: 1, loader.batch_size):
+        for items in WORLD.mine(list(batched(by_length, limit=loader.batch_size))):
             logprobs[items] = torch.cat(self.map_in_memory(self.reference_logprobs, loader.collate(items))).cpu()
-        loader.reference_logprobs = logprobs
+        loader.reference_logprobs = WORLD.sum(logprobs)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Return the reference's log-probabilities (B, 2), from the batch where the loader has them."""
@@ -4534,7 +4727,7 @@ class RewardTrainer(PairTrainer):
 
 
 Reward = RewardModel | Callable[[list[dict], str, str], float]  # what scores (messages, reply, answer)
-Rollout = tuple[Batch, dict[str, float]]  # the experience, and what to log
+Rollout = tuple[Batch, Figures]  # the experience, and what to log
 
 
 def answer_reward(messages: list[dict], reply: str, answer: str) -> float:
@@ -4562,6 +4755,8 @@ def check_stage(stage: str, config: TrainConfig, shape: MiniGPTConfig) -> None:
         raise UserError(f"reply_tokens={config.reply_tokens} leave no room for a prompt in the context of {context}")
     if (config.seq_len or 0) > shape.max_position_embeddings:
         raise UserError(f"seq_len={config.seq_len} exceeds the context, {context}")
+    if config.batch_size < WORLD.size:
+        raise UserError(f"batch_size={config.batch_size} cannot be divided among {WORLD.size} processes: start fewer")
     if stage in ("ppo", "grpo") and config.accumulation_steps > 1:
         raise UserError(
             f"accumulation_steps={config.accumulation_steps} has no meaning here: batch_size prompts make "
@@ -4575,7 +4770,7 @@ class RLTrainer(Trainer):
     A step takes a batch of a PromptDataLoader. `reward`: a RewardModel, or a function of (messages, reply, answer) that
     returns a number. `reference`: the model to stay near (default: a copy of `model`).
 
-    A subclass's `experience` is a rollout with advantages, one row a reply. Column j of every (N, T - 1) tensor
+    A subclass adds `advantages` to the experience, which has one row a reply. Column j of every (N, T - 1) tensor
     (log-probabilities, values, rewards) is about token j + 1.
     """
 
@@ -4654,20 +4849,20 @@ class RLTrainer(Trainer):
         kl = kl_estimate(logprobs, reference) * mask
         batch["logprobs"], batch["reference_logprobs"], batch["kl"] = logprobs, reference, kl  # (N, T - 1)
         batch["scores"] = scores - self.rl.missing_end_penalty * ~ended  # (N,)
-        N, tokens = len(replies), mask.sum()
-        stats = {
-            "reward": scores.mean(),
-            "kl": kl.sum() / N,
-            "ended": ended.float().mean(),
-            "entropy": -masked_mean(logprobs, mask),
-            "reply_length": tokens / N,
+        N, tokens = len(replies), int(mask.sum())
+        figures = {
+            "reward": (scores.sum(), N),
+            "kl": (kl.sum(), N),
+            "ended": (ended.sum(), N),
+            "entropy": (-(logprobs * mask).sum(), tokens),
+            "reply_length": (tokens, N),
             "tokens": segments.sum(),
-            "rollout_s": rollout_s,
-            "rollout_tok_per_s": tokens / rollout_s,
+            "rollout_s": (rollout_s, 1),
+            "rollout_tok_per_s": (tokens * WORLD.size, rollout_s),
         }
         if all(prompts["answers"]):  # all of them can be checked
-            stats["accuracy"] = sum(map(answer_matches, replies, prompts["answers"])) / N
-        return batch, {name: float(value) for name, value in stats.items()}
+            figures["accuracy"] = (sum(map(answer_matches, replies, prompts["answers"])), N)
+        return batch, figures
 
     def _score(self, batch, prompts, replies):
         """Return the score of each reply, (N,)."""
@@ -4684,6 +4879,30 @@ class RLTrainer(Trainer):
                 raise UserError(f"the reward function gave {value!r}: it must give a finite number")
         return torch.tensor(list(map(float, scores)), device=self.device)
 
+    @torch.no_grad()
+    def experience(self, prompts: dict) -> tuple[Batch, Metrics]:
+        """Return a rollout of all prompts with advantages, and what to log. Each process replies to its own prompts."""
+        if (N := len(prompts["input_ids"])) < WORLD.size:
+            raise UserError(f"a batch of {N} prompts cannot be divided among {WORLD.size} processes: take fewer")
+        batch, figures = self.collect(WORLD.mine(prompts))
+        batch, stats = self.advantages(self._gathered(batch))
+        return batch, average([figures]) | stats
+
+    def collect(self, prompts: dict) -> Rollout:
+        """Return the rollout of one process's prompts."""
+        return self.rollout(prompts)
+
+    def _gathered(self, batch):
+        """Return the rows of all processes, padded to the longest."""
+        if WORLD.size == 1:
+            return batch
+        parts, fill = WORLD.gather(batch), {"input_ids": self.tokenizer.pad_id, "labels": -100}
+        pad, gathered = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True), {}
+        for name, value in batch.items():
+            rows = [row for part in parts for row in part[name]]
+            gathered[name] = pad(rows, padding_value=fill.get(name, 0)) if value.dim() > 1 else torch.stack(rows)
+        return self._to_device(gathered)
+
     # -- the update ----------------------------------------------------------------------------------------------------
 
     def step(self, batches: list[dict]) -> dict[str, float]:
@@ -4696,7 +4915,7 @@ class RLTrainer(Trainer):
         minibatches = (
             rows
             for _ in range(self.rl.update_epochs if N else 0)
-            for rows in torch.randperm(N).chunk(-(-N // self.rl.minibatch_size))
+            for rows in WORLD.first(lambda: torch.randperm(N)).chunk(-(-N // self.rl.minibatch_size))
         )
         results = []
         for rows in minibatches:
@@ -4731,7 +4950,7 @@ class RLTrainer(Trainer):
 
     def held_out(self, max_tokens: int | None) -> Iterator[dict]:
         """Yield the first `eval_prompts` prompts of val_data."""
-        self.eval_random = torch.Generator(self.device).manual_seed(self.config.seed)
+        self.eval_random = torch.Generator(self.device).manual_seed(WORLD.seed(self.config.seed))
         left = self.config.eval_prompts  # always the same prompts, and the same random numbers
         for prompts in self.val_data:
             yield {name: value[:left] for name, value in prompts.items()}
@@ -4741,8 +4960,8 @@ class RLTrainer(Trainer):
 
     def measure(self, batch: dict) -> Figures:
         """Return the figures of sampled replies: "reward", "kl" and "reply_length"."""
-        stats, N = self.rollout(batch, self.eval_random)[1], len(batch["answers"])
-        return {name: (stats[name] * N, N) for name in ("reward", "kl", "reply_length")}
+        figures = self.rollout(batch, self.eval_random)[1]
+        return {name: figures[name] for name in ("reward", "kl", "reply_length")}
 
     def quality(self, result: dict[str, float]) -> float:
         return result.get("exact_match", result["reward"])
@@ -4773,18 +4992,20 @@ class PPOTrainer(RLTrainer):
         """Return the critic's estimate before each token is written, (N, T - 1)."""
         return self.critic.token_scores(batch["input_ids"][:, :-1], token_mask=batch["token_mask"][:, :-1])
 
-    @torch.no_grad()
-    def experience(self, prompts: dict) -> Rollout:
-        batch, stats = self.rollout(prompts)
+    def collect(self, prompts: dict) -> Rollout:
+        batch, figures = self.rollout(prompts)
         with eval_mode(self.critic), self.autocast():
             batch["values"] = self.by_length_groups(self.values, batch)
+        return batch, figures
+
+    def advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
         # 1 rewards: the KL penalty at every token, the score at the last
         rewards = -self.rl.kl_coef * batch["kl"]
         rewards.scatter_add_(1, batch["last"][:, None], batch["scores"][:, None])
         # 2 advantages; the returns, the critic's targets, use them before whitening
         advantages, batch["returns"] = gae(rewards, batch["values"], batch["mask"], self.rl.gamma, self.rl.gae_lambda)
         batch["advantages"] = whiten(advantages, batch["mask"])  # 3 the policy's step does not depend on their scale
-        return batch, stats
+        return batch, {}
 
     def count(self, batch: Batch) -> int:
         return int(batch["mask"].sum())
@@ -4808,19 +5029,19 @@ class GRPOTrainer(RLTrainer):
 
     stage = "grpo"
 
-    @torch.no_grad()
-    def experience(self, prompts: dict) -> Rollout:
-        G = self.rl.group_size
+    def collect(self, prompts: dict) -> Rollout:
         # each prompt G times, one after another
-        repeated = {name: [item for item in value for _ in range(G)] for name, value in prompts.items()}
-        batch, stats = self.rollout(repeated)
+        repeat = range(self.rl.group_size)
+        return self.rollout({name: [item for item in value for _ in repeat] for name, value in prompts.items()})
+
+    def advantages(self, batch: Batch) -> tuple[Batch, Metrics]:
+        G = self.rl.group_size
         batch["advantages"] = grpo_advantages(batch["scores"], G, self.rl.advantage_kind)  # (N,)
         equal = (batch["advantages"].view(-1, G) == 0).all(dim=1).repeat_interleave(G)  # (N,)
-        stats["equal_groups"] = equal.float().mean().item()
         kept = ~equal | (self.rl.grpo_kl_coef > 0)  # groups of equal rewards have no other gradient than the KL's
         # dropped rows have loss 0: to divide by all replies, each kept row counts N / kept
         batch["row_weight"] = kept / kept.float().mean()
-        return {name: value[kept] for name, value in batch.items()}, stats
+        return {name: value[kept] for name, value in batch.items()}, {"equal_groups": equal.float().mean().item()}
 
     def count(self, batch: Batch) -> float:
         return batch["row_weight"].sum().item()

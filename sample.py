@@ -193,7 +193,8 @@ def user_errors(program: str) -> Iterator[list[int]]:
         try:
             yield status
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
+            if m.WORLD.is_first_to("error"):
+                print("\ninterrupted", file=sys.stderr)
             status.append(130)
         except BrokenPipeError:
             m.silence_stdout()
@@ -201,7 +202,8 @@ def user_errors(program: str) -> Iterator[list[int]]:
         except (m.UserError, OSError, RuntimeError, UnicodeError) as error:
             if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
                 raise
-            print(f"{program}: error: {error}", file=sys.stderr)
+            if m.WORLD.is_first_to("error"):  # of several processes the one that it began with, or any if all have it
+                print(f"{program}: error: {error}", file=sys.stderr)
             status.append(2)
             try:
                 sys.stdout.flush()

@@ -8,6 +8,7 @@ STARTED = time.monotonic()  # before torch is imported: --minutes count from her
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -64,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
     args.given, args.command = given, shlex.join(["python", "train.py", *words])
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts: what has begun goes on
+        args.resume, args.overwrite = True, False
     m.get_config(args.config)
     check_flags(args)
     args.imported = m.run_config(args.init).get("imported") if args.init else None  # the name of a foreign model
@@ -75,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line `argv`; `started` is the time.monotonic() from which --minutes count (default: now)."""
     with sample.user_errors("train.py") as ended:
+        m.WORLD.start()
         args = parse(argv)
         m.keep_freed_memory()
         args.started, args.device = started or time.monotonic(), m.pick_device(args.device)
@@ -89,6 +93,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
 
 def check_flags(args) -> None:
     """Raise UserError for flags that contradict each other, or have no effect."""
+    if m.WORLD.size > 1 and (args.plot or args.inspect is not None or args.stage in ("tokenizer", "export")):
+        raise m.UserError("this runs on one process: start it with python, not torchrun")
     mode = "--plot" if args.plot else "--inspect" if args.inspect is not None else f"--stage {args.stage}"
     stages = ("tokenizer", *m.STAGES, "rlhf", "eval", "export")
     if args.stage not in stages:
