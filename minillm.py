@@ -3863,10 +3863,11 @@ class Trainer:
 
     # -- what a subclass defines ---------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch) -> Tensor | tuple[Tensor, Batch]:
+    def loss(self, batch: Batch) -> Tensor | tuple[Tensor, Figures]:
         """Return the loss of a batch, a sum over `count` terms.
 
-        It may come with named parts, {"name": sum over the same terms}: their means are logged, shown and plotted.
+        It may come with named parts, {"name": sum over the same terms, or (sum, count)}: their means are logged, shown
+        and plotted.
         """
         raise TypeError(f"{type(self).__name__} does not define its loss")
 
@@ -3909,12 +3910,12 @@ class Trainer:
         mine = [batch for batch in map(WORLD.mine, batches) if len(batch["input_ids"])]
         self.trained.train()
         with onednn_products(self.config.dtype == "float32_onednn"):
-            means = self.in_memory(
+            figures = self.in_memory(
                 lambda parts: self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count),
                 max((len(batch["input_ids"]) for batch in mine), default=1),
             )
         WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
-        metrics = WORLD.add(means)
+        metrics = average(figures)
         self.part_names = dict.fromkeys(metrics)
         # 2 clip; an optimizer whose module has no gradient yet (PPO's policy in the critic's warm-up) stays out
         optimizers = [
@@ -3993,15 +3994,17 @@ class Trainer:
         return True
 
     def _accumulate(self, micro_batches, count):
-        """Sum the gradients of Σ loss / `count` over the micro-batches; return that mean and those of the parts."""
-        means = defaultdict(float)
+        """Sum the gradients of Σ loss / `count` over the micro-batches; return the figures of each."""
+        figures = []
         for batch in micro_batches:
             with self.autocast():
-                losses = {name: loss / count for name, loss in self._named_loss(self._to_device(batch)).items()}
-            self.scaler.scale(losses["loss"]).backward()  # gradients add up in p.grad
-            for name, loss in losses.items():
-                means[name] += loss.detach()
-        return {name: mean.item() for name, mean in means.items()}
+                losses = self._named_loss(self._to_device(batch))
+            self.scaler.scale(losses["loss"] / count).backward()  # gradients add up in p.grad
+            terms = self.count(batch)
+            figures.append(
+                {name: value if isinstance(value, tuple) else (value.detach(), terms) for name, value in losses.items()}
+            )
+        return figures
 
     def _named_loss(self, batch):
         loss = self.loss(batch)
@@ -4937,14 +4940,14 @@ class RLTrainer(Trainer):
         }
         return means | stats
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Batch]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Figures]:
         """Return the subclass's loss with a named part: how far the policy has moved from the one that wrote.
 
         In nats per token, as `stop_kl` is.
         """
         logprobs = self.logprobs(self.model, batch)
-        moved = masked_mean(kl_estimate(batch["logprobs"], logprobs.detach(), "k3"), batch["mask"])
-        return self.policy_loss(batch, logprobs), {"moved": moved * self.count(batch)}
+        moved = kl_estimate(batch["logprobs"], logprobs.detach(), "k3") * batch["mask"]
+        return self.policy_loss(batch, logprobs), {"moved": (moved.sum(), batch["mask"].sum())}
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@
     11 Pipeline          every stage resumes bit for bit; changed parents and rewards are refused
     12 Edges             models, tokenizers and chat templates against transformers, tokenizers, jinja2; flags, rewards
 
+    Several processes   what 2, 3 and 4 of them compute is what one does; resuming on other numbers; faults of one
     Drivers             train.py and sample.py as people call them, what they leave, show and refuse
     README              the snippet runs; every diff of "Hack it" applies and does what it says
     bench.py            its figures, tables, plans and messages
@@ -47,6 +48,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -5190,7 +5192,8 @@ def test_grpo_loss_against_its_equation(tokenizer, monkeypatch, kind):
         loss, parts = trainer.loss(batch)
         assert loss.item() == pytest.approx(total, rel=1e-4)
     assert trainer.count(batch) == 4
-    assert parts["moved"].item() / 4 == pytest.approx(sum(moved) / 13, rel=1e-4)  # nats a token, as stop_kl is
+    total, tokens = parts["moved"]
+    assert (total / tokens).item() == pytest.approx(sum(moved) / 13, rel=1e-4)  # nats a token, as stop_kl is
 
 
 def test_value_reward_and_logprob_belong_to_the_same_token(tokenizer, monkeypatch):
@@ -6992,6 +6995,385 @@ def test_a_reward_that_fails_is_one_message(trained_runs, tmp_path, capsys, code
     argv = ["--stage", "grpo", "--init", str(trained_runs / "pretrain"), "--out", str(tmp_path), "--max-steps", "1"]
     assert train.main([*argv, *QUICK, *data_flags(trained_runs), "--reward", f"{tmp_path}/mine.py:f"]) == 2
     assert message in one_error(capsys)
+
+
+# ======================================================================================================================
+# Several processes: what n of them compute is what one computes
+# ======================================================================================================================
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+
+
+def in_processes(size: int, fn, timeout: float = 60) -> list:
+    """What fn() returns in each of `size` processes, joined as torchrun does it; an error's message, None if killed."""
+    # torchrun's part: a store that outlives all of them, in a process of its own, so that this one forks alone
+    read, write = os.pipe()
+    if not (host := os.fork()):
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        signal.pause()
+    port = os.read(read, 9).decode()
+    files, children = [tempfile.TemporaryFile() for _ in range(size)], []
+    for rank, file in enumerate(files):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                torch.set_num_threads(1)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+                m.WORLD.start()
+                try:
+                    answer = fn()
+                except m.UserError as error:
+                    answer = f"UserError: {error}"
+                torch.save(answer, file)
+                file.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+    running, end = set(children), time.monotonic() + timeout
+    while running and time.monotonic() < end:
+        running -= {child for child in running if os.waitpid(child, os.WNOHANG)[0]}
+        time.sleep(0.02)
+    for child in (host, *running):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.close(read), os.close(write)
+    assert not running, "no end in time"
+    return [torch.load(file, weights_only=False) if file.seek(0, 2) and not file.seek(0) else None for file in files]
+
+
+@needs_fork
+def test_sums_gathers_and_shares_by_hand():
+    def work():
+        W, r = m.WORLD, m.WORLD.rank
+        stack = torch.arange(10.0).view(5, 2)
+        return {
+            "sum": W.sum(torch.tensor([1.0, r])).tolist(),
+            "max": W.max(r, -r),
+            "gather": W.gather({"rank": r, "t": torch.full((r + 1,), r)}),
+            "first": W.first(lambda: f"from {r}"),
+            "add": W.add({"a": 1, **({"b": 0.5} if r == 1 else {})}),
+            "mine": W.mine({"x": torch.arange(5), "y": list("abcde")}),
+            "share": W.share(lambda rows: rows * 2, stack),
+            "seed": W.seed(7),
+            "first to": W.is_first_to("shout"),
+        }
+
+    results = in_processes(3, work)
+    for r, found in enumerate(results):
+        assert found["sum"] == [3, 3] and found["max"] == [2, 0] and found["first"] == "from 0"
+        assert [part["rank"] for part in found["gather"]] == [0, 1, 2]
+        assert [part["t"].tolist() for part in found["gather"]] == [[0], [1, 1], [2, 2, 2]]
+        assert found["add"] == {"a": 3, "b": 0.5}
+        assert (
+            found["mine"]["x"].tolist() == [[0, 3], [1, 4], [2]][r]
+            and found["mine"]["y"] == ["ad", "be", "c"][r]
+            or (found["mine"]["y"] == list(["ad", "be", "c"][r]))
+        )
+        assert torch.equal(found["share"], 2 * torch.arange(10.0).view(5, 2))
+    assert len({found["seed"] for found in results}) == 3 and results[0]["seed"] == 7
+    assert sum(found["first to"] for found in results) == 1
+    alone = m.World()
+    assert alone.sum(torch.ones(2)).tolist() == [1, 1] and alone.max(1, 2) == [1, 2] and alone.gather("x") == ["x"]
+    assert alone.first(lambda: 3) == 3 and alone.add({"a": 1}) == {"a": 1} and alone.mine([1, 2]) == [1, 2]
+    assert alone.seed(5) == 5 and alone.is_first_to("x") and alone.is_first
+
+
+def reply_to(prompt: list[int]) -> list[int]:
+    """A reply that follows from the prompt: most end, all are of other lengths."""
+    length = sum(prompt) % 5 + 1
+    return [(sum(prompt) * (k + 3)) % 250 + 5 for k in range(length)] + [4] * (sum(prompt) % 3 > 0)
+
+
+def three_steps(trainer: m.Trainer, steps: list[list[dict]]) -> dict:
+    """What three steps log, and the weights after them."""
+    logged = [trainer.step(batches) for batches in steps]
+    keys = ("loss", "grad_norm", "count", "reward", "kl", "moved", "equal_groups", "tokens")
+    return {
+        "logged": [{key: row[key] for key in keys if key in row} for row in logged],
+        "weights": {name: p.detach() for name, p in trainer.trained.state_dict().items()},
+    }
+
+
+def doubled_trainer(stage: str, tokenizer, lora: int = 0) -> m.Trainer:
+    """A trainer of a stage in float64, with AdamW: Muon's iteration is in float32."""
+    config = m.TrainConfig(
+        optimizer="adamw",
+        learning_rate=1e-2,
+        warmup_steps=0,
+        lora_rank=lora,
+        reply_tokens=6,
+        grad_clip=0.5,
+        max_steps=9,
+    )
+    base = moe_shape(vocab_size=310) if stage == "moe" else shape(vocab_size=310)
+    model, dtype = random_model(base, dtype=torch.float64), torch.float64
+    rl = m.RLHFConfig(critic_warmup=1, minibatch_size=64, group_size=2, grpo_kl_coef=0.1, dpo_sft_coef=0.3)
+    options = {"config": config, "rl_config": rl}
+    if stage in ("ppo", "grpo", "dpo"):
+        options["reference"] = random_model(base, seed=5, dtype=dtype)
+    if stage in ("ppo", "grpo"):
+        options["reward"] = lambda messages, reply, answer: float(len(reply) % 3)
+    if stage == "reward":
+        model = m.RewardModel(model).to(dtype)
+        torch.nn.init.normal_(model.score.weight)
+    torch.manual_seed(3)
+    return m.STAGES["pretrain" if stage == "moe" else stage].trainer(model, tokenizer, **options)
+
+
+def three_batches(stage: str, tmp_path: Path, tokenizer) -> list[list[dict]]:
+    """Steps of unequal rows; in pretraining the rows that process 1 of 2 takes are not trained at all."""
+    if stage in ("pretrain", "moe"):
+        batches = [lm_batch(5, 12, seed=seed, ragged=True) for seed in range(4)]
+        for batch in batches:
+            batch["labels"][1::2] = -100
+        return [[batches[0]], [batches[1], batches[2]], [batches[3]]]
+    if stage in ("ppo", "grpo"):
+        texts = ["a", "你好吗", "hi there", "xy", "z" * 9]
+        return [[prompt_batch(tokenizer, [f"{text}{k}" for text in texts], ["1"] * 5)] for k in range(3)]
+    cls = m.STAGES[stage].loader
+    records = [record_for(cls, i) for i in range(15)]
+    options = {"packing": False} if stage == "sft" else {}
+    return [[batch] for batch in load(cls, tmp_path, tokenizer, records, batch_size=5, **options)]
+
+
+def close(a: dict, b: dict, tolerance: float = 1e-10) -> None:
+    for row, other in zip(a["logged"], b["logged"], strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+    for name in a["weights"]:
+        torch.testing.assert_close(a["weights"][name], b["weights"][name], rtol=0, atol=tolerance, msg=name)
+
+
+@needs_fork
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["pretrain", "moe", "sft", "dpo", "reward", "ppo", "grpo", "lora"])
+def test_several_processes_compute_what_one_does(tmp_path, tokenizer, monkeypatch, request, stage, size):
+    """Losses, norms, counts and weights of three steps in float64, with rows of unequal lengths."""
+    replies = lambda self, prompts, *_: [reply_to(prompt) for prompt in prompts]  # noqa: E731
+    monkeypatch.setattr(m.TextGenerator, "continue_ids", replies)
+    request.addfinalizer(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
+    torch.set_default_dtype(torch.float64)
+    stage, lora = ("sft", 4) if stage == "lora" else (stage, 0)
+    steps = three_batches(stage, tmp_path, tokenizer)
+    alone = [list(step) for step in steps]
+    if stage == "moe":  # the balance is that of a micro-batch: one process with the same ones, by accumulation
+        rows = [[{k: v[r::size] for k, v in batch.items()} for r in range(size)] for step in steps for batch in step]
+        alone = [rows[0], rows[1] + rows[2], rows[3]]
+    expected = three_steps(doubled_trainer(stage, tokenizer, lora), alone)
+    results = in_processes(size, lambda: three_steps(doubled_trainer(stage, tokenizer, lora), steps))
+    for found in results:
+        assert not isinstance(found, str), found
+        if stage == "moe":
+            for row, other in zip(found["logged"], expected["logged"], strict=True):
+                row["tokens"] = other["tokens"]
+        close(found, expected)
+        assert same(found["weights"], results[0]["weights"])
+    start = doubled_trainer(stage, tokenizer, lora).trained.state_dict()
+    assert not same(results[0]["weights"], start)
+
+
+def run_on(size: int, make, stop_after: int = 0) -> list:
+    """Fit make() on `size` processes, or go on with its run; with `stop_after` the last process gets a signal then."""
+
+    def work():
+        trainer = make()
+        if m.holds_run(trainer.run_dir):
+            trainer.load_checkpoint(trainer.run_dir / "checkpoint.pt")
+        plain_step = trainer.step
+
+        def step(batches):
+            if trainer.step_count + 1 == stop_after and m.WORLD.rank == size - 1:
+                signal.raise_signal(signal.SIGTERM)
+            return plain_step(batches)
+
+        trainer.step = step
+        result = trainer.fit()
+        return {"result": result, "weights": trainer.trained.state_dict(), "step": trainer.step_count}
+
+    if size == 1:
+        return [work()]
+    results = in_processes(size, work)
+    assert not any(isinstance(found, str) for found in results), results
+    assert all(same(found, results[0]) for found in results), "the processes differ"
+    return results
+
+
+@needs_fork
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow), "ppo", "grpo"])
+def test_two_processes_resume_bit_for_bit(trained_runs, tmp_path, stage):
+    """With dropout and sampling, whose random numbers differ by process; one process alone gets the signal."""
+    config = stage_config(max_steps=5, eval_every=2, schedule="constant", optimizer="muon", batch_size=4)
+    straight = run_on(2, lambda: stage_trainer(trained_runs, stage, tmp_path / "straight", config=config))
+    make = lambda: stage_trainer(trained_runs, stage, tmp_path / "halted", config=config)  # noqa: E731
+    halted = run_on(2, make, stop_after=3)
+    assert halted[0]["step"] == 3 and halted[0]["result"]["signal"] == signal.SIGTERM
+    resumed = run_on(2, make)
+    assert same(resumed[0]["weights"], straight[0]["weights"]) and resumed[0]["step"] == 5
+    rows = [m.read_metrics(tmp_path / name) for name in ("straight", "halted")]
+    for name in ("loss", "val_loss", "val_reward", "val_exact_match", "tokens"):
+        assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]], name
+    assert [row["step"] for row in rows[0]] == sorted(row["step"] for row in rows[0])  # one process wrote
+
+
+@needs_fork
+def test_a_run_goes_on_with_any_number_of_processes(tmp_path, tokenizer, corpus, capfd):
+    """2 -> 1 -> 3 -> 2 processes against one process all the way, and against two."""
+    config = m.TrainConfig(max_steps=8, learning_rate=1e-3, batch_size=6, warmup_steps=0, eval_every=4, sample_tokens=0)
+
+    def make(name):
+        options = {"batch_size": 6, "seq_len": 24, "cache_dir": tmp_path / "cache"}
+        parts = {
+            f"{part}_data": m.PretrainDataLoader(corpus, tokenizer, split=part, **options) for part in ("train", "val")
+        }
+        return m.PreTrainer(random_model(shape()), tokenizer, config=config, run_dir=tmp_path / name, **parts)
+
+    straight = [run_on(size, lambda size=size: make(f"on {size}"))[0] for size in (1, 2)]
+    for size, stop_after in ((2, 2), (1, 3), (3, 6), (2, 0)):
+        changing = run_on(size, lambda: make("changing"), stop_after)
+    said = capfd.readouterr().out
+    assert "saved by 2 processes, now 1: new random numbers" in said and "saved by 1 processes, now 3" in said
+    for other in straight:
+        assert changing[0]["step"] == other["step"] == 8
+        assert changing[0]["result"]["loss"] == pytest.approx(other["result"]["loss"], rel=1e-6)
+        assert changing[0]["result"]["tokens"] == other["result"]["tokens"]  # not counted twice
+        for name, weight in changing[0]["weights"].items():
+            torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=2e-6, msg=name)
+
+
+@needs_fork
+def test_muons_work_is_shared(tokenizer):
+    """Stacks of 1 to 8 matrices over 3 processes: the same updates as one process makes, in the same order."""
+
+    def train():
+        config = m.TrainConfig(optimizer="muon", warmup_steps=0, max_steps=4, grad_clip=0.0)
+        trainer = m.PreTrainer(random_model(moe_shape(vocab_size=310)), tokenizer, config=config)
+        shared, plain = [], m.orthogonalize
+        m.orthogonalize = lambda x, **options: shared.append(len(x)) or plain(x, **options)
+        for seed in range(2):
+            trainer.step([lm_batch(3, 12, seed=seed)])
+        m.orthogonalize = plain
+        return {"weights": trainer.model.state_dict(), "sizes": shared}
+
+    alone, (first, *others) = train(), in_processes(3, train)
+    assert first["sizes"] == [-(-size // 3) for size in alone["sizes"]] and max(alone["sizes"]) > 3
+    for found in others:
+        assert same(found["weights"], first["weights"])
+    for name, weight in first["weights"].items():
+        # the balance of the experts is that of each process's rows
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=2e-3, msg=name)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_weights_stay_equal_for_fifty_steps(trained_runs, tmp_path):
+    for stage in ("sft", "ppo"):
+        run_on(
+            3,
+            lambda stage=stage: stage_trainer(
+                trained_runs, stage, tmp_path / stage, config=stage_config(max_steps=50, eval_every=10, batch_size=4)
+            ),
+        )
+
+
+@needs_fork
+def test_processes_that_differ_are_noticed(tokenizer, tmp_path):
+    def differ():
+        data = [lm_batch(2, 8)]
+        config = m.TrainConfig(max_steps=2, warmup_steps=0, sample_tokens=0)
+        model = random_model(shape(), seed=m.WORLD.rank)
+        m.PreTrainer(model, tokenizer, config=config, train_data=data, run_dir=tmp_path / "run").fit()
+
+    assert (
+        in_processes(2, differ)
+        == ["UserError: processes [1] have other weights than the first: are machines and versions the same?"] * 2
+    )
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@needs_fork
+def test_dropout_and_sampling_differ_by_process(trained_runs, tmp_path):
+    def work():
+        trainer = stage_trainer(trained_runs, "grpo", tmp_path / "grpo", config=stage_config(max_steps=1))
+        trainer.fit()
+        trainer.held_out(None).__next__()
+        return [torch.rand(3), torch.rand(3, generator=trainer.eval_random)]
+
+    a, b = in_processes(2, work)
+    assert not torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
+
+
+@needs_fork
+def test_one_process_without_memory_or_with_a_nan(tokenizer, monkeypatch):
+    """Out of memory, a process splits its own rows; a NaN of one process skips the step in all."""
+
+    def without_memory():
+        trainer = trainer_for(tokenizer, m.TrainConfig(warmup_steps=0, optimizer="adamw"), dtype=torch.float64)
+        plain = trainer.loss
+
+        def loss(batch):
+            if m.WORLD.rank == 1 and len(batch["input_ids"]) > 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return plain(batch)
+
+        trainer.loss = loss
+        rows = [trainer.step([lm_batch(6, 8, seed=seed)])["loss"] for seed in range(2)]
+        return {"rows": rows, "splits": trainer.micro_splits, "weights": trainer.model.state_dict()}
+
+    a, b = in_processes(2, without_memory)
+    assert (a["splits"], b["splits"]) == (1, 4) and same(a["weights"], b["weights"]) and a["rows"] == b["rows"]
+    alone = without_memory()
+    for name, weight in a["weights"].items():
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=1e-10, msg=name)
+
+    def with_a_nan():
+        trainer = trainer_for(tokenizer, m.TrainConfig(warmup_steps=0))
+        plain, before = trainer.loss, copy.deepcopy(trainer.model.state_dict())
+        trainer.loss = lambda batch: plain(batch) * (math.nan if m.WORLD.rank == 1 else 1.0)
+        trainer.step([lm_batch(4, 8)])
+        unchanged = same(before, trainer.model.state_dict())
+        trainer.loss = plain
+        trainer.step([lm_batch(4, 8)])
+        return [unchanged, trainer.skipped, trainer.model.state_dict()]
+
+    a, b = in_processes(2, with_a_nan)
+    assert a[:2] == b[:2] == [True, 1] and same(a, b)
+
+
+@needs_fork
+def test_a_process_that_ends_is_named_by_the_others():
+    def work():
+        if m.WORLD.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        m.WORLD.sum(torch.ones(3))
+
+    first, killed, last = in_processes(3, work)
+    assert (
+        killed is None
+        and first
+        == last
+        == "UserError: process 1 of 3 has ended or does not answer: start again with --resume, from the last checkpoint"
+    )
+
+
+@needs_fork
+def test_too_small_a_batch_is_refused(trained_runs, tmp_path, tokenizer):
+    def work():
+        trainer = rl_trainer(m.GRPOTrainer, tokenizer)
+        trainer.step([prompt_batch(tokenizer, ["a"])])
+
+    assert (
+        in_processes(2, work) == ["UserError: a batch of 1 prompts cannot be divided among 2 processes: take fewer"] * 2
+    )
+
+    def start():
+        stage_trainer(trained_runs, "sft", tmp_path / "sft", config=stage_config(batch_size=2))
+
+    assert in_processes(3, start) == ["UserError: batch_size=2 cannot be divided among 3 processes: start fewer"] * 3
 
 
 # ======================================================================================================================
