@@ -132,6 +132,8 @@ def build_parser() -> m.FlagParser:
     flag("--data", nargs="+", metavar="PATH", help="--duel: data sets, each a file or directory [the example data]")
     flag("--tokens", type=amount, default=1e8, metavar="N", help="--plan: how many to train on [100M]")
     flag("--gpu-memory", type=amount, metavar="BYTES", help="--plan: the memory there is [this device's]")
+    flag("--processes", type=int, metavar="N", help="--plan: on so many devices like this one [1]")
+    flag("--link", type=amount, metavar="BYTES", help="--plan: a second between two of them [12.5G: 100 Gbit/s]")
     flag("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     flags = ("dtype", "gradient_checkpointing", "batch_size", "seq_len", "optimizer")
     others = tuple(field.name for field in dataclasses.fields(m.TrainConfig) if field.name not in flags)
@@ -141,6 +143,7 @@ def build_parser() -> m.FlagParser:
 
 def main(argv: list[str] | None = None) -> int:
     try:
+        m.WORLD.start()
         args = build_parser().parse_args(argv)
         args.config = args.config or ["tiny", "small"] + ["moe"] * (not args.quick)
         check_flags(args)
@@ -149,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             tables = measure(args, Path(folder))
-        report(args, tables, before)
+        if m.WORLD.is_first:
+            report(args, tables, before)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -162,18 +166,22 @@ def main(argv: list[str] | None = None) -> int:
             if not m.is_out_of_memory(error):
                 raise
             message = f"{message.splitlines()[0]} Try a smaller --batch-size."
-        print(f"bench.py: error: {message}", file=sys.stderr)
+        if m.WORLD.is_first_to("error"):
+            print(f"bench.py: error: {message}", file=sys.stderr)
         return 2
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Check all flags before anything is loaded or measured."""
+    if m.WORLD.size > 1 and (args.only != ["train"] or args.peers or args.profile or args.plan or args.duel):
+        raise m.UserError("several processes measure --only train: start the rest with python, not torchrun")
     seq_len = m.TrainConfig(**m.given_flags(args, m.TrainConfig)).seq_len or 0
     for name in args.config:
         limit = m.get_config(name).max_position_embeddings
         if seq_len > limit:
             raise m.UserError(f"--seq-len {seq_len} exceeds the context of --config {name}, {limit}")
-    for name, mode in {"gpu_memory": "plan", **dict.fromkeys(("minutes", "steps", "seeds", "data"), "duel")}.items():
+    plans = dict.fromkeys(("gpu_memory", "processes", "link"), "plan")
+    for name, mode in {**plans, **dict.fromkeys(("minutes", "steps", "seeds", "data"), "duel")}.items():
         if getattr(args, name, None) is not None and not getattr(args, mode):
             raise m.UserError(f"--{name.replace('_', '-')} belongs to --{mode}: give that, too")
     if args.duel:
@@ -194,7 +202,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Table]:
     name = torch.cuda.get_device_name(setup.device) if cuda else setup.device.type
     setup.line.say(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
     if args.plan:
-        return plan(setup, args.config, args.tokens, args.gpu_memory)
+        return plan(setup, args)
     if args.duel:
         return duel(setup, args)
     if args.profile:
@@ -244,7 +252,7 @@ def time_in_turns(setup: Setup, work: dict[str, Callable]) -> dict[str, list[flo
         run()  # to warm up
     end = time.perf_counter() + BUDGET_S["quick" if setup.quick else "full"] * len(work)
     for k in range(most):
-        if k >= fewest and time.perf_counter() > end:
+        if k >= fewest and m.WORLD.max(time.perf_counter() - end)[0] > 0:  # several processes stop together
             break
         for name, run in work.items():
             synchronize(setup.device)
@@ -328,8 +336,32 @@ def bandwidth(setup: Setup) -> Measured:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+def measure_processes(setup: Setup, name: str) -> Rows:
+    """Return the speed of all processes, and which share it is of so many times one that works alone."""
+    config, train, size = m.get_config(name), setup.train_config(name), m.WORLD.size
+    rows, T, seconds = setup.rows(train), train.seq_len, []
+    for processes in (1, size):
+        if processes == size or m.WORLD.is_first:
+            m.WORLD.size = processes
+            trainer = new_trainer(setup, config, train)
+            batch = random_batch(setup, rows * processes, T, config)
+            seconds += time_in_turns(setup, {"": functools.partial(trainer.step, [batch])}).values()
+        m.WORLD.size = size
+        m.WORLD.barrier()  # the others wait while the first one works alone
+    one, together = (statistics.median(times) for times in (seconds[0], seconds[-1]))
+    return {
+        "processes": str(size),
+        "timed batch of each": f"{rows} x {T}",
+        "one alone, tok/s": per_second(rows * T, seconds[0]),
+        "all, tok/s": per_second(rows * T * size, seconds[-1]),
+        "share of so many times one, %": Measured(100 * one / together),
+    }
+
+
 def measure_train(setup: Setup, name: str) -> Rows:
     """Return a model's size, the speed of training and its parts, and peak memory."""
+    if m.WORLD.size > 1:
+        return measure_processes(setup, name)
     config, train = m.get_config(name), setup.train_config(name)
     rows, T = setup.rows(train), train.seq_len
     setup.line.show(f"{name}: training")
@@ -673,42 +705,58 @@ def trace(device: torch.device, work: Callable, path: Path) -> None:
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 
-def plan(setup: Setup, names: list[str], tokens: float, memory: float | None) -> dict[str, Table]:
-    """Predict what training on so many tokens takes here, within `memory` bytes (default: all of the device's)."""
+def plan(setup: Setup, args: argparse.Namespace) -> dict[str, Table]:
+    """Predict what training takes on devices like this one, within their memory or --gpu-memory."""
+    memory = args.gpu_memory
     if memory is None and setup.device.type == "cuda":
         memory = torch.cuda.get_device_properties(setup.device).total_memory
     memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     table: Table = {}
-    for name in names:
+    for name in args.config:
         setup.line.show(f"{name}: calibrating")
-        table[name] = plan_training(setup, name, tokens, memory)
-    return {f"plan for {tokens / 1e6:,.4g}M tokens": table}
+        table[name] = plan_training(setup, name, args.tokens, memory, args.processes or 1, args.link or 12.5e9)
+    return {f"plan for {args.tokens / 1e6:,.4g}M tokens": table}
 
 
-def plan_training(setup: Setup, name: str, tokens: float, memory: float) -> Rows:
-    """Measure a few rows, and add as much memory and time for every further row."""
+def plan_training(setup: Setup, name: str, tokens: float, memory: float, processes: int, link: float) -> Rows:
+    """Measure a few rows, and add as much memory and time for every further row; of several processes, the link's."""
     config, train = m.get_config(name), setup.train_config(name)
-    few, rows, T = setup.rows(train), train.batch_size, train.seq_len
+    if not 1 <= processes <= train.batch_size:
+        raise m.UserError(f"--processes {processes} is not possible: 1 … --batch-size {train.batch_size}")
+    all_rows, T = train.batch_size, train.seq_len
+    train.batch_size = rows = math.ceil(all_rows / processes)  # of the process that has most
+    few = setup.rows(train)
     start_bytes, few_bytes = isolated_memory(setup, config, dataclasses.replace(train, batch_size=few))
     trainer = timed_trainers(setup, config, train)["eager"]
-    row_bytes = bytes_per_row(setup, trainer)
-    least_bytes = start_bytes + 16 * trainer.model.num_params()  # however few rows: weights, gradients, moments
+    row_bytes, size = bytes_per_row(setup, trainer), trainer.model.num_params()
+    least_bytes = start_bytes + 16 * size  # however few rows: weights, gradients, moments
     training_bytes = max(least_bytes, few_bytes + (rows - few) * row_bytes)
     fits = max(0, few + math.floor((memory - few_bytes) / row_bytes)) if memory > least_bytes else 0
     if fits < rows:
         advice = "not even one does: try --gradient-checkpointing or a smaller --seq-len"
         if fits:
             steps = math.ceil(rows / fits)
-            advice = f"--batch-size {math.ceil(rows / steps)} --accumulation-steps {steps} does"
+            advice = f"--batch-size {processes * math.ceil(rows / steps)} --accumulation-steps {steps} does"
         setup.line.say(f"{name}: {rows} rows do not fit into {memory / 1e9:.3g} GB: {advice}")
-    step_s = statistics.median(trainer.update_seconds(few))
-    return {
-        "batch": f"{rows} x {T}",
+    step_s, sent = statistics.median(trainer.update_seconds(few)), sent_bytes(trainer.model, processes)
+    step_s += sent / link
+    result: Rows = {
+        "batch": f"{all_rows} x {T}",
         "peak training memory, MB": Measured(training_bytes / 1e6),
         f"largest batch in {memory / 1e9:.3g} GB, rows": Measured(fits),
         "step, s": Measured(step_s),
-        f"{tokens / 1e6:,.4g}M tokens, h": Measured(tokens / (rows * T) * step_s / 3600),
+        f"{tokens / 1e6:,.4g}M tokens, h": Measured(tokens / (all_rows * T) * step_s / 3600),
     }
+    if processes > 1:
+        result["sent by a process a step, MB"] = Measured(sent / 1e6)
+        result["part of a step that computes, %"] = Measured(100 * (1 - sent / link / step_s))
+    return result
+
+
+def sent_bytes(model: m.MiniGPT, processes: int) -> float:
+    """Return the bytes that each process sends in a step: a ring's all-reduce of gradients, all-gather of Muon's."""
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name.startswith("layers."))
+    return 4 * (2 * model.num_params() + matrices) * (processes - 1) / processes
 
 
 def bytes_per_row(setup: Setup, trainer: m.Trainer) -> float:

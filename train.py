@@ -64,7 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = vars(build_parser().parse_args(argv))
     args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
-    args.given, args.command = given, shlex.join(["python", "train.py", *words])
+    program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if m.WORLD.size > 1 else ["python"]
+    args.given, args.command = given, shlex.join([*program, "train.py", *words])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts: what has begun goes on
         args.resume, args.overwrite = True, False
     m.get_config(args.config)
