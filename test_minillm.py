@@ -7020,6 +7020,7 @@ def in_processes(size: int, fn, timeout: float = 60) -> list:
             try:
                 torch.set_num_threads(1)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+                os.environ["LOCAL_WORLD_SIZE"] = str(size)
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
                 m.WORLD.start()
@@ -7191,8 +7192,10 @@ def run_on(size: int, make, stop_after: int = 0) -> list:
                 signal.raise_signal(signal.SIGTERM)
             return plain_step(batches)
 
-        trainer.step = step
+        trainer.step, plain_save = step, m.save_checkpoint
+        m.save_checkpoint = lambda *args: plain_save(*args) if m.WORLD.rank == 0 else pytest.fail("it saves, too")
         result = trainer.fit()
+        m.save_checkpoint = plain_save
         return {"result": result, "weights": trainer.trained.state_dict(), "step": trainer.step_count}
 
     if size == 1:
@@ -7374,6 +7377,113 @@ def test_too_small_a_batch_is_refused(trained_runs, tmp_path, tokenizer):
         stage_trainer(trained_runs, "sft", tmp_path / "sft", config=stage_config(batch_size=2))
 
     assert in_processes(3, start) == ["UserError: batch_size=2 cannot be divided among 3 processes: start fewer"] * 3
+
+
+@needs_fork
+def test_the_whole_chain_of_two_processes(rlhf, trained_runs, tmp_path, capfd):
+    """SFT, reward model and PPO by the driver; figures are printed once, and a run is scored as by one process."""
+    assert in_processes(2, lambda: train.main(rlhf)) == [0, 0]
+    said = capfd.readouterr().out
+    assert said.count("== reward") == said.count("== ppo") == said.count("next:") == 1
+    rows = m.read_metrics(tmp_path / "out/tiny/sft")
+    assert len({(row["step"], "val_loss" in row) for row in rows}) == len(rows)
+    for run in ("sft", "reward"):
+        score = [
+            "--stage",
+            "eval",
+            "--init",
+            str(tmp_path / "out/tiny" / run),
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+        ]
+        alone, both = (train.main(score), capfd.readouterr().out), in_processes(2, lambda: train.main(score))  # noqa: B023
+        alone, both = (json.loads(text.splitlines()[-1]) for text in (alone[1], capfd.readouterr().out))
+        assert both == pytest.approx(alone, rel=1e-5)
+
+
+@needs_fork
+def test_mistakes_are_said_once_and_some_stages_take_one_process(trained_runs, tmp_path, capfd):
+    for argv, problem in (
+        (["--config", "tinny"], "config 'tinny' is unknown"),
+        (["--stage", "tokenizer"], "runs on one process"),
+        (["--stage", "export"], "runs on one process"),
+        (["--stage", "sft", "--inspect", "3"], "runs on one process"),
+        (["--data", str(tmp_path / "nowhere")], "no such file or directory"),
+    ):
+        argv = [*argv, "--out", str(tmp_path / "out")]
+        assert in_processes(2, lambda: train.main(argv)) == [2, 2]  # noqa: B023
+        error = capfd.readouterr().err
+        assert error.count("error:") == 1 and problem in error, error
+    assert in_processes(2, lambda: bench.main(["--only", "decode"])) == [2, 2]
+    assert capfd.readouterr().err.count("several processes measure --only train") == 1
+
+
+@needs_fork
+def test_a_restarted_run_goes_on(trained_runs, tmp_path, monkeypatch, capfd):
+    """torchrun --max-restarts starts the same command again, which would otherwise refuse its own run directory."""
+    argv = ["--out", str(tmp_path), "--max-steps", "3", "--overwrite", *data_flags(trained_runs), *quick("pretrain")]
+    shape_flags = [
+        "--hidden-size",
+        "16",
+        "--num-hidden-layers",
+        "1",
+        "--num-attention-heads",
+        "2",
+        "--vocab-size",
+        "300",
+    ]
+    argv += [*shape_flags, "--seq-len", "16", "--save-every", "2"]
+    assert train.main([*argv, "--max-steps", "2"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main(argv) == 0
+    assert m.load_checkpoint(tmp_path / "tiny/pretrain/checkpoint.pt")["step"] == 3
+    assert "resuming" in capfd.readouterr().out
+
+
+def torchrun(folder: Path, *words: str, processes: int = 2) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(HERE / "train.py")]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    return subprocess.Popen([*argv, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
+def test_torchrun_ends_when_a_process_is_killed(trained_runs, tmp_path):
+    """Within 30 s, without a hang; the run goes on from its last checkpoint as if nothing had happened."""
+    shape_flags = [
+        "--hidden-size",
+        "16",
+        "--num-hidden-layers",
+        "1",
+        "--num-attention-heads",
+        "2",
+        "--vocab-size",
+        "300",
+    ]
+    argv = [*data_flags(trained_runs), *shape_flags, "--seq-len", "16", "--save-every", "5", "--sample-tokens", "0"]
+    argv += ["--batch-size", "4", "--schedule", "constant", "--dtype", "float32", "--eval-every", "0"]
+    run = torchrun(tmp_path, *argv, "--max-steps", "100000", "--out", "out")
+    saved, end = tmp_path / "out/tiny/pretrain/checkpoint.pt", time.monotonic() + 100
+    while not saved.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if int(parent) == run.pid and "\0RANK=1\0" in (folder / "environ").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+    error = run.communicate(timeout=30)[1]
+    assert run.returncode == 1 and "SIGKILL" in error
+    assert len([line for line in error.splitlines() if line.startswith("train.py: error:")]) <= 1
+    step = m.load_checkpoint(saved)["step"]
+    for out, more in (("out", ["--resume"]), ("straight", [])):
+        run = torchrun(tmp_path, *argv, "--max-steps", str(step + 5), "--out", out, *more)
+        assert run.communicate(timeout=100) and run.returncode == 0
+    weights = [
+        m.load_checkpoint(tmp_path / out / "tiny/pretrain/checkpoint.pt")["model"] for out in ("out", "straight")
+    ]
+    assert same(*weights)
 
 
 # ======================================================================================================================
