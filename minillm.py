@@ -3329,9 +3329,12 @@ class World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
+        # Ctrl-C ends the process at once: Python's handler would wait for processes that are gone already
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         # the store is torchrun's: it outlives any of the processes
         self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit)
+        signal.signal(signal.SIGINT, handler)
         if not self.is_first:
             silence_stdout()
             warnings.simplefilter("ignore")

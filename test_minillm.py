@@ -7311,6 +7311,28 @@ def test_dropout_and_sampling_differ_by_process(trained_runs, tmp_path):
 
 
 @needs_fork
+def test_what_all_must_agree_on(trained_runs, tmp_path, monkeypatch):
+    """The fastest dtype, the rows of each minibatch of a rollout, and the reference's figures of all pairs."""
+    monkeypatch.setattr(m, "_measured_dtype", lambda device: f"the choice of {m.WORLD.rank}")
+
+    def work():
+        trainer = stage_trainer(trained_runs, "grpo", tmp_path / "grpo", config=stage_config(batch_size=4))
+        torch.manual_seed(m.WORLD.rank)
+        trainer.rl.minibatch_size, trainer.rl.grpo_kl_coef, seen = 3, 0.1, []
+        result = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "moved": 0.0}
+        trainer.update = lambda batches: seen.append([batch["input_ids"] for batch in batches]) or result
+        trainer.step([next(iter(trainer.train_data))])
+        pairs = stage_trainer(trained_runs, "dpo", tmp_path / "dpo").train_data.reference_logprobs
+        return {"dtype": FASTEST_DTYPE(torch.device("cpu")), "seen": seen, "pairs": pairs}
+
+    first, second = in_processes(2, work)
+    assert same(first, second) and first["dtype"] == "the choice of 0" and len(first["seen"]) == 2 * 6
+    alone = stage_trainer(trained_runs, "dpo", tmp_path / "dpo").train_data.reference_logprobs
+    torch.testing.assert_close(first["pairs"], alone, rtol=0, atol=1e-4)
+    assert (alone < 0).all()
+
+
+@needs_fork
 def test_one_process_without_memory_or_with_a_nan(tokenizer, monkeypatch):
     """Out of memory, a process splits its own rows; a NaN of one process skips the step in all."""
 
