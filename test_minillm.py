@@ -4927,6 +4927,13 @@ def test_evaluation_without_anything_to_score(tokenizer):
         trainer_for(tokenizer, val_data=[]).evaluate()
 
 
+def test_tensorboard_that_is_absent_is_named(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    config = m.TrainConfig(max_steps=1, sample_tokens=0, tensorboard=True)
+    with pytest.raises(m.UserError, match=r"needs tensorboard: pip install -e '\.\[plot\]'"):
+        trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
+
+
 def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = m.TrainConfig(max_steps=3, log_every=1, warmup_steps=0, sample_tokens=0, tensorboard=True)
@@ -5485,6 +5492,16 @@ def test_replies_are_drawn_from_the_distribution_that_is_scored(tokenizer, monke
     monkeypatch.setattr(m.TextGenerator, "continue_ids", continue_ids)
     rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: 1.0, temperature=0.7).rollout(prompt_batch(tokenizer, ["a"]))
     assert settings == [(1.0, 0, 0.0, 0.7, 1.0)]
+
+
+@pytest.mark.parametrize("cls", [m.DPOTrainer, m.PPOTrainer, m.GRPOTrainer])
+def test_every_model_of_a_trainer_is_on_its_device(tokenizer, monkeypatch, cls):
+    monkeypatch.setattr(m, "pick_device", torch.device)  # it knows no "meta"
+    reward = {} if cls is m.DPOTrainer else {"reward": m.RewardModel(shape())}
+    trainer = cls(m.MiniGPT(shape()), tokenizer, device="meta", **reward)
+    models = {name: part for name, part in vars(trainer).items() if isinstance(part, torch.nn.Module)}
+    assert {"model", "reference", *reward} <= set(models)
+    assert {name: p.device.type for name in models for p in models[name].parameters()} == dict.fromkeys(models, "meta")
 
 
 def test_neither_policy_nor_critic_has_dropout(tokenizer):
