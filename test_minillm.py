@@ -2653,6 +2653,12 @@ def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
 # -- loaders of records ------------------------------------------------------------------------------------------------
 
 
+def test_a_loader_by_its_defaults(tmp_path, tokenizer, corpus):
+    loader = m.PretrainDataLoader(corpus, tokenizer, cache_dir=tmp_path / "cache")
+    options = loader.batch_size, loader.seq_len, loader.source.split, loader.shuffle, loader.seed
+    assert options == (16, 256, "train", True, 0)
+
+
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
