@@ -2012,6 +2012,15 @@ def big_text(path: Path) -> Path:
     return path
 
 
+def test_warnings_are_shown_while_processes_work(monkeypatch):
+    forks = let_fork(monkeypatch)
+    texts = m.parallel_map(str, range(8))
+    with pytest.warns(UserWarning, match="a remark"):
+        assert next(texts) == "0"
+        warnings.warn("a remark", stacklevel=1)
+    assert list(texts) == list("1234567") and forks
+
+
 def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
     path, forks = big_text(tmp_path / "big.txt"), let_fork(monkeypatch)
     parallel = encode_corpus(path, tokenizer, "train", tmp_path / "a")
@@ -4987,6 +4996,15 @@ def test_dpo_compares_sums_of_logprobs(tmp_path, tokenizer):
     assert result["loss"] * result["tokens"] == pytest.approx(-sums[:, 0].sum().item(), rel=1e-5)
     end = len(tokenizer.token_bytes[tokenizer.im_end_id])
     assert result["bytes"] == sum(len(record["chosen"].encode()) + end for record in pairs())
+
+
+def test_many_pairs_to_score_are_announced(tmp_path, tokenizer, capsys):
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs())
+    trainer = m.DPOTrainer(random_model(shape()), tokenizer, train_data=loader)
+    assert "the reference scores" not in capsys.readouterr().out
+    loader.items = loader.items * 84
+    trainer.cache_reference(loader)
+    assert "the reference scores 1,008 pairs, once" in capsys.readouterr().out
 
 
 def test_dpo_starts_at_ln_2_and_leaves_the_reference_alone(tmp_path, tokenizer):
