@@ -5393,6 +5393,7 @@ HF_LLAMA = {  # fields of a config.json, and what transformers takes for those l
 }
 HF_QWEN3 = HF_LLAMA | {"head_dim": 128, "max_position_embeddings": 32768}
 HF_QWEN3_MOE = HF_QWEN3 | {
+    "head_dim": None,
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,

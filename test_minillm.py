@@ -1348,11 +1348,18 @@ def test_devices_and_dtypes_are_picked_by_name():
 def test_the_fastest_dtype_is_measured(monkeypatch, speeds, name):
     """Worked example: oneDNN has to be 1.1 times as fast as MKL, bfloat16 1.5 times as fast as the better one."""
     monkeypatch.setattr(m, "matmul_peak", lambda device, dtype, n: speeds[dtype])
-    monkeypatch.setattr(torch, "allclose", lambda *_, **__: True)  # of a processor whose oneDNN does not round
+    close, error = torch.allclose, 0.0
+    monkeypatch.setattr(torch, "allclose", lambda _, exact, **options: close(exact * (1 + error), exact, **options))
     assert FASTEST_DTYPE(torch.device("cpu")) == name
     if name == "float32_onednn":
-        monkeypatch.setattr(torch, "allclose", lambda *_, **__: False)
+        error = 2**-9  # a processor that rounds to bfloat16 on the way
         assert FASTEST_DTYPE(torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_cuda_computes_in_bfloat16_where_it_can(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
+    assert m.pick_dtype("auto", torch.device("cuda")) == dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32_onednn", "bfloat16"])
@@ -1409,6 +1416,18 @@ def test_memory_that_the_system_does_not_tell_is_shown_as_unknown(tmp_path, toke
         config = m.TrainConfig(max_steps=1, sample_tokens=0)
         trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / str(status)[-9:-4]).fit()
         assert ("| 0.00 GB (peak 0.00)" if known else "| ? GB (peak ?)") in capsys.readouterr().out
+
+
+def test_the_memory_of_cuda_and_of_macos(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert (m.MemoryMonitor("cuda").current_bytes(), m.MemoryMonitor("cuda").peak_bytes()) == (5, 7)
+    resource = pytest.importorskip("resource")
+    with monkeypatch.context() as macos:  # which has no /proc
+        macos.setattr("builtins.open", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+        macos.setattr(sys, "platform", "darwin")
+        macos.setattr(resource, "getrusage", lambda who: resource.struct_rusage(range(16)))
+        assert m.MemoryMonitor().peak_bytes() == 2  # ru_maxrss is the third
 
 
 def test_the_monitor_agrees_with_the_operating_system():
@@ -1761,6 +1780,8 @@ def test_tokenizer_manager_trains_once_for_each_content(tmp_path, monkeypatch):
     monkeypatch.setattr(m, "code_hash", lambda: "of a changed minillm.py")
     manager.get_or_train_tokenizer(data, vocab_size=270)
     assert len(trained) == 4
+    with pytest.warns(UserWarning, match="only 8 of 3835 merges were learned"):  # 4096 - 5 special tokens - 256 bytes
+        manager.get_or_train_tokenizer(data)
 
 
 @pytest.mark.parametrize(
@@ -1989,6 +2010,15 @@ def big_text(path: Path) -> Path:
     """A text large enough for child processes."""
     path.write_text("".join(f"{i} 只小猫 and {i} dogs\n" for i in range(190_000)), encoding="utf-8")
     return path
+
+
+def test_warnings_are_shown_while_processes_work(monkeypatch):
+    forks = let_fork(monkeypatch)
+    texts = m.parallel_map(str, range(8))
+    with pytest.warns(UserWarning, match="a remark"):
+        assert next(texts) == "0"
+        warnings.warn("a remark", stacklevel=1)
+    assert list(texts) == list("1234567") and forks
 
 
 def test_parallel_encoding_equals_serial(tmp_path, tokenizer, monkeypatch):
@@ -2630,6 +2660,12 @@ def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
 
 
 # -- loaders of records ------------------------------------------------------------------------------------------------
+
+
+def test_a_loader_by_its_defaults(tmp_path, tokenizer, corpus):
+    loader = m.PretrainDataLoader(corpus, tokenizer, cache_dir=tmp_path / "cache")
+    options = loader.batch_size, loader.seq_len, loader.source.split, loader.shuffle, loader.seed
+    assert options == (16, 256, "train", True, 0)
 
 
 @pytest.mark.parametrize(
@@ -3847,6 +3883,20 @@ def test_training_that_has_only_done_harm_says_so(tmp_path, tokenizer, losses, w
     assert len(says) == worse and all("loss 2.0000" in text and "--learning-rate" in text for text in says)
 
 
+@pytest.mark.parametrize(("last", "says"), [(2.01, True), (1.5, False)])
+def test_the_best_evaluation_is_named_unless_it_is_the_last(tmp_path, tokenizer, capsys, last, says):
+    losses = iter([2.0, last])
+
+    class Measured(m.PreTrainer):
+        def measure(self, batch):
+            return super().measure(batch) | {"loss": (next(losses), 1)}
+
+    config = m.TrainConfig(max_steps=2, eval_every=1, warmup_steps=0, sample_tokens=0)
+    data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
+    Measured(random_model(shape()), tokenizer, config=config, **data).fit()
+    assert ("best: the evaluation of step 1 (loss 2.0000" in capsys.readouterr().out) == says
+
+
 def test_a_best_that_is_damaged_or_of_another_run_is_not_taken(overfitted, tmp_path):
     best, content = overfitted / "best.pt", (overfitted / "best.pt").read_bytes()
     best.write_bytes(content[: len(content) // 2])
@@ -4494,6 +4544,19 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, m
         pressed.step([batch])
 
 
+def test_an_error_that_is_no_lack_of_memory_is_raised_at_once(tokenizer):
+    calls = []
+
+    def fail(parts):
+        calls.append(parts)
+        if len(calls) == 1:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        trainer_for(tokenizer).in_memory(fail, 4)
+    assert calls == [1]
+
+
 def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -4879,6 +4942,13 @@ def test_evaluation_without_anything_to_score(tokenizer):
         trainer_for(tokenizer, val_data=[]).evaluate()
 
 
+def test_tensorboard_that_is_absent_is_named(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    config = m.TrainConfig(max_steps=1, sample_tokens=0, tensorboard=True)
+    with pytest.raises(m.UserError, match=r"needs tensorboard: pip install -e '\.\[plot\]'"):
+        trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
+
+
 def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = m.TrainConfig(max_steps=3, log_every=1, warmup_steps=0, sample_tokens=0, tensorboard=True)
@@ -4926,6 +4996,15 @@ def test_dpo_compares_sums_of_logprobs(tmp_path, tokenizer):
     assert result["loss"] * result["tokens"] == pytest.approx(-sums[:, 0].sum().item(), rel=1e-5)
     end = len(tokenizer.token_bytes[tokenizer.im_end_id])
     assert result["bytes"] == sum(len(record["chosen"].encode()) + end for record in pairs())
+
+
+def test_many_pairs_to_score_are_announced(tmp_path, tokenizer, capsys):
+    loader = load(m.DPODataLoader, tmp_path, tokenizer, pairs())
+    trainer = m.DPOTrainer(random_model(shape()), tokenizer, train_data=loader)
+    assert "the reference scores" not in capsys.readouterr().out
+    loader.items = loader.items * 84
+    trainer.cache_reference(loader)
+    assert "the reference scores 1,008 pairs, once" in capsys.readouterr().out
 
 
 def test_dpo_starts_at_ln_2_and_leaves_the_reference_alone(tmp_path, tokenizer):
@@ -5437,6 +5516,16 @@ def test_replies_are_drawn_from_the_distribution_that_is_scored(tokenizer, monke
     monkeypatch.setattr(m.TextGenerator, "continue_ids", continue_ids)
     rl_trainer(m.GRPOTrainer, tokenizer, lambda *_: 1.0, temperature=0.7).rollout(prompt_batch(tokenizer, ["a"]))
     assert settings == [(1.0, 0, 0.0, 0.7, 1.0)]
+
+
+@pytest.mark.parametrize("cls", [m.DPOTrainer, m.PPOTrainer, m.GRPOTrainer])
+def test_every_model_of_a_trainer_is_on_its_device(tokenizer, monkeypatch, cls):
+    monkeypatch.setattr(m, "pick_device", torch.device)  # it knows no "meta"
+    reward = {} if cls is m.DPOTrainer else {"reward": m.RewardModel(shape())}
+    trainer = cls(m.MiniGPT(shape()), tokenizer, device="meta", **reward)
+    models = {name: part for name, part in vars(trainer).items() if isinstance(part, torch.nn.Module)}
+    assert {"model", "reference", *reward} <= set(models)
+    assert {name: p.device.type for name in models for p in models[name].parameters()} == dict.fromkeys(models, "meta")
 
 
 def test_neither_policy_nor_critic_has_dropout(tokenizer):
@@ -5955,6 +6044,17 @@ def test_older_spellings_and_half_precision(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(m.HF_KINDS))
+def test_fields_left_out_of_a_config_json_are_those_of_transformers(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, intermediate_size=96)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | sizes))
+    ours, theirs = m.read_hf_config(tmp_path), transformers.AutoConfig.for_model(kind, **sizes)
+    for field in m.HF_KINDS[kind][1]:  # a Qwen3MoeConfig has no head_dim: the model takes hidden_size / heads
+        assert getattr(ours, field) == getattr(theirs, field, 64 // 4), field
 
 
 @pytest.mark.parametrize(
