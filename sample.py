@@ -1,8 +1,12 @@
-"""Generate with a trained model: `python sample.py` continues texts with the newest run, `--chat` talks with it."""
+"""Generate with a trained model: `python sample.py` continues texts with the newest run, `--chat` talks with it.
+
+`--web` does both in a browser.
+"""
 
 import contextlib
 import dataclasses
 import functools
+import html
 import itertools
 import math
 import os
@@ -12,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
@@ -25,12 +29,14 @@ PROMPTS = ["从前，", "Once there was"]
 def build_parser() -> m.FlagParser:
     usage = "sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
     parser = m.FlagParser(prog="sample.py", description=__doc__, usage=usage)
-    parser.add_argument("--run", metavar="RUN_DIR", help="run directory [the newest under --out]")
-    parser.add_argument("--out", metavar="DIR", help="where to look for the newest run [out]")
+    runs = "run directory [the newest under --out]; --web takes several [all under --out]"
+    parser.add_argument("--run", nargs="+", metavar="RUN_DIR", help=runs)
+    parser.add_argument("--out", metavar="DIR", help="where to look for runs [out]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
     texts = "texts to continue, also empty ones [one Chinese, one English]"
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help=texts)
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
+    parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine (.[web])")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
     parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
@@ -76,14 +82,21 @@ def generation_config(args) -> m.GenerationConfig:
     return dataclasses.replace(config, do_sample=strategy == "sample")
 
 
-def check_flags(args) -> None:
+def check_flags(args, config: m.GenerationConfig) -> None:
     """Raise UserError for flags that exclude each other or have no effect, and for a stdin that is closed."""
-    if args.chat and args.prompt:
-        raise m.UserError("--chat and --prompt exclude each other: say it in the conversation")
-    if args.system is not None and not args.chat:
-        raise m.UserError("--system has no effect without --chat")
+    mode = "--web" if args.web else "--chat"
+    if args.chat and args.web:
+        raise m.UserError("--chat and --web exclude each other: one is for the terminal, one for the browser")
+    if (args.chat or args.web) and args.prompt:
+        raise m.UserError(f"{mode} and --prompt exclude each other: say it in the conversation")
+    if args.system is not None and not (args.chat or args.web):
+        raise m.UserError("--system has no effect without --chat or --web")
     if args.run and args.out:
         raise m.UserError("--out has no effect beside --run, which names the run already")
+    if len(args.run or []) > 1 and not args.web:
+        raise m.UserError(f"--run names {len(args.run)} directories: only --web takes several")
+    if args.web and config.num_beams > 1:
+        raise m.UserError("--web shows replies as they come, but those of --strategy beam are only known at the end")
     if args.chat and getattr(sys.stdin, "closed", True):
         raise m.UserError("--chat reads from stdin, which is closed: use --prompt")
 
@@ -93,30 +106,49 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors("sample.py") as ended:
         args = build_parser().parse_args(argv)
         config = generation_config(args)
-        check_flags(args)
+        check_flags(args, config)
         if is_closed:
             raise m.UserError("stdout is closed: there is nowhere to write to")
-        run_dir = args.run or m.newest_run(args.out or "out")
-        if args.checkpoint and "model_type" in m.run_config(run_dir):
-            raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
-        model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device), args.checkpoint or "best")
-        if isinstance(model, m.RewardModel):
-            raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
-        generator = m.TextGenerator(model, tokenizer, args.compile)
-        print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)")
-        if args.chat:
-            if state["config"]["stage"] == "pretrain" and "model_type" not in state["config"]:
+        runs = [Path(run) for run in args.run or [m.newest_run(args.out or "out")]]
+        load = functools.lru_cache(maxsize=2)(functools.partial(load_generator, args))
+        generator, system = load(runs[0]), typed_texts("--system", [args.system or ""])[0]
+        if args.web:
+            others = [] if args.run else filter(can_write, sorted(Path(args.out or "out").glob("*/*")))
+            web(list(dict.fromkeys([*runs, *others])), load, config, system)
+        elif args.chat:
+            if only_continues(runs[0]):
                 print(
                     "(a base model: it was never trained on conversations and only continues texts. Teach it to answer:"
                 )
-                print(f"python train.py --stage sft --init {shlex.quote(str(run_dir))})")
-            chat(generator, config, typed_texts("--system", [args.system or ""])[0])
+                print(f"python train.py --stage sft --init {shlex.quote(str(runs[0]))})")
+            chat(generator, config, system)
         else:
             for prompt in typed_texts("--prompt", args.prompt or PROMPTS):
                 write(generator, prompt, config)
         sys.stdout.flush()
         return 0
     return ended[0]
+
+
+def load_generator(args, run_dir: Path) -> m.TextGenerator:
+    """Return the generator of a run, and print which it is."""
+    if args.checkpoint and "model_type" in m.run_config(run_dir):
+        raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
+    model, tokenizer, state = m.load_run(run_dir, m.pick_device(args.device), args.checkpoint or "best")
+    if isinstance(model, m.RewardModel):
+        raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
+    print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)", flush=True)
+    return m.TextGenerator(model, tokenizer, args.compile)
+
+
+def can_write(run_dir: Path) -> bool:
+    return m.holds_run(run_dir) and ".old-" not in run_dir.name and m.run_config(run_dir).get("stage") != "reward"
+
+
+def only_continues(run_dir: Path) -> bool:
+    """Return whether a run was never trained on conversations."""
+    config = m.run_config(run_dir)
+    return config.get("stage") == "pretrain" and "model_type" not in config
 
 
 def pieces(generator: m.TextGenerator, prompt: str | list[dict], config: m.GenerationConfig) -> Iterable[str]:
@@ -136,8 +168,7 @@ def write(generator: m.TextGenerator, prompt: str, config: m.GenerationConfig) -
 def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) -> None:
     """Hold a conversation until the end of input. Ctrl-C ends a reply, and at the prompt the conversation."""
     start = [{"role": "system", "content": system}] if system else []
-    messages, limit = list(start), generator.model.config.max_position_embeddings
-    encode = generator.tokenizer.apply_chat_template
+    messages = list(start)
     with contextlib.suppress(ImportError):  # where there is one, arrow keys edit the line and bring back earlier ones
         import readline  # noqa: F401
     print("(/reset begins anew, Ctrl-D or Ctrl-C ends)")
@@ -151,14 +182,20 @@ def chat(generator: m.TextGenerator, config: m.GenerationConfig, system: str) ->
             messages = list(start)
             print("(a new conversation)")
         elif text:
-            messages.append({"role": "user", "content": text})
-            room = limit - min(config.new_tokens(0), limit // 2)
-            while len(messages) > len(start) + 1 and len(encode(messages, add_generation_prompt=True)) > room:
-                del messages[len(start) : len(start) + 2]  # the context is full: the oldest turn is forgotten
+            messages = recent(generator, [*messages, {"role": "user", "content": text}], config.new_tokens(0))
             if reply := print_reply(generator, messages, config):
                 messages.append({"role": "assistant", "content": reply})
             else:
                 messages.pop()  # a message without a reply is not part of the conversation
+
+
+def recent(generator: m.TextGenerator, messages: list[dict], new_tokens: int) -> list[dict]:
+    """Return the messages without the oldest turns, if the context has no room for all and a reply."""
+    limit, start = generator.model.config.max_position_embeddings, int(messages[0]["role"] == "system")
+    room, encode = limit - min(new_tokens, limit // 2), generator.tokenizer.apply_chat_template
+    while len(messages) > start + 1 and len(encode(messages, add_generation_prompt=True)) > room:
+        messages = messages[:start] + messages[start + 2 :]
+    return messages
 
 
 def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.GenerationConfig) -> str:
@@ -174,6 +211,88 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
         print(f"({error})", end="")
     print()
     return text
+
+
+# -- a page for a browser ----------------------------------------------------------------------------------------------
+
+
+CHINESE = {
+    "Run": "模型", "Temperature": "温度", "Tokens at most": "最多词元数", "System prompt": "系统提示",
+    "New conversation": "新对话", "Text": "文本", "Continue": "续写", "Retry": "重写", "Stop": "停止",
+}  # fmt: skip
+
+
+def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: str) -> None:
+    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the run only continues texts."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
+    gr = m.import_extra("gradio", "web")
+    word = gr.I18n(en={name: name for name in CHINESE}, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+
+    # 1 what the page asks for
+    def texts_so_far(prompt, run, temperature, top_p, length):
+        changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
+        return itertools.accumulate(pieces(load(Path(run)), prompt, dataclasses.replace(config, **changes)))
+
+    def continue_text(text, *controls):
+        try:
+            yield from (text + more for more in texts_so_far(text, *controls))
+        except m.UserError as error:
+            gr.Warning(str(error))
+
+    def reply(text, history, system, run, *controls):
+        turns = [turn for turn in history if not (turn["metadata"] or {}).get("title")]  # no errors
+        turns.append({"role": "user", "content": text})
+        answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
+        start = [{"role": "system", "content": system}] if system else []
+        try:
+            messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
+            yield from texts_so_far(recent(load(Path(run)), messages, controls[-1]), run, *controls)
+        except m.UserError as error:
+            yield gr.ChatMessage("", metadata={"title": str(error)})
+
+    def visible(run):
+        is_text = only_continues(run)
+        return gr.Column(visible=not is_text), gr.Column(visible=not is_text), gr.Column(visible=is_text)
+
+    def with_texts(value, change):
+        for part in itertools.chain.from_iterable(message.content for message in value.root if value):
+            part.text = change(part.text)
+        return value
+
+    # 2 the page
+    temperature, length, is_text = config.temperature * config.do_sample, config.new_tokens(0), only_continues(runs[0])
+    with gr.Blocks(title="MiniLLM", fill_height=True, fill_width=True) as page:
+        with gr.Sidebar():
+            run = gr.Dropdown([str(run) for run in runs], label=word("Run"))
+            controls = [
+                run,
+                gr.Slider(0, max(2, temperature), temperature, label=word("Temperature"), step=0.05),
+                gr.Slider(min(0.05, config.top_p), 1, config.top_p, label="Top-p", step=0.05),
+                gr.Slider(1, max(1000, length), length, label=word("Tokens at most"), step=1),
+            ]
+            with gr.Column(visible=not is_text) as chat_controls:
+                system = gr.Textbox(system, label=word("System prompt"), lines=3)
+                new = gr.Button(word("New conversation"))
+        with gr.Column(visible=not is_text) as chat_page:
+            chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
+            read, shown = chatbot.preprocess, chatbot.postprocess  # it takes texts for HTML: they travel escaped
+            chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
+            chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
+            chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
+        with gr.Column(visible=is_text) as text_page:
+            before, text = gr.State(), gr.Textbox(label=word("Text"), lines=16, max_lines=16)
+            with gr.Row():
+                more, retry, stop = (gr.Button(word(name), min_width=80) for name in ("Continue", "Retry", "Stop"))
+            writing = more.click(lambda text: text, text, before).then(continue_text, [before, *controls], text)
+            stop.click(None, cancels=[writing, retry.click(continue_text, [before, *controls], text)])
+        new.click(lambda: [], None, chat.chatbot_value)
+        run.change(visible, run, [chat_page, chat_controls, text_page])
+    # 3 the server
+    page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
+    options = {"share": False, "footer_links": [], "quiet": True, "i18n": word, "prevent_thread_lock": True}
+    _, address, _ = page.launch(server_name="127.0.0.1", **options)
+    print(f"{address} (Ctrl-C ends)", flush=True)
+    page.block_thread()
 
 
 # -- what train.py shows -----------------------------------------------------------------------------------------------

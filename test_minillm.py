@@ -8039,6 +8039,163 @@ def test_chat_forgets_on_reset(every_stage, monkeypatch, capsys):
     assert "(a new conversation)" in capsys.readouterr().out and lengths == [1, 1]
 
 
+# -- the page for a browser --------------------------------------------------------------------------------------------
+
+SLOW_PAGE = """
+import sys, time
+import minillm, sample
+stream = minillm.TextGenerator.stream
+
+def slow(self, prompt, config):
+    yield f"[{len(prompt)}] "  # messages
+    for piece in stream(self, prompt, config):
+        time.sleep(0.05)
+        yield piece
+
+minillm.TextGenerator.stream = slow
+sys.exit(sample.main())
+"""
+
+
+@contextlib.contextmanager
+def served(argv: list[str], log: Path, ready: str):
+    """Run a server; yield what `ready` matches in its output, which goes to `log`."""
+    env = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "w", encoding="utf-8") as file:
+        server = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, cwd=HERE, env=env)
+    try:
+        until = time.monotonic() + 120
+        while not (match := re.search(ready, log.read_text(encoding="utf-8"), re.M)):
+            assert server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        yield match[1]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def browser_page(browser, address: str, locale: str, requests: list[str]):
+    """Open the page in a tab of a language, as another person would."""
+    page = browser.new_context(locale=locale, viewport={"width": 1000, "height": 640}).new_page()
+    page.set_default_timeout(20_000)
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: requests.append(f"error {error}"))
+    page.goto(address)
+    return page
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
+    """Stream, stop, retry, begin anew, two tabs at once, too long a message, another run; text is never HTML."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium")
+    random_model(shape(max_position_embeddings=256)).save_pretrained(tmp_path, tokenizer)
+    runs, requests = [str(tmp_path), str(trained_runs / "pretrain")], []
+    flags = ["--max-new-tokens", "100", "--min-new-tokens", "100"]
+    argv = [sys.executable, "-c", SLOW_PAGE, "--web", "--run", *runs, *flags]
+    with served(argv, tmp_path / "log", r"^(http://127\.0\.0\.1:\d+/) ") as address:
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser_page(browser, address, "zh-CN", requests)
+
+            def enter(box, text: str):
+                """Paste a text, as slowly as people: the page notices a moment later."""
+                box.page.wait_for_timeout(300)
+                box.click()
+                box.page.keyboard.insert_text(text)
+                box.page.wait_for_timeout(300)
+                return box
+
+            def send(page, text: str) -> None:
+                enter(page.locator("textarea:visible").last, text).press("Enter")
+
+            def said(page, who: str) -> list[str]:
+                return page.get_by_test_id(who).all_inner_texts()
+
+            def wait(condition) -> None:
+                until = time.monotonic() + 20
+                while not condition():
+                    assert time.monotonic() < until
+
+            def growing(read) -> str:
+                """Wait until a text grows, and return it."""
+                texts = [read()]
+                wait(lambda: texts.append(read()) or texts[-1] > texts[-2] and texts[-1].startswith(texts[-2]))
+                return texts[-1]
+
+            # 1 a streamed reply; what is typed is shown as it is
+            page.get_by_text("温度").wait_for()
+            page.wait_for_timeout(1000)
+            typed = "小猫吃什么？<b>x</b> &amp; <img src=x> **y** $$z$$"
+            send(page, typed)
+            bot = page.get_by_test_id("bot")
+            bot.last.wait_for()
+            growing(bot.last.inner_text)
+            assert said(page, "user") == [typed] and said(page, "bot")[0].startswith("[1] ")
+            assert not page.locator(".message b, .message img, .message .katex").count()
+            # 2 stop it, and it stays as it is
+            page.get_by_test_id("stop-button").click()
+            page.get_by_test_id("submit-button").wait_for()
+            stopped = said(page, "bot")
+            time.sleep(0.5)
+            assert said(page, "bot") == stopped
+            # 3 retry: the same message gets another reply
+            page.get_by_label("重试").click()
+            page.get_by_test_id("stop-button").wait_for()
+            growing(bot.last.inner_text)
+            # 4 a second tab at the same time, in English
+            other = browser_page(browser, address, "en-US", requests)
+            other.get_by_text("Temperature").wait_for()
+            page.get_by_test_id("submit-button").wait_for()  # the first has ended
+            assert said(page, "user") == [typed] and len(said(page, "bot")) == 1
+            assert len(said(page, "bot")[0]) > len(stopped[0])
+            send(page, "小狗呢？")
+            send(other, "hi")
+            other.get_by_test_id("bot").wait_for()
+            for tab in (other, page, other, page):
+                growing(tab.get_by_test_id("bot").last.inner_text)
+            assert said(other, "bot")[0].startswith("[1] ") and said(page, "bot")[1].startswith("[")
+            for tab in (page, other):
+                tab.get_by_test_id("submit-button").wait_for()
+            # 5 a new conversation; a message beyond the context is one remark, which the next one does not carry on
+            page.get_by_text("新对话").click()
+            wait(lambda: not said(page, "user"))
+            send(page, "长" * 10_000)
+            page.get_by_text("leaves no room in the context of 256").wait_for()
+            page.get_by_test_id("submit-button").wait_for()
+            send(page, "短")
+            page.get_by_text("[1] ").wait_for()
+            assert said(page, "user") == ["长" * 10_000, "短"]
+            page.get_by_test_id("submit-button").wait_for()
+            # 6 a run that only continues texts
+            other.get_by_label("Run").click()
+            other.get_by_role("option", name=runs[1]).click()
+            box = enter(other.get_by_label("Text"), "第")
+            other.get_by_text("Continue").click()
+            wait(lambda: box.input_value().startswith("第[1] "))
+            text = growing(box.input_value)
+            other.get_by_text("Stop").click()
+            time.sleep(0.3)
+            stopped = box.input_value()
+            time.sleep(0.5)
+            assert stopped.startswith(text) and box.input_value() == stopped
+            other.get_by_text("Retry").click()
+            wait(lambda: stopped != box.input_value() != "第")
+            assert growing(box.input_value).startswith("第[1] ")
+            browser.close()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+    assert all(request.startswith(address) or request.startswith("data:") for request in requests), requests
+
+
+def test_the_page_without_gradio_names_the_extra(every_stage, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert sample.main(["--web", "--out", str(every_stage["out"])]) == 2
+    assert "this needs gradio: pip install -e '.[web]'" in one_error(capsys)
+
+
 def test_a_reward_model_does_not_write(every_stage, capsys):
     assert sample.main(["--run", str(every_stage["out"] / "tiny/reward")]) == 2
     assert "holds a reward model" in one_error(capsys)
@@ -8439,6 +8596,10 @@ def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
         (["--out", "{tmp}"], "no run in"),
         (["--temperature", "-1"], "temperature=-1.0 is not possible: it must be 0 or more"),
         (["--tempreture", "1"], "--temperature"),
+        (["--web", "--chat"], "--chat and --web exclude each other"),
+        (["--web", "--prompt", "x"], "--web and --prompt exclude each other"),
+        (["--web", "--num-beams", "2"], "--strategy beam are only known at the end"),
+        (["--run", "a", "b"], "--run names 2 directories: only --web takes several"),
         (["--run", "{tmp}"], "no run directory"),
     ],
 )
