@@ -73,18 +73,24 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of decoding."""
         return m.pick_dtype(self.options.get("dtype", "auto"), self.device)
 
-    def peak(self) -> float:
-        n = 8192 if self.device.type == "cuda" else 1024
-        return m.matmul_peak(self.device, self.options.get("dtype", "auto"), n)
+    @functools.cached_property
+    def training_dtype(self) -> str:
+        chosen = self.options.get("dtype", "auto")
+        return m.fastest_dtype(self.device) if chosen == "auto" else chosen
+
+    def peak(self, dtype: str) -> float:
+        """Measure the floating-point operations per second of a matrix product, which is the peak of a dtype."""
+        return m.matmul_peak(self.device, dtype, 8192 if self.device.type == "cuda" else 1024)
 
     @property
     def new_tokens(self) -> int:
         return 32 if self.quick else 200
 
     def train_config(self, name: str) -> m.TrainConfig:
-        train = dataclasses.replace(m.get_train_config(name), **self.options)
+        train = dataclasses.replace(m.get_train_config(name), **self.options | {"dtype": self.training_dtype})
         train.seq_len = train.seq_len or m.get_config(name).max_position_embeddings
         return train
 
@@ -198,7 +204,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Table]:
     is_compiled = not args.plan and (args.compile == "on" or args.compile == "auto" and not args.quick)
     modes = ("eager", "compiled") if is_compiled else ("eager",)
     setup = Setup(m.pick_device(args.device), args.quick, modes, options, folder)
-    cuda, dtype = setup.device.type == "cuda", str(setup.dtype).removeprefix("torch.")
+    cuda, decoding = setup.device.type == "cuda", str(setup.dtype).removeprefix("torch.")
+    dtype = f"training in {setup.training_dtype}, decoding in {decoding}"
     name = torch.cuda.get_device_name(setup.device) if cuda else setup.device.type
     setup.line.say(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
     if args.plan:
@@ -210,8 +217,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Table]:
         return {}
     if args.peers:
         return peers(setup, args.only)
-    gflops = setup.peak() / 1e9
-    machine = {"matrix product, GFLOP/s": Measured(gflops), "reading memory, GB/s": bandwidth(setup)}
+    paths = ("float32", "float32_onednn", "bfloat16") if setup.device.type == "cpu" else ("float32", "bfloat16")
+    machine = {f"product in {path}, GFLOP/s": Measured(setup.peak(path) / 1e9) for path in paths}
+    machine["reading memory, GB/s"] = bandwidth(setup)
     tables: dict[str, Table] = {"machine": {"": machine}, "presets": {}}
     for name in args.config:
         rows = tables["presets"][name] = {}
@@ -365,7 +373,7 @@ def measure_train(setup: Setup, name: str) -> Rows:
     config, train = m.get_config(name), setup.train_config(name)
     rows, T = setup.rows(train), train.seq_len
     setup.line.show(f"{name}: training")
-    trainers, peak = timed_trainers(setup, config, train), setup.peak()
+    trainers, peak = timed_trainers(setup, config, train), setup.peak(setup.training_dtype)
     model = trainers["eager"].model
     result: Rows = {
         "parameters, M": Measured(model.num_params() / 1e6),

@@ -3806,6 +3806,7 @@ class Trainer:
     """
 
     stage = ""
+    may_round = True  # whether `dtype` "auto" may be the fastest one
     counters = ("step_count", "epochs_done", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
     counters += ("best_figures", "first_figures")
     step_count = tokens_seen = skipped = skipped_in_row = 0
@@ -3836,6 +3837,8 @@ class Trainer:
         self.train_data, self.val_data = train_data, val_data
         self.run_dir = run_dir and Path(run_dir)
         self.device = pick_device(str(device))
+        if self.config.dtype == "auto" and self.may_round:
+            self.config = dataclasses.replace(self.config, dtype=fastest_dtype(self.device))
         self.dtype = pick_dtype(self.config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # what is trained, and with what: {"model": module}, {"model.AdamW": optimizer}
@@ -4780,6 +4783,8 @@ class RLTrainer(Trainer):
     (log-probabilities, values, rewards) is about token j + 1.
     """
 
+    may_round = False  # the ratio of two probabilities close to each other would drown in it
+
     def __init__(self, model: MiniGPT, *args, reward: Reward, reference: MiniGPT | None = None, **options):
         self.reference = frozen_copy(reference or model)  # before super().__init__, which adds LoRA to the policy
         super().__init__(model, *args, **options)
@@ -5091,7 +5096,9 @@ STAGES = {
 def changed_options(saved: dict, now: dict) -> str:
     """Return in words what differs between the options of a saved run, and where it comes from, and those of now."""
     before, after = ({**config, **config["train"], **config.get("rl", {})} for config in (saved, now))
-    names = [name for name in before if not isinstance(before[name], dict) and after.get(name) != before[name]]
+    names = [
+        name for name in before if not isinstance(before[name], dict) and after.get(name) not in (before[name], "auto")
+    ]
     return ", ".join(f"{name} {before[name]} -> {after.get(name)}" for name in names)
 
 
@@ -5321,14 +5328,16 @@ class RLHFPipeline:
 
     def trainer(self, stage: str) -> Trainer:
         """Return the trainer of a stage, where it stopped if it has begun."""
-        origin, run_dir = self.origin(stage), self.out / stage
+        origin, run_dir, config = self.origin(stage), self.out / stage, self.train[stage]
+        if holds_run(run_dir) and config.dtype == "auto":  # a resumed run keeps what was chosen
+            config = dataclasses.replace(config, dtype=run_config(run_dir)["train"]["dtype"])
         model, tokenizer, _ = load_run(origin["parent"])
         trainer = make_trainer(
             stage,
             model,
             tokenizer,
             self.sources_of(stage),
-            self.train[stage],
+            config,
             self.config,
             reward=load_run(origin["reward"])[0] if "reward" in origin else None,
             run_dir=run_dir,

@@ -8910,7 +8910,7 @@ def check_metric(hacked, tmp_path, tokenizer, runs) -> None:
     )
     with torch.no_grad():
         first = model.hidden_states(batches[0]["input_ids"][:, :-1])[0].norm(dim=-1).mean().item()
-    config = hacked.TrainConfig(max_steps=3, log_every=3, warmup_steps=0, sample_tokens=0)
+    config = hacked.TrainConfig(max_steps=3, log_every=3, warmup_steps=0, sample_tokens=0, dtype="float32")
     trainer = hacked.PreTrainer(model, tokenizer, config=config, train_data=batches, run_dir=tmp_path / "run")
     steps, plain = [], trainer.step
     trainer.step = lambda batches: steps.append(plain(batches)) or dict(steps[-1])

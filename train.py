@@ -172,13 +172,10 @@ def check_shape(args, shape: m.MiniGPTConfig) -> None:
 
 
 def complete(args, config: m.TrainConfig, shape: m.MiniGPTConfig, seq_len: int | None = None) -> None:
-    """Fill in the length of rows [`seq_len`, or the context] and the fastest dtype, and check them."""
+    """Fill in the length of rows [`seq_len`, or the context], and check it."""
     check_shape(args, shape)
     config.seq_len = config.seq_len or seq_len or shape.max_position_embeddings
     m.check_stage(args.stage, config, shape)
-    # RL compares probabilities, which rounding would blur
-    if config.dtype == "auto" and args.stage in m.STAGES and m.STAGES[args.stage].loader.kind != "prompt":
-        config.dtype = m.fastest_dtype(args.device)
 
 
 def can_resume(run_dir: Path, args) -> bool:
