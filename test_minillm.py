@@ -1765,6 +1765,13 @@ def test_chat_template(tokenizer):
     assert ids.count(tokenizer.im_end_id) == 1 and ids.count(tokenizer.im_start_id) == 2
 
 
+def test_a_loaded_tokenizer_can_be_trained_anew(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    again.train(TEXTS)
+    assert again.to_json() == tokenizer.to_json()
+
+
 def test_tokenizer_manager_trains_once_for_each_content(tmp_path, monkeypatch):
     data = tmp_path / "data.txt"
     data.write_text("abc abc 你好 你好\n" * 20, encoding="utf-8")
@@ -6807,6 +6814,18 @@ def random_chat(draw, allowed, text):
             chat += [{"role": "tool", "content": text(draw)}] * draw.randrange(1, 3)
             chat.append({"role": "assistant", "content": text(draw)})
     return chat if draw.random() < 0.7 else chat[:-1]
+
+
+def test_a_template_has_the_settings_that_transformers_gives_it():
+    """Worked example: tags leave no blanks and line ends, loops can be left, JSON is not escaped for HTML."""
+    pytest.importorskip("jinja2")
+    source = """{% for n in messages %}
+        {% if n == 2 %}{% continue %}{% endif %}
+{{ n }}
+        {% if n == 3 %}{% break %}{% endif %}
+{% endfor %}
+{{ {"a": "<é>"} | tojson }}"""
+    assert m.compile_chat_template(source).render(messages=[1, 2, 3, 4]) == '1\n3\n{"a": "<é>"}'
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
