@@ -5571,6 +5571,17 @@ def test_updates_end_early_when_the_policy_has_moved_too_far(tokenizer, monkeypa
     assert results[1]["updates"] == 10  # 0 is off
 
 
+def test_the_figures_of_a_step_are_means_over_its_updates(tokenizer, monkeypatch):
+    let_write(monkeypatch)
+    trainer = rl_trainer(m.PPOTrainer, tokenizer, update_epochs=2, minibatch_size=2)
+    update, results = trainer.update, []
+    trainer.update = lambda batches: results.append(update(batches)) or results[-1]
+    step = trainer.step([four_prompts(tokenizer)])
+    assert len(results) == 4
+    for name in ("loss", "grad_norm", "lr"):
+        assert step[name] == pytest.approx(sum(result[name] for result in results) / 4)
+
+
 @pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
 def test_reinforcement_takes_any_iterable_of_prompts(tokenizer, cls):
     loss = rl_trainer(cls, tokenizer).train_epoch([four_prompts(tokenizer), four_prompts(tokenizer)])
