@@ -1356,6 +1356,14 @@ def test_the_fastest_dtype_is_measured(monkeypatch, speeds, name):
         assert FASTEST_DTYPE(torch.device("cpu")) == "float32"
 
 
+def test_a_product_s_speed_by_hand(monkeypatch):
+    """Worked example: 2 · 8³ operations in a quarter of a second."""
+    ticks = itertools.count(step=0.25)
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "perf_counter", lambda: next(ticks))
+        assert inspect.unwrap(m.matmul_peak)(torch.device("cpu"), "float32", 8) == 2 * 512 / 0.25
+
+
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_cuda_computes_in_bfloat16_where_it_can(monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
@@ -2141,6 +2149,15 @@ def test_a_folder_as_people_have_it(tmp_path, tokenizer):
 def test_json_however_it_is_laid_out(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert [record for _, record, _ in m.Reader(tmp_path / name).records(tmp_path / name)] == CHATS
+
+
+def test_a_first_line_that_is_cut_short_ends_in_a_jsonl_and_goes_on_in_a_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a",\n{"text": "b"}\n')
+    (tmp_path / "a.json").write_text('{"text": "a",\n "id": 1}\n')
+    for name, read, malformed in (("a.jsonl", {"text": "b"}, 1), ("a.json", {"text": "a", "id": 1}, 0)):
+        reader = m.Reader(tmp_path / name, "skip")
+        assert [record for _, record, _ in reader.records(tmp_path / name)] == [read]
+        assert reader.counts["malformed"] == malformed
 
 
 def test_json_errors_name_the_line_in_every_layout(tmp_path, tokenizer):
@@ -5905,6 +5922,12 @@ def test_what_a_stage_cannot_begin_with_is_refused(tmp_path, trained_runs):
     assert not (tmp_path / "x").exists()
 
 
+def test_training_data_are_shuffled_and_validation_data_are_not(tmp_path, trained_runs, tokenizer):
+    sources = sources_in(trained_runs / "data")
+    loaders = m.make_loaders("sft", tokenizer, shape(), stage_config(), sources, tmp_path)
+    assert {name: loader.shuffle for name, loader in loaders.items()} == {"train_data": True, "val_data": False}
+
+
 def test_a_trainer_with_validation_data_only_evaluates(trained_runs):
     model, tokenizer, _ = m.load_run(trained_runs / "pretrain")
     sources = {"val": sources_in(trained_runs / "data")["val"]}
@@ -6083,6 +6106,12 @@ def test_fields_left_out_of_a_config_json_are_those_of_transformers(tmp_path, ki
         ("config.json", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("config.json", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
+        ("config.json", {"mlp_bias": True}, "mlp_bias=True"),
+        ("config.json", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ("config.json", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("config.json", {"rope_interleaved": True}, "rope_interleaved=True"),
+        ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("config.json", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling"),
         ("config.json", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}, "rope_scaling=.*mscale"),
         ("config.json", {"num_hidden_layers": 3}, "lack model.layers.2"),
