@@ -512,6 +512,12 @@ def test_yarn_slows_rotations_by_hand(theta, D, scaling, slowed):
     torch.testing.assert_close(share, torch.tensor(slowed).float(), atol=2e-3, rtol=0)
 
 
+def test_the_special_tokens_of_a_config_are_those_of_a_tokenizer():
+    config, tokenizer = m.MiniGPTConfig(), m.BPETokenizer()
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(m.UserError, match="'huge' is unknown: choose from tiny, small"):
         m.get_config("huge")
@@ -3740,6 +3746,16 @@ def test_streaming_never_splits_a_character_and_stops_at_stop_texts(tokenizer):
         assert generator.generate(["x"], with_stop) == [want]
 
 
+def test_a_row_ends_with_its_stop_text(generator, monkeypatch):
+    """Worked example: the stop text is that of the first three tokens, so that three are written."""
+    monkeypatch.setattr(generator, "_text", lambda ids: "".join(f"<{i}>" for i in ids))
+    ids, options = random_ids(1, 6), {"do_sample": False, "min_new_tokens": 12}
+    whole = generator.sample_generate(ids, settings(**options))
+    stop = [generator._text(whole[0, 6:9].tolist())]
+    assert whole.shape == (1, 18)
+    assert torch.equal(generator.sample_generate(ids, settings(**options, stop=stop)), whole[:, :9])
+
+
 def test_limits_of_generation(generator, tokenizer):
     ids = random_ids(2, 6)
     assert generator.greedy_search(ids, m.GenerationConfig(max_length=10, min_new_tokens=9)).shape == (2, 10)
@@ -4974,6 +4990,14 @@ def test_tensorboard_that_is_absent_is_named(tmp_path, tokenizer, monkeypatch):
         trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
 
 
+def test_an_epoch_of_accumulated_batches_by_hand(tmp_path, tokenizer):
+    """Worked example: four batches, two to a step, are gone through in two steps."""
+    config = m.TrainConfig(epochs=1, accumulation_steps=2, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)] * 4, run_dir=tmp_path)
+    trainer.fit()
+    assert (trainer.step_count, trainer.epochs_done) == (2, 1)
+
+
 def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = m.TrainConfig(max_steps=3, log_every=1, warmup_steps=0, sample_tokens=0, tensorboard=True)
@@ -5595,6 +5619,7 @@ def test_the_figures_of_a_step_are_means_over_its_updates(tokenizer, monkeypatch
     trainer.update = lambda batches: results.append(update(batches)) or results[-1]
     step = trainer.step([four_prompts(tokenizer)])
     assert len(results) == 4
+    assert 0 < step["rollout_share"] < 1
     for name in ("loss", "grad_norm", "lr"):
         assert step[name] == pytest.approx(sum(result[name] for result in results) / 4)
 
