@@ -512,6 +512,12 @@ def test_yarn_slows_rotations_by_hand(theta, D, scaling, slowed):
     torch.testing.assert_close(share, torch.tensor(slowed).float(), atol=2e-3, rtol=0)
 
 
+def test_the_special_tokens_of_a_config_are_those_of_a_tokenizer():
+    config, tokenizer = m.MiniGPTConfig(), m.BPETokenizer()
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(m.UserError, match="'huge' is unknown: choose from tiny, small"):
         m.get_config("huge")
@@ -1356,6 +1362,14 @@ def test_the_fastest_dtype_is_measured(monkeypatch, speeds, name):
         assert FASTEST_DTYPE(torch.device("cpu")) == "float32"
 
 
+def test_a_product_s_speed_by_hand(monkeypatch):
+    """Worked example: 2 · 8³ operations in a quarter of a second."""
+    ticks = itertools.count(step=0.25)
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "perf_counter", lambda: next(ticks))
+        assert inspect.unwrap(m.matmul_peak)(torch.device("cpu"), "float32", 8) == 2 * 512 / 0.25
+
+
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_cuda_computes_in_bfloat16_where_it_can(monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
@@ -1765,6 +1779,13 @@ def test_chat_template(tokenizer):
     assert ids.count(tokenizer.im_end_id) == 1 and ids.count(tokenizer.im_start_id) == 2
 
 
+def test_a_loaded_tokenizer_can_be_trained_anew(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = m.BPETokenizer.load(tmp_path / "tokenizer.json")
+    again.train(TEXTS)
+    assert again.to_json() == tokenizer.to_json()
+
+
 def test_tokenizer_manager_trains_once_for_each_content(tmp_path, monkeypatch):
     data = tmp_path / "data.txt"
     data.write_text("abc abc 你好 你好\n" * 20, encoding="utf-8")
@@ -2134,6 +2155,15 @@ def test_a_folder_as_people_have_it(tmp_path, tokenizer):
 def test_json_however_it_is_laid_out(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert [record for _, record, _ in m.Reader(tmp_path / name).records(tmp_path / name)] == CHATS
+
+
+def test_a_first_line_that_is_cut_short_ends_in_a_jsonl_and_goes_on_in_a_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a",\n{"text": "b"}\n')
+    (tmp_path / "a.json").write_text('{"text": "a",\n "id": 1}\n')
+    for name, read, malformed in (("a.jsonl", {"text": "b"}, 1), ("a.json", {"text": "a", "id": 1}, 0)):
+        reader = m.Reader(tmp_path / name, "skip")
+        assert [record for _, record, _ in reader.records(tmp_path / name)] == [read]
+        assert reader.counts["malformed"] == malformed
 
 
 def test_json_errors_name_the_line_in_every_layout(tmp_path, tokenizer):
@@ -3716,6 +3746,16 @@ def test_streaming_never_splits_a_character_and_stops_at_stop_texts(tokenizer):
         assert generator.generate(["x"], with_stop) == [want]
 
 
+def test_a_row_ends_with_its_stop_text(generator, monkeypatch):
+    """Worked example: the stop text is that of the first three tokens, so that three are written."""
+    monkeypatch.setattr(generator, "_text", lambda ids: "".join(f"<{i}>" for i in ids))
+    ids, options = random_ids(1, 6), {"do_sample": False, "min_new_tokens": 12}
+    whole = generator.sample_generate(ids, settings(**options))
+    stop = [generator._text(whole[0, 6:9].tolist())]
+    assert whole.shape == (1, 18)
+    assert torch.equal(generator.sample_generate(ids, settings(**options, stop=stop)), whole[:, :9])
+
+
 def test_limits_of_generation(generator, tokenizer):
     ids = random_ids(2, 6)
     assert generator.greedy_search(ids, m.GenerationConfig(max_length=10, min_new_tokens=9)).shape == (2, 10)
@@ -4533,7 +4573,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_update(tokenizer, m
     calm.step([batch])
     monkeypatch.setattr(m.PreTrainer, "loss", cramped)
     pressed.step([batch])
-    assert pressed.micro_splits == 4 and "out of memory" in capsys.readouterr().out
+    says = capsys.readouterr().out
+    assert pressed.micro_splits == 4 and "micro-batches of 3 rows" in says and "micro-batches of 2 rows" in says
     for a, b in zip(calm.model.parameters(), pressed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     monkeypatch.setattr(m.PreTrainer, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
@@ -4947,6 +4988,14 @@ def test_tensorboard_that_is_absent_is_named(tmp_path, tokenizer, monkeypatch):
     config = m.TrainConfig(max_steps=1, sample_tokens=0, tensorboard=True)
     with pytest.raises(m.UserError, match=r"needs tensorboard: pip install -e '\.\[plot\]'"):
         trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)], run_dir=tmp_path / "run").fit()
+
+
+def test_an_epoch_of_accumulated_batches_by_hand(tmp_path, tokenizer):
+    """Worked example: four batches, two to a step, are gone through in two steps."""
+    config = m.TrainConfig(epochs=1, accumulation_steps=2, warmup_steps=0, sample_tokens=0)
+    trainer = trainer_for(tokenizer, config, train_data=[lm_batch(2, 8)] * 4, run_dir=tmp_path)
+    trainer.fit()
+    assert (trainer.step_count, trainer.epochs_done) == (2, 1)
 
 
 def test_tensorboard_gets_what_metrics_get(tmp_path, tokenizer):
@@ -5563,6 +5612,18 @@ def test_updates_end_early_when_the_policy_has_moved_too_far(tokenizer, monkeypa
     assert results[1]["updates"] == 10  # 0 is off
 
 
+def test_the_figures_of_a_step_are_means_over_its_updates(tokenizer, monkeypatch):
+    let_write(monkeypatch)
+    trainer = rl_trainer(m.PPOTrainer, tokenizer, update_epochs=2, minibatch_size=2)
+    update, results = trainer.update, []
+    trainer.update = lambda batches: results.append(update(batches)) or results[-1]
+    step = trainer.step([four_prompts(tokenizer)])
+    assert len(results) == 4
+    assert 0 < step["rollout_share"] < 1
+    for name in ("loss", "grad_norm", "lr"):
+        assert step[name] == pytest.approx(sum(result[name] for result in results) / 4)
+
+
 @pytest.mark.parametrize("cls", [m.PPOTrainer, m.GRPOTrainer])
 def test_reinforcement_takes_any_iterable_of_prompts(tokenizer, cls):
     loss = rl_trainer(cls, tokenizer).train_epoch([four_prompts(tokenizer), four_prompts(tokenizer)])
@@ -5886,6 +5947,12 @@ def test_what_a_stage_cannot_begin_with_is_refused(tmp_path, trained_runs):
     assert not (tmp_path / "x").exists()
 
 
+def test_training_data_are_shuffled_and_validation_data_are_not(tmp_path, trained_runs, tokenizer):
+    sources = sources_in(trained_runs / "data")
+    loaders = m.make_loaders("sft", tokenizer, shape(), stage_config(), sources, tmp_path)
+    assert {name: loader.shuffle for name, loader in loaders.items()} == {"train_data": True, "val_data": False}
+
+
 def test_a_trainer_with_validation_data_only_evaluates(trained_runs):
     model, tokenizer, _ = m.load_run(trained_runs / "pretrain")
     sources = {"val": sources_in(trained_runs / "data")["val"]}
@@ -6064,6 +6131,12 @@ def test_fields_left_out_of_a_config_json_are_those_of_transformers(tmp_path, ki
         ("config.json", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("config.json", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
+        ("config.json", {"mlp_bias": True}, "mlp_bias=True"),
+        ("config.json", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ("config.json", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("config.json", {"rope_interleaved": True}, "rope_interleaved=True"),
+        ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("config.json", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling"),
         ("config.json", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}, "rope_scaling=.*mscale"),
         ("config.json", {"num_hidden_layers": 3}, "lack model.layers.2"),
@@ -6126,6 +6199,17 @@ def test_a_tied_checkpoint_may_hold_the_same_output_matrix_but_no_other(tmp_path
     safetensors.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, file)
     with pytest.raises(m.UserError, match="model.norm.weight is torch.int8"):
         m.MiniGPT.from_pretrained(tmp_path)
+
+
+def test_an_export_holds_what_lora_has_learned(tmp_path):
+    pytest.importorskip("safetensors")
+    model, ids = random_model(shape()), random_ids(1, 20)
+    m.add_lora(model, 2, 4.0)
+    torch.nn.init.normal_(model.layers[1].mlp.down_proj.lora_b)
+    model.save_pretrained(tmp_path)
+    assert any("lora" in name for name, _ in model.named_parameters())  # the caller keeps it
+    with torch.no_grad():
+        torch.testing.assert_close(m.MiniGPT.from_pretrained(tmp_path)(ids), model(ids), rtol=0, atol=1e-5)
 
 
 def with_own(name: str, part: torch.nn.Module | torch.nn.Parameter) -> m.MiniGPT:
@@ -6795,6 +6879,18 @@ def random_chat(draw, allowed, text):
             chat += [{"role": "tool", "content": text(draw)}] * draw.randrange(1, 3)
             chat.append({"role": "assistant", "content": text(draw)})
     return chat if draw.random() < 0.7 else chat[:-1]
+
+
+def test_a_template_has_the_settings_that_transformers_gives_it():
+    """Worked example: tags leave no blanks and line ends, loops can be left, JSON is not escaped for HTML."""
+    pytest.importorskip("jinja2")
+    source = """{% for n in messages %}
+        {% if n == 2 %}{% continue %}{% endif %}
+{{ n }}
+        {% if n == 3 %}{% break %}{% endif %}
+{% endfor %}
+{{ {"a": "<é>"} | tojson }}"""
+    assert m.compile_chat_template(source).render(messages=[1, 2, 3, 4]) == '1\n3\n{"a": "<é>"}'
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
