@@ -8010,6 +8010,34 @@ def test_inspect_shows_what_is_trained(out_with_a_run, trained_runs, capsys):
     assert shown.count("-- ") == 2 and everything(out_with_a_run) == before
 
 
+@pytest.mark.parametrize(
+    ("stage", "shown", "count"),
+    [
+        ("pretrain", ["-- 1: 20 tokens, 20 trained\n«<|bos|>cat and cat", "<|eos|>", "-- 2: "], None),
+        ("reward", ["-- 1, chosen: ", "assistant\n«good<|im_end|>»", "-- 1, rejected: ", "«bad!<|im_end|>»"], 16),
+        ("dpo", ["-- 2, chosen: ", "-- 2, rejected: "], 16),
+        ("ppo", ["user\ncat<|im_end|>\n<|im_start|>assistant\n-- a reply: ", "   answer 'cat', reward 6"], 8),
+        ("grpo", ["-- 2: ", "-- a reply: ", "answer 'dog', reward "], 8),
+    ],
+)
+def test_inspect_shows_every_stage(out_with_a_run, trained_runs, tmp_path, capsys, stage, shown, count):
+    argv = ["--stage", stage, "--inspect", "2", "--out", str(out_with_a_run), *data_flags(trained_runs)]
+    argv += ["--seq-len", "20"] if stage == "pretrain" else []
+    if (
+        stage == "ppo"
+    ):  # a reward of one's own; without it there is no reward model yet, and only prompts are shown; no end costs 1
+        assert train.main(argv) == 0
+        assert "reward" not in capsys.readouterr().out
+        (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return 7\n")
+        argv += ["--reward", f"{tmp_path}/mine.py:f", "--reply-tokens", "6"]
+    before = everything(out_with_a_run)
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in shown), printed
+    assert count is None or f"lengths of {count} " in printed
+    assert everything(out_with_a_run) == before
+
+
 def test_inspect_needs_no_trained_model(trained_runs, tmp_path, capsys):
     argv = ["--stage", "sft", "--inspect", "1", "--out", str(tmp_path), *data_flags(trained_runs)]
     assert train.main([*argv, "--vocab-size", "300"]) == 0
@@ -8037,6 +8065,57 @@ def test_chat_forgets_on_reset(every_stage, monkeypatch, capsys):
     run = str(every_stage["out"] / "tiny/sft")
     assert sample.main(["--run", run, "--chat", "--max-new-tokens", "5", "--seed", "1"]) == 0
     assert "(a new conversation)" in capsys.readouterr().out and lengths == [1, 1]
+
+
+def test_explain_shows_tokens_surprise_and_what_was_likeliest(trained_runs, capsys, monkeypatch):
+    run, text = trained_runs / "pretrain", "小猫 ate 1 fish.\n🦴"
+    model, tokenizer, _ = m.load_run(run)
+    ids = tokenizer.encode(text, add_special_tokens=True)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids]))[0, :, :300].log_softmax(-1)
+    assert sample.main(["--run", str(run), "--explain", text]) == 0
+    first, heading, *rows, following, total = capsys.readouterr().out.splitlines()
+    assert [int(row[:6]) for row in rows] == ids and "<|bos|>" in rows[0] and len(rows[0].split()) == 2
+    hexes = [re.search(r"  ((?:[0-9a-f]{2} ?)+)  ", row[24:])[1] for row in rows[1:]]
+    assert bytes.fromhex("".join(hexes)).decode() == text
+    for row, logprob, token in zip(rows[1:], logprobs, ids[1:], strict=False):
+        assert float(re.search(r"\d+\.\d\d", row)[0]) == pytest.approx(-logprob[token].item(), abs=0.01)
+        chances = [int(p) for p in re.findall(r" (\d+)%", row)]
+        assert chances == [round(100 * p) for p in logprob.exp().topk(5).values.tolist()]
+    assert following.split()[0] == "(next)" and following.count("%") == 5
+    loss = F.nll_loss(logprobs[:-1], torch.tensor(ids[1:]), reduction="sum").item()
+    bits = loss / math.log(2) / len(text.encode())
+    assert total == f"{loss / (len(ids) - 1):.4f} nats a token, {bits:.4f} bits a byte"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert sample.main(["--run", str(run), "--explain", text]) == 0
+    assert capsys.readouterr().out.count("\033[31m") == sum(logprobs[t, token] < -4 for t, token in enumerate(ids[1:]))
+    assert sample.main(["--run", str(run), "--explain", ""]) == 0 and "(next)" in capsys.readouterr().out
+    assert sample.main(["--run", str(run), "--explain", "long" * 99]) == 2
+    assert "397 tokens exceed the context" in one_error(capsys)
+
+
+def test_explain_draws_the_attention_that_the_layer_computed(trained_runs, tmp_path, capsys, monkeypatch):
+    """The weights times the values are what goes into the layer's last product."""
+    pytest.importorskip("matplotlib")
+    generator = m.TextGenerator(*m.load_run(trained_runs / "pretrain")[:2])
+    attention, seen, attend = generator.model.layers[1].self_attn, {}, m.attend
+    attention.qkv_proj.register_forward_hook(lambda module, args, output: seen.update(qkv=output))
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(out=args[0]))
+    plain = sample.draw_explanation
+    monkeypatch.setattr(sample, "draw_explanation", lambda *args: seen.update(maps=args[2]) or plain(*args))
+    sample.explain(generator, "小猫 fish", str(tmp_path / "e.png"), 2)
+    (H, K, D), T = attention.shape, seen["out"].shape[1]
+    values = seen["qkv"].view(T, H + 2 * K, D)[:, H + K :].repeat_interleave(H // K, dim=1)  # (T, H, D)
+    torch.testing.assert_close(torch.einsum("hts,shd->thd", seen["maps"], values), seen["out"].view(T, H, D))
+    assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG" and m.attend is attend
+    run = ["--run", str(trained_runs / "pretrain"), "--png", str(tmp_path / "f.png")]
+    for more, message in (
+        (["--explain", "x", "--layer", "3"], "of a --layer in 1 … 2"),
+        (["--explain", "x", "--layer", "0"], "of a --layer in 1 … 2"),
+        (["--explain", ""], "draws 2 tokens or more, not 1"),
+    ):
+        assert sample.main([*run, *more]) == 2
+        assert message in one_error(capsys) and not (tmp_path / "f.png").exists()
 
 
 # -- the page for a browser --------------------------------------------------------------------------------------------
@@ -8599,6 +8678,11 @@ def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
         (["--web", "--chat"], "--chat and --web exclude each other"),
         (["--web", "--prompt", "x"], "--web and --prompt exclude each other"),
         (["--web", "--num-beams", "2"], "--strategy beam are only known at the end"),
+        (["--web", "--explain", "x"], "--web and --explain exclude each other"),
+        (["--explain", "x", "--seed", "1"], "--seed has no effect with --explain"),
+        (["--explain", "x", "--png", "a.jpg"], "--png a.jpg is not possible"),
+        (["--png", "a.png"], "--png has no effect without --explain"),
+        (["--explain", "x", "--layer", "1"], "--layer has no effect without --png"),
         (["--run", "a", "b"], "--run names 2 directories: only --web takes several"),
         (["--run", "{tmp}"], "no run directory"),
     ],
@@ -8627,8 +8711,10 @@ SHORT = ["--reply-tokens", "6", "--data", "{prompts}", "--val-data", "{prompts}"
         (["--stage", "grpo", "--group-size", "1"], "group_size=1"),
         (["--stage", "dpo", "--init", "{base}", "--data", "{text}"], "nothing for this stage"),
         (["--stage", "ppo", "--kl-coef", "-1"], "kl_coef=-1.0"),
-        (["--stage", "dpo", "--inspect", "1"], "--inspect"),
+        (["--stage", "eval", "--inspect", "1"], "--inspect 1 is not possible"),
+        (["--stage", "rlhf", "--inspect", "1"], "--inspect 1 is not possible"),
         (["--stage", "sft", "--inspect", "0"], "--inspect 0"),
+        (["--stage", "sft", "--inspect", "1", "--reward", "answer"], "--reward has no effect in --stage sft"),
         (["--plot", "/nowhere"], "--init has no effect in --plot"),
     ],
 )
@@ -8675,7 +8761,7 @@ BOTH = (
 )
 SPECIAL = {
     "pretrain": "eval_tokens accumulation_steps",
-    "sft": "eval_tokens eval_prompts reply_tokens accumulation_steps packing inspect",
+    "sft": "eval_tokens eval_prompts reply_tokens accumulation_steps packing",
     "dpo": f"eval_tokens reply_tokens accumulation_steps {PAIRS['dpo']}",
     "reward": f"eval_tokens accumulation_steps {PAIRS['reward']}",
     "ppo": f"{BOTH} kl_coef gamma gae_lambda value_clip value_coef critic_rate critic_warmup",
