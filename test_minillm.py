@@ -45,6 +45,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -315,6 +316,23 @@ QUICK = quick("sft")
 
 def data_flags(runs: Path) -> list[str]:
     return ["--data", str(runs / "data/train"), "--val-data", str(runs / "data/val")]
+
+
+@contextlib.contextmanager
+def served(argv: list[str], log: Path, ready: str):
+    """Run a server; yield what `ready` matches in its output, which goes to `log`."""
+    env = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "w", encoding="utf-8") as file:
+        server = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, cwd=HERE, env=env)
+    try:
+        until = time.monotonic() + 120
+        while not (match := re.search(ready, log.read_text(encoding="utf-8"), re.M)):
+            assert server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        yield match[1]
+    finally:
+        server.kill()
+        server.wait()
 
 
 def one_error(capsys) -> str:
@@ -6181,6 +6199,14 @@ GGUF_CASES = {
 }
 
 
+def asked(server: str, place: str, **question) -> dict:
+    """What a server answers."""
+    request = urllib.request.Request(
+        server + place, json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
+    return json.loads(urllib.request.urlopen(request, timeout=60).read())
+
+
 @pytest.mark.parametrize("name", GGUF_CASES)
 def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     """Ids, log-probabilities and greedy text, with more rows in the embedding than the tokenizer has tokens."""
@@ -6193,12 +6219,7 @@ def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     options.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
     server = llama_cpp.Server(options)
-
-    def ask(place: str, **question) -> dict:
-        data = json.dumps(question).encode()
-        request = urllib.request.Request(server.listening_address + place, data, {"Content-Type": "application/json"})
-        return json.loads(urllib.request.urlopen(request).read())
-
+    ask = functools.partial(asked, server.listening_address)
     settings = m.GenerationConfig(max_new_tokens=8, do_sample=False)
     for text in (*TEXTS[:3], "小猫吃了 12 条鱼。\n\nThe cat's fish!"):
         ids = tokenizer.encode(text[:40], add_special_tokens=True)
@@ -6217,6 +6238,56 @@ def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     assert ask("/apply-template", messages=chat)["prompt"] == tokenizer.decode(
         tokenizer.apply_chat_template(chat, add_generation_prompt=True), skip_special_tokens=False
     )
+
+
+@pytest.fixture(scope="module")
+def exported_chat(tmp_path_factory, tokenizer) -> tuple[Path, list[list[dict]], list[str]]:
+    """The export of a model that has learned to answer, 20 chats, and its greedy replies."""
+    pytest.importorskip("safetensors")
+    path, words = (
+        tmp_path_factory.mktemp("chat"),
+        ["cat", "dog", "小猫", "小狗", "fox", "cow", "pig", "hen", "ant", "bee"],
+    )
+    chats = [turns(f"What is {word}?", f"A {word} 🦴.", f"{i} × 2?", f"{2 * i}。") for i, word in enumerate(words)]
+    chats += [turns(f"{word}是什么？", f"是{word}。", system="你是助手。") for word in words]
+    data = load(m.ConversationDataLoader, path, tokenizer, [{"messages": chat} for chat in chats], seq_len=128)
+    config = m.TrainConfig(max_steps=120, warmup_steps=5, learning_rate=1e-2, sample_tokens=0)
+    model = random_model(shape(hidden_size=64, max_position_embeddings=128))
+    m.SFTTrainer(model, tokenizer, config=config, train_data=data, val_data=data, run_dir=path / "run").fit()
+    model.save_pretrained(path / "export", tokenizer)
+    m.write_gguf(path / "export/model.gguf", model, tokenizer, add_bos=False)
+    questions = [chat[:-1] for chat in chats]
+    generator = m.TextGenerator(model, tokenizer)
+    replies = [generator.chat(chat, m.GenerationConfig(max_new_tokens=20, do_sample=False)) for chat in questions]
+    assert len(set(replies)) == 20 and "是小猫。" in replies and "\ufffd" not in "".join(replies)
+    return path / "export", questions, replies
+
+
+def served_replies(server: str, chats: list[list[dict]]) -> list[str]:
+    """Greedy replies of a server that speaks OpenAI's protocol."""
+    options = {"temperature": 0, "max_tokens": 20}
+    answers = [asked(server, "/v1/chat/completions", messages=chat, **options) for chat in chats]
+    return [answer["choices"][0]["message"]["content"] for answer in answers]
+
+
+@pytest.mark.slow
+def test_llama_server_replies_as_chat_does(exported_chat):
+    llama_cpp = pytest.importorskip("xllamacpp")
+    options = llama_cpp.CommonParams()  # all as llama-server has it by default
+    options.model.path = str(exported_chat[0] / "model.gguf")
+    assert served_replies(llama_cpp.Server(options).listening_address, exported_chat[1]) == exported_chat[2]
+
+
+@pytest.mark.slow
+def test_transformers_serve_replies_as_chat_does(exported_chat, tmp_path):
+    for module in ("transformers", "fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(exported_chat[0]), "--port", port]
+    with served([*argv, "--host", "127.0.0.1"], tmp_path / "log", r"running on (http://127\.0\.0\.1:\d+)") as server:
+        assert served_replies(server, exported_chat[1]) == exported_chat[2]
 
 
 def test_export_writes_every_format_that_can_hold_the_model(tmp_path, tokenizer, capsys):
@@ -8134,23 +8205,6 @@ def slow(self, prompt, config):
 minillm.TextGenerator.stream = slow
 sys.exit(sample.main())
 """
-
-
-@contextlib.contextmanager
-def served(argv: list[str], log: Path, ready: str):
-    """Run a server; yield what `ready` matches in its output, which goes to `log`."""
-    env = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "w", encoding="utf-8") as file:
-        server = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, cwd=HERE, env=env)
-    try:
-        until = time.monotonic() + 120
-        while not (match := re.search(ready, log.read_text(encoding="utf-8"), re.M)):
-            assert server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
-            time.sleep(0.1)
-        yield match[1]
-    finally:
-        server.kill()
-        server.wait()
 
 
 def browser_page(browser, address: str, locale: str, requests: list[str]):
