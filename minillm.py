@@ -6063,7 +6063,7 @@ USES = {  # what trains no stage uses these flags, and --config, --stage and --o
     "--stage eval": "data val_data init checkpoint device dtype batch_size seq_len compile eval_tokens eval_prompts "
     "reply_tokens on_bad_record",
     "--stage export": "init checkpoint overwrite dtype format",
-    "--inspect": "inspect data val_data init seq_len on_bad_record",
+    "--inspect": "inspect data val_data init seq_len reward reply_tokens on_bad_record",
     "--plot": "plot png",
 }
 NEEDS = {  # an option, another one, and the values of that with which it has an effect (or any but 0)

@@ -14,12 +14,16 @@ import re
 import shlex
 import sys
 import time
+import unicodedata
+import unittest.mock
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
+
+import torch  # noqa: E402
 
 import minillm as m  # noqa: E402
 
@@ -38,6 +42,11 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
     parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine (.[web])")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
+    parser.add_argument(
+        "--explain", metavar="TEXT", help="show a text's tokens, and what the model expects before each"
+    )
+    parser.add_argument("--png", metavar="FILE", help="--explain: draw losses and attention, too (.[plot])")
+    parser.add_argument("--layer", type=int, metavar="INT", help="--png: whose attention, from 1 on [the last]")
     parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     parser.add_argument("--compile", action="store_true", help="compile decoding: slow to start, then faster")
@@ -84,11 +93,18 @@ def generation_config(args) -> m.GenerationConfig:
 
 def check_flags(args, config: m.GenerationConfig) -> None:
     """Raise UserError for flags that exclude each other or have no effect, and for a stdin that is closed."""
-    mode = "--web" if args.web else "--chat"
-    if args.chat and args.web:
-        raise m.UserError("--chat and --web exclude each other: one is for the terminal, one for the browser")
-    if (args.chat or args.web) and args.prompt:
-        raise m.UserError(f"{mode} and --prompt exclude each other: say it in the conversation")
+    modes = [f"--{name}" for name in ("chat", "web", "explain", "prompt") if getattr(args, name) not in (None, False)]
+    if len(modes) > 1:
+        raise m.UserError(f"{modes[0]} and {modes[1]} exclude each other: give one of them")
+    if args.explain is not None and (
+        useless := [*m.given_flags(args, m.GenerationConfig), *["compile"] * args.compile]
+    ):
+        raise m.UserError(f"{m.flag_of(useless[0])} has no effect with --explain, which writes nothing")
+    if args.png and not args.png.endswith(".png"):
+        raise m.UserError(f"--png {args.png} is not possible: it must end in .png")
+    for name, needed in (("png", "explain"), ("layer", "png")):
+        if getattr(args, name) is not None and getattr(args, needed) is None:
+            raise m.UserError(f"--{name} has no effect without --{needed}")
     if args.system is not None and not (args.chat or args.web):
         raise m.UserError("--system has no effect without --chat or --web")
     if args.run and args.out:
@@ -122,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 print(f"python train.py --stage sft --init {shlex.quote(str(runs[0]))})")
             chat(generator, config, system)
+        elif args.explain is not None:
+            explain(generator, typed_texts("--explain", [args.explain])[0], args.png, args.layer)
         else:
             for prompt in typed_texts("--prompt", args.prompt or PROMPTS):
                 write(generator, prompt, config)
@@ -217,7 +235,7 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
 
 
 CHINESE = {
-    "Run": "模型", "Temperature": "温度", "Tokens at most": "最多词元数", "System prompt": "系统提示",
+    "Run": "模型", "Temperature": "温度", "Max tokens": "最多词元数", "System prompt": "系统提示",
     "New conversation": "新对话", "Text": "文本", "Continue": "续写", "Retry": "重写", "Stop": "停止",
 }  # fmt: skip
 
@@ -268,7 +286,7 @@ def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: st
                 run,
                 gr.Slider(0, max(2, temperature), temperature, label=word("Temperature"), step=0.05),
                 gr.Slider(min(0.05, config.top_p), 1, config.top_p, label="Top-p", step=0.05),
-                gr.Slider(1, max(1000, length), length, label=word("Tokens at most"), step=1),
+                gr.Slider(1, max(1000, length), length, label=word("Max tokens"), step=1),
             ]
             with gr.Column(visible=not is_text) as chat_controls:
                 system = gr.Textbox(system, label=word("System prompt"), lines=3)
@@ -293,6 +311,72 @@ def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: st
     _, address, _ = page.launch(server_name="127.0.0.1", **options)
     print(f"{address} (Ctrl-C ends)", flush=True)
     page.block_thread()
+
+
+# -- what a model sees -------------------------------------------------------------------------------------------------
+
+
+def token_name(tokenizer: m.BPETokenizer, token: int) -> str:
+    """Return a token in one line: spaces as ␣, control characters and bytes that are no character as escapes."""
+    text = tokenizer.decode_bytes([token], skip_special_tokens=False).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace(" ", "␣"))
+
+
+def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int | None) -> None:
+    """Print a text's tokens with ids and bytes, how much each surprises the model, and what it held for likeliest."""
+    model, tokenizer, attend, maps = generator.model, generator.tokenizer, m.attend, []
+    ids = tokenizer.encode(text, add_special_tokens=True) or [tokenizer.eos_id]
+    layer = len(model.layers) if layer is None else layer
+    if png and (len(ids) < 2 or not 1 <= layer <= len(model.layers)):
+        raise m.UserError(f"--png draws 2 tokens or more, not {len(ids)}, of a --layer in 1 … {len(model.layers)}")
+
+    def noting_attend(q, k, v, mask):  # where the values are the identity, the output is the weights (1, H, T, T)
+        maps.append(attend(q, k, torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1), mask)[0].cpu())
+        return attend(q, k, v, mask)
+
+    with torch.no_grad(), unittest.mock.patch.object(m, "attend", noting_attend if png else attend):
+        logits = model(torch.tensor([ids], device=model.embed_tokens.weight.device))[0, :, : tokenizer.vocab_size]
+    logprobs = logits.float().log_softmax(dim=-1).cpu()  # (T, V): of what follows each token
+    losses = [math.nan, *(-logprobs[t, token].item() for t, token in enumerate(ids[1:]))]
+    names = [token_name(tokenizer, token) for token in ids]
+    print(f"{'id':>6}  {'token':<14}   nats  {'bytes':<18}  likeliest")
+    for t, (token, loss, name) in enumerate(zip([*ids, ""], [*losses, math.nan], [*names, "(next)"], strict=True)):
+        top = zip(*logprobs[t - 1].exp().topk(5), strict=True) if t else ()
+        likeliest = "  ".join(f"{token_name(tokenizer, int(guess))} {p:.0%}" for p, guess in top)
+        name += " " * (14 - sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in name))  # Chinese is wide
+        if loss == loss and sys.stdout.isatty():  # green where it was expected, yellow, red
+            name = f"\033[{32 if loss < 1 else 33 if loss < 4 else 31}m{name}\033[0m"
+        nats, shown = f"{loss:.2f}".replace("nan", ""), tokenizer.decode_bytes(ids[t : t + 1]).hex(" ")
+        print(f"{token:>6}  {name}  {nats:>5}  {shown:<18}  {likeliest}".rstrip())
+    total, size = sum(losses[1:]), len(tokenizer.decode_bytes(ids[1:]))
+    print(f"{total / max(1, len(ids) - 1):.4f} nats a token, {total / math.log(2) / max(1, size):.4f} bits a byte")
+    if png:
+        draw_explanation(names, losses, maps[layer - 1], png)
+
+
+def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, png: str) -> None:
+    """Draw the losses of tokens above the attention maps (H, T, T) of a layer's heads."""
+    m.import_extra("matplotlib", "plot").use("Agg")
+    pyplot, fonts = m.import_extra("matplotlib.pyplot", "plot"), m.import_extra("matplotlib.font_manager", "plot")
+    warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
+    for path in [path for path in fonts.findSystemFonts() if re.search("CJK.*Regular|PingFang|msyh|simhei|wqy", path)][
+        :1
+    ]:
+        fonts.fontManager.addfont(path)
+        pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
+    H, columns, places = len(maps), min(4, len(maps)), range(len(names))
+    rows = [["losses"] * columns, *m.batched([*range(H), *"." * (-H % columns)], limit=columns)]
+    figure, axes = pyplot.subplot_mosaic(rows, figsize=(4 * columns, 4 * len(rows)))
+    axes["losses"].bar(places, losses)
+    axes["losses"].set_title("loss of each token, nats")
+    for head in range(H):
+        axes[head].imshow(maps[head].tolist(), cmap="Blues", vmin=0, vmax=1)
+        axes[head].set_title(f"attention of head {head + 1}")
+        axes[head].set_yticks(places, names, fontsize=7)
+    for axis in axes.values():
+        axis.set_xticks(places, names, rotation=90, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(png, dpi=80)
 
 
 # -- what train.py shows -----------------------------------------------------------------------------------------------
@@ -380,27 +464,45 @@ def table(rows: list[dict], prompt: str) -> str:
     return "\n".join((line if len(line) <= 100 else line[:99] + "…").rstrip() for line in lines)
 
 
-def show_conversations(data: m.ConversationDataLoader, count: int) -> None:
-    """Print conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
+def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = None) -> None:
+    """Print records as a stage sees them, what is trained in green (or «…»), and all lengths; a trainer replies."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    full = [end - start for start, end in itertools.pairwise(data.ends)]
-    for i in range(min(count, len(full))):
-        ids, trained = (x.tolist() for x in data.sequence(i))
-        text, lost = "", full[i] - len(ids)
+
+    def show(title, ids, trained):
+        text = ""
         for is_trained, run in itertools.groupby(range(len(ids)), trained.__getitem__):
             part = data.tokenizer.decode([ids[at] for at in run], skip_special_tokens=False)
             text += on + part + off if is_trained else part
-        print(f"-- {i + 1}: {len(ids)} tokens, {sum(trained)} trained\n{text.rstrip()}")
-        for problem, applies in (
-            (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
-            ("nothing to train on: left out", not any(trained)),
-            ("missing end-of-turn", any(trained) and data.truncated[i]),
-            ("doubled BOS", ids.count(data.tokenizer.bos_id) > 1),
-        ):
-            print(f"   warning: {problem}\n" * applies, end="")
+        print(f"-- {title}: {len(ids)} tokens, {sum(trained)} trained\n{text.rstrip()}")
+
+    if data.kind == "text":
+        for i, row in enumerate(data.tokens.split(data.seq_len)[:count], 1):
+            show(i, row.tolist(), [True] * len(row))
+        return
+    for i in data.items[:count] if data.kind != "chat" else range(min(count, len(data.lengths))):
+        sides = [f"{i + 1}, {side}" for side in ("chosen", "rejected")] if data.sides == 2 else [i + 1]
+        for side, title in enumerate(sides):
+            show(title, *(x.tolist() for x in data.sequence(i, side)))
+        if data.kind == "chat":
+            ids, trained = (x.tolist() for x in data.sequence(i))
+            lost = data.ends[i + 1] - data.ends[i] - len(ids)
+            for problem, applies in (
+                (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
+                ("nothing to train on: left out", not any(trained)),
+                ("missing end-of-turn", any(trained) and data.truncated[i]),
+                ("doubled BOS", ids.count(data.tokenizer.bos_id) > 1),
+            ):
+                print(f"   warning: {problem}\n" * applies, end="")
+        if trainer:
+            batch = trainer.rollout(data.collate([i]))[0]
+            reply = batch["input_ids"][0][batch["labels"][0] != -100].tolist()
+            show("a reply", reply, [True] * len(reply))
+            print(f"   answer {data.note(i)['answer']!r}, reward {batch['scores'].item():.4g}")
+    full = [end - start for start, end in itertools.pairwise(data.ends)]
     step = max(1, -(-max(full) // 12))
     bars = Counter(length // step for length in full)
-    print(f"lengths of {len(full)} conversations in tokens (seq_len {data.seq_len}):")
+    noun = {"chat": "conversations", "preference": "completions, with prompts,"}.get(data.kind, "prompts")
+    print(f"lengths of {len(full)} {noun} in tokens (seq_len {data.seq_len}):")
     for k in range(max(bars) + 1):
         bar = "#" * round(50 / max(bars.values()) * bars[k])
         print(f"{k * step:>6} … {(k + 1) * step - 1:<6}{bars[k]:>8} {bar}".rstrip())

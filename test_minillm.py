@@ -45,6 +45,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -315,6 +316,23 @@ QUICK = quick("sft")
 
 def data_flags(runs: Path) -> list[str]:
     return ["--data", str(runs / "data/train"), "--val-data", str(runs / "data/val")]
+
+
+@contextlib.contextmanager
+def served(argv: list[str], log: Path, ready: str):
+    """Run a server; yield what `ready` matches in its output, which goes to `log`."""
+    env = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "w", encoding="utf-8") as file:
+        server = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, cwd=HERE, env=env)
+    try:
+        until = time.monotonic() + 120
+        while not (match := re.search(ready, log.read_text(encoding="utf-8"), re.M)):
+            assert server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        yield match[1]
+    finally:
+        server.kill()
+        server.wait()
 
 
 def one_error(capsys) -> str:
@@ -6265,6 +6283,14 @@ GGUF_CASES = {
 }
 
 
+def asked(server: str, place: str, **question) -> dict:
+    """What a server answers."""
+    request = urllib.request.Request(
+        server + place, json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
+    return json.loads(urllib.request.urlopen(request, timeout=60).read())
+
+
 @pytest.mark.parametrize("name", GGUF_CASES)
 def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     """Ids, log-probabilities and greedy text, with more rows in the embedding than the tokenizer has tokens."""
@@ -6277,12 +6303,7 @@ def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     options.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
     server = llama_cpp.Server(options)
-
-    def ask(place: str, **question) -> dict:
-        data = json.dumps(question).encode()
-        request = urllib.request.Request(server.listening_address + place, data, {"Content-Type": "application/json"})
-        return json.loads(urllib.request.urlopen(request).read())
-
+    ask = functools.partial(asked, server.listening_address)
     settings = m.GenerationConfig(max_new_tokens=8, do_sample=False)
     for text in (*TEXTS[:3], "小猫吃了 12 条鱼。\n\nThe cat's fish!"):
         ids = tokenizer.encode(text[:40], add_special_tokens=True)
@@ -6301,6 +6322,56 @@ def test_gguf_computes_the_same_in_llama_cpp(tmp_path, tokenizer, name):
     assert ask("/apply-template", messages=chat)["prompt"] == tokenizer.decode(
         tokenizer.apply_chat_template(chat, add_generation_prompt=True), skip_special_tokens=False
     )
+
+
+@pytest.fixture(scope="module")
+def exported_chat(tmp_path_factory, tokenizer) -> tuple[Path, list[list[dict]], list[str]]:
+    """The export of a model that has learned to answer, 20 chats, and its greedy replies."""
+    pytest.importorskip("safetensors")
+    path, words = (
+        tmp_path_factory.mktemp("chat"),
+        ["cat", "dog", "小猫", "小狗", "fox", "cow", "pig", "hen", "ant", "bee"],
+    )
+    chats = [turns(f"What is {word}?", f"A {word} 🦴.", f"{i} × 2?", f"{2 * i}。") for i, word in enumerate(words)]
+    chats += [turns(f"{word}是什么？", f"是{word}。", system="你是助手。") for word in words]
+    data = load(m.ConversationDataLoader, path, tokenizer, [{"messages": chat} for chat in chats], seq_len=128)
+    config = m.TrainConfig(max_steps=120, warmup_steps=5, learning_rate=1e-2, sample_tokens=0)
+    model = random_model(shape(hidden_size=64, max_position_embeddings=128))
+    m.SFTTrainer(model, tokenizer, config=config, train_data=data, val_data=data, run_dir=path / "run").fit()
+    model.save_pretrained(path / "export", tokenizer)
+    m.write_gguf(path / "export/model.gguf", model, tokenizer, add_bos=False)
+    questions = [chat[:-1] for chat in chats]
+    generator = m.TextGenerator(model, tokenizer)
+    replies = [generator.chat(chat, m.GenerationConfig(max_new_tokens=20, do_sample=False)) for chat in questions]
+    assert len(set(replies)) == 20 and "是小猫。" in replies and "\ufffd" not in "".join(replies)
+    return path / "export", questions, replies
+
+
+def served_replies(server: str, chats: list[list[dict]]) -> list[str]:
+    """Greedy replies of a server that speaks OpenAI's protocol."""
+    options = {"temperature": 0, "max_tokens": 20}
+    answers = [asked(server, "/v1/chat/completions", messages=chat, **options) for chat in chats]
+    return [answer["choices"][0]["message"]["content"] for answer in answers]
+
+
+@pytest.mark.slow
+def test_llama_server_replies_as_chat_does(exported_chat):
+    llama_cpp = pytest.importorskip("xllamacpp")
+    options = llama_cpp.CommonParams()  # all as llama-server has it by default
+    options.model.path = str(exported_chat[0] / "model.gguf")
+    assert served_replies(llama_cpp.Server(options).listening_address, exported_chat[1]) == exported_chat[2]
+
+
+@pytest.mark.slow
+def test_transformers_serve_replies_as_chat_does(exported_chat, tmp_path):
+    for module in ("transformers", "fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(exported_chat[0]), "--port", port]
+    with served([*argv, "--host", "127.0.0.1"], tmp_path / "log", r"running on (http://127\.0\.0\.1:\d+)") as server:
+        assert served_replies(server, exported_chat[1]) == exported_chat[2]
 
 
 def test_export_writes_every_format_that_can_hold_the_model(tmp_path, tokenizer, capsys):
@@ -8106,6 +8177,34 @@ def test_inspect_shows_what_is_trained(out_with_a_run, trained_runs, capsys):
     assert shown.count("-- ") == 2 and everything(out_with_a_run) == before
 
 
+@pytest.mark.parametrize(
+    ("stage", "shown", "count"),
+    [
+        ("pretrain", ["-- 1: 20 tokens, 20 trained\n«<|bos|>cat and cat", "<|eos|>", "-- 2: "], None),
+        ("reward", ["-- 1, chosen: ", "assistant\n«good<|im_end|>»", "-- 1, rejected: ", "«bad!<|im_end|>»"], 16),
+        ("dpo", ["-- 2, chosen: ", "-- 2, rejected: "], 16),
+        ("ppo", ["user\ncat<|im_end|>\n<|im_start|>assistant\n-- a reply: ", "   answer 'cat', reward 6"], 8),
+        ("grpo", ["-- 2: ", "-- a reply: ", "answer 'dog', reward "], 8),
+    ],
+)
+def test_inspect_shows_every_stage(out_with_a_run, trained_runs, tmp_path, capsys, stage, shown, count):
+    argv = ["--stage", stage, "--inspect", "2", "--out", str(out_with_a_run), *data_flags(trained_runs)]
+    argv += ["--seq-len", "20"] if stage == "pretrain" else []
+    if (
+        stage == "ppo"
+    ):  # a reward of one's own; without it there is no reward model yet, and only prompts are shown; no end costs 1
+        assert train.main(argv) == 0
+        assert "reward" not in capsys.readouterr().out
+        (tmp_path / "mine.py").write_text("def f(messages, reply, answer):\n    return 7\n")
+        argv += ["--reward", f"{tmp_path}/mine.py:f", "--reply-tokens", "6"]
+    before = everything(out_with_a_run)
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in shown), printed
+    assert count is None or f"lengths of {count} " in printed
+    assert everything(out_with_a_run) == before
+
+
 def test_inspect_needs_no_trained_model(trained_runs, tmp_path, capsys):
     argv = ["--stage", "sft", "--inspect", "1", "--out", str(tmp_path), *data_flags(trained_runs)]
     assert train.main([*argv, "--vocab-size", "300"]) == 0
@@ -8135,6 +8234,57 @@ def test_chat_forgets_on_reset(every_stage, monkeypatch, capsys):
     assert "(a new conversation)" in capsys.readouterr().out and lengths == [1, 1]
 
 
+def test_explain_shows_tokens_surprise_and_what_was_likeliest(trained_runs, capsys, monkeypatch):
+    run, text = trained_runs / "pretrain", "小猫 ate 1 fish.\n🦴"
+    model, tokenizer, _ = m.load_run(run)
+    ids = tokenizer.encode(text, add_special_tokens=True)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids]))[0, :, :300].log_softmax(-1)
+    assert sample.main(["--run", str(run), "--explain", text]) == 0
+    first, heading, *rows, following, total = capsys.readouterr().out.splitlines()
+    assert [int(row[:6]) for row in rows] == ids and "<|bos|>" in rows[0] and len(rows[0].split()) == 2
+    hexes = [re.search(r"  ((?:[0-9a-f]{2} ?)+)  ", row[24:])[1] for row in rows[1:]]
+    assert bytes.fromhex("".join(hexes)).decode() == text
+    for row, logprob, token in zip(rows[1:], logprobs, ids[1:], strict=False):
+        assert float(re.search(r"\d+\.\d\d", row)[0]) == pytest.approx(-logprob[token].item(), abs=0.01)
+        chances = [int(p) for p in re.findall(r" (\d+)%", row)]
+        assert chances == [round(100 * p) for p in logprob.exp().topk(5).values.tolist()]
+    assert following.split()[0] == "(next)" and following.count("%") == 5
+    loss = F.nll_loss(logprobs[:-1], torch.tensor(ids[1:]), reduction="sum").item()
+    bits = loss / math.log(2) / len(text.encode())
+    assert total == f"{loss / (len(ids) - 1):.4f} nats a token, {bits:.4f} bits a byte"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert sample.main(["--run", str(run), "--explain", text]) == 0
+    assert capsys.readouterr().out.count("\033[31m") == sum(logprobs[t, token] < -4 for t, token in enumerate(ids[1:]))
+    assert sample.main(["--run", str(run), "--explain", ""]) == 0 and "(next)" in capsys.readouterr().out
+    assert sample.main(["--run", str(run), "--explain", "long" * 99]) == 2
+    assert "397 tokens exceed the context" in one_error(capsys)
+
+
+def test_explain_draws_the_attention_that_the_layer_computed(trained_runs, tmp_path, capsys, monkeypatch):
+    """The weights times the values are what goes into the layer's last product."""
+    pytest.importorskip("matplotlib")
+    generator = m.TextGenerator(*m.load_run(trained_runs / "pretrain")[:2])
+    attention, seen, attend = generator.model.layers[1].self_attn, {}, m.attend
+    attention.qkv_proj.register_forward_hook(lambda module, args, output: seen.update(qkv=output))
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(out=args[0]))
+    plain = sample.draw_explanation
+    monkeypatch.setattr(sample, "draw_explanation", lambda *args: seen.update(maps=args[2]) or plain(*args))
+    sample.explain(generator, "小猫 fish", str(tmp_path / "e.png"), 2)
+    (H, K, D), T = attention.shape, seen["out"].shape[1]
+    values = seen["qkv"].view(T, H + 2 * K, D)[:, H + K :].repeat_interleave(H // K, dim=1)  # (T, H, D)
+    torch.testing.assert_close(torch.einsum("hts,shd->thd", seen["maps"], values), seen["out"].view(T, H, D))
+    assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG" and m.attend is attend
+    run = ["--run", str(trained_runs / "pretrain"), "--png", str(tmp_path / "f.png")]
+    for more, message in (
+        (["--explain", "x", "--layer", "3"], "of a --layer in 1 … 2"),
+        (["--explain", "x", "--layer", "0"], "of a --layer in 1 … 2"),
+        (["--explain", ""], "draws 2 tokens or more, not 1"),
+    ):
+        assert sample.main([*run, *more]) == 2
+        assert message in one_error(capsys) and not (tmp_path / "f.png").exists()
+
+
 # -- the page for a browser --------------------------------------------------------------------------------------------
 
 SLOW_PAGE = """
@@ -8151,23 +8301,6 @@ def slow(self, prompt, config):
 minillm.TextGenerator.stream = slow
 sys.exit(sample.main())
 """
-
-
-@contextlib.contextmanager
-def served(argv: list[str], log: Path, ready: str):
-    """Run a server; yield what `ready` matches in its output, which goes to `log`."""
-    env = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "w", encoding="utf-8") as file:
-        server = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, cwd=HERE, env=env)
-    try:
-        until = time.monotonic() + 120
-        while not (match := re.search(ready, log.read_text(encoding="utf-8"), re.M)):
-            assert server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
-            time.sleep(0.1)
-        yield match[1]
-    finally:
-        server.kill()
-        server.wait()
 
 
 def browser_page(browser, address: str, locale: str, requests: list[str]):
@@ -8695,6 +8828,11 @@ def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
         (["--web", "--chat"], "--chat and --web exclude each other"),
         (["--web", "--prompt", "x"], "--web and --prompt exclude each other"),
         (["--web", "--num-beams", "2"], "--strategy beam are only known at the end"),
+        (["--web", "--explain", "x"], "--web and --explain exclude each other"),
+        (["--explain", "x", "--seed", "1"], "--seed has no effect with --explain"),
+        (["--explain", "x", "--png", "a.jpg"], "--png a.jpg is not possible"),
+        (["--png", "a.png"], "--png has no effect without --explain"),
+        (["--explain", "x", "--layer", "1"], "--layer has no effect without --png"),
         (["--run", "a", "b"], "--run names 2 directories: only --web takes several"),
         (["--run", "{tmp}"], "no run directory"),
     ],
@@ -8723,8 +8861,10 @@ SHORT = ["--reply-tokens", "6", "--data", "{prompts}", "--val-data", "{prompts}"
         (["--stage", "grpo", "--group-size", "1"], "group_size=1"),
         (["--stage", "dpo", "--init", "{base}", "--data", "{text}"], "nothing for this stage"),
         (["--stage", "ppo", "--kl-coef", "-1"], "kl_coef=-1.0"),
-        (["--stage", "dpo", "--inspect", "1"], "--inspect"),
+        (["--stage", "eval", "--inspect", "1"], "--inspect 1 is not possible"),
+        (["--stage", "rlhf", "--inspect", "1"], "--inspect 1 is not possible"),
         (["--stage", "sft", "--inspect", "0"], "--inspect 0"),
+        (["--stage", "sft", "--inspect", "1", "--reward", "answer"], "--reward has no effect in --stage sft"),
         (["--plot", "/nowhere"], "--init has no effect in --plot"),
     ],
 )
@@ -8771,7 +8911,7 @@ BOTH = (
 )
 SPECIAL = {
     "pretrain": "eval_tokens accumulation_steps",
-    "sft": "eval_tokens eval_prompts reply_tokens accumulation_steps packing inspect",
+    "sft": "eval_tokens eval_prompts reply_tokens accumulation_steps packing",
     "dpo": f"eval_tokens reply_tokens accumulation_steps {PAIRS['dpo']}",
     "reward": f"eval_tokens accumulation_steps {PAIRS['reward']}",
     "ppo": f"{BOTH} kl_coef gamma gae_lambda value_clip value_coef critic_rate critic_warmup",

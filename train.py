@@ -37,7 +37,7 @@ class Command:
     init: str | None = None  # run or Hugging Face directory to start from, score or export [the parent stage's run]
     checkpoint: Literal["best", "last"] = "best"  # weights of --init and parents: of the best evaluation, or the last
     reward: str | None = None  # PPO, GRPO: what they maximise: answer, a reward model's RUN_DIR, or FILE.py:function
-    inspect: int | None = None  # SFT: show so many conversations as it would train on them, train nothing
+    inspect: int | None = None  # show so many records as the stage would train on them, train nothing
     plot: list[str] | None = None  # run directories: draw what they logged into a PNG, train nothing
     png: str = "plot.png"  # file that --plot draws
     out: str = "out"  # where runs and caches go
@@ -100,15 +100,16 @@ def check_flags(args) -> None:
     stages = ("tokenizer", *m.STAGES, "rlhf", "eval", "export")
     if args.stage not in stages:
         raise m.UserError(f"--stage {args.stage} is unknown: choose from {', '.join(stages)}")
-    if mode == "--inspect" and (args.stage != "sft" or args.inspect < 1):
-        raise m.UserError(f"--inspect {args.inspect} is not possible: it shows 1 or more records of --stage sft")
+    if mode == "--inspect" and (args.stage not in m.STAGES or args.inspect < 1):
+        raise m.UserError(f"--inspect {args.inspect} is not possible: it shows 1 or more records of one training stage")
     if args.resume and args.overwrite:
         raise m.UserError("--resume and --overwrite exclude each other")
     if name := next((name for name in ("reward", "checkpoint") if name in args.given and args.stage == "rlhf"), None):
         raise m.UserError(f"--{name} has no effect in --stage rlhf: its stages take the best of each other's runs")
     shape = (m.MiniGPTConfig,) if mode in ("--stage tokenizer", "--plot") else ()  # elsewhere it is compared
     parts = ("pretrain", *m.RLHFPipeline.stages) if args.stage == "rlhf" else (args.stage,)
-    m.check_use(mode, parts, args.given, (Command, m.TrainConfig, m.RLHFConfig, *shape))
+    for place in {mode, f"--stage {args.stage}"} if mode == "--inspect" else {mode}:
+        m.check_use(place, parts, args.given, (Command, m.TrainConfig, m.RLHFConfig, *shape))
     m.check_needs(args.given, args)
 
 
@@ -390,13 +391,19 @@ def export(args) -> int:
 
 
 def inspect(args) -> int:
-    """Show conversations as the model will see them, what is trained in green (or «…»), and all lengths."""
-    parent, config = Path(args.init or args.runs / "pretrain"), train_config(args)
-    model, tokenizer, _ = m.load_run(parent) if (parent / "config.json").exists() else new_model(args, config)
-    complete(args, config, model.config)
+    """Show records as a stage will see them, what is trained in green (or «…»), and all lengths; RL also a reply."""
+    config, stage, trainer = train_config(args), m.STAGES[args.stage], None
     sources = {"train": data_sources(args)["train"]}
-    data = m.make_loaders("sft", tokenizer, model.config, config, sources, args.cache)["train_data"]
-    sample.show_conversations(data, args.inspect)
+    runs = [Path(args.init)] if args.init else [args.runs / name for name in (stage.parent, "pretrain") if name]
+    parent = next((run for run in runs if args.init or m.holds_run(run)), None)
+    model, tokenizer, _ = m.load_run(parent) if parent else new_model(args, config)
+    complete(args, config, model.config)
+    reward = args.reward or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
+    if stage.loader.kind == "prompt" and (args.reward or reward == "answer" or m.holds_run(reward)):
+        options = {"reward": m.load_reward(reward, tokenizer), "device": args.device, "cache_dir": args.cache}
+        trainer = m.make_trainer(args.stage, model, tokenizer, sources, config, rlhf_config(args), **options)
+    data = m.make_loaders(args.stage, tokenizer, model.config, config, sources, args.cache)["train_data"]
+    sample.show_records(data, args.inspect, trainer)
     return 0
 
 
