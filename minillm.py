@@ -3943,7 +3943,11 @@ class Trainer:
                 self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale if unscaling met an infinity
         self.trained.zero_grad(set_to_none=True)
-        # 4 count what was skipped: a few are normal in float16, twenty in a row are not
+        self._count_skipped(is_finite)
+        return metrics | {"count": count, "grad_norm": norms[0] if is_finite else math.nan, "lr": rate}
+
+    def _count_skipped(self, is_finite):
+        """Count the steps that were skipped: a few are normal in float16, twenty in a row are not."""
         self.skipped += not is_finite
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
         if self.skipped_in_row >= 20:
@@ -3955,7 +3959,6 @@ class Trainer:
                 f"loss or gradient was not finite in 20 steps in a row, up to step {self.step_count}{where}: "
                 "try a smaller --learning-rate, or --dtype float32"
             )
-        return metrics | {"count": count, "grad_norm": norms[0] if is_finite else math.nan, "lr": rate}
 
     def in_memory(self, fn: Callable[[int], typing.Any], rows: int) -> typing.Any:
         """Return fn(parts), which computes `rows` rows in so many parts, twice as many whenever memory runs out."""
