@@ -3333,7 +3333,9 @@ class World:
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         # the store is torchrun's: it outlives any of the processes
         self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit)
+        options = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": self.limit}
+        self._communicate(dist.init_process_group, backend, **options)
+        self.barrier()  # one that ended now would leave the others a failed connection instead of its message
         signal.signal(signal.SIGINT, handler)
         if not self.is_first:
             silence_stdout()
@@ -4394,6 +4396,7 @@ class Trainer:
 
         Of a LoRA run that starts from another run's weights, these are left out; their fingerprint is in "base".
         """
+        is_over = WORLD.max(self.progress())[0] >= 1
         random_states = WORLD.gather({name: gen.get_state() for name, gen in self._random_states().items()})
         self._check_equal()
         if not WORLD.is_first:
@@ -4404,7 +4407,7 @@ class Trainer:
             {
                 "format": FORMAT,
                 "step": self.step_count,
-                "finished": self.progress() >= 1,
+                "finished": is_over,
                 "config": self.config_dict(),
                 "tokenizer_hash": self.tokenizer.content_hash(),
                 "extra": self.extra_state(),
@@ -4427,7 +4430,8 @@ class Trainer:
     def load_checkpoint(self, path: AnyPath) -> None:
         """Go on where `save_checkpoint` stopped, with any number of processes."""
         # 1 read and compare, before anything is changed
-        if not WORLD.is_first:  # after the first process, which may repair
+        WORLD.barrier()  # the first process may repair: nobody reads before or meanwhile
+        if not WORLD.is_first:
             WORLD.barrier()
         state = load_checkpoint(path, repair=True)
         if WORLD.is_first:

@@ -7712,7 +7712,7 @@ def test_mistakes_are_said_once_and_some_stages_take_one_process(trained_runs, t
 @needs_fork
 def test_a_restarted_run_goes_on(trained_runs, tmp_path, monkeypatch, capfd):
     """torchrun --max-restarts starts the same command again, which would otherwise refuse its own run directory."""
-    argv = ["--out", str(tmp_path), "--max-steps", "3", "--overwrite", *data_flags(trained_runs), *quick("pretrain")]
+    argv = ["--out", str(tmp_path), "--max-steps", "3", *data_flags(trained_runs), *quick("pretrain")]
     shape_flags = [
         "--hidden-size",
         "16",
@@ -7724,11 +7724,64 @@ def test_a_restarted_run_goes_on(trained_runs, tmp_path, monkeypatch, capfd):
         "300",
     ]
     argv += [*shape_flags, "--seq-len", "16", "--save-every", "2"]
-    assert train.main([*argv, "--max-steps", "2"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    assert train.main([*argv, "--overwrite"]) == 2  # a restart could take the old run for the new one
+    assert "--overwrite and torchrun --max-restarts exclude each other" in capfd.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main([*argv, "--max-steps", "2"]) == 0  # the first start ended before it made a run directory
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert train.main(argv) == 0
     assert m.load_checkpoint(tmp_path / "tiny/pretrain/checkpoint.pt")["step"] == 3
     assert "resuming" in capfd.readouterr().out
+
+
+@needs_fork
+def test_nobody_leaves_before_all_have_joined():
+    def work():
+        return time.monotonic()
+
+    def late(*args, **options):
+        join(*args, **options)
+        if int(os.environ["RANK"]) == 1:
+            time.sleep(0.5)
+
+    join, m.dist.init_process_group = m.dist.init_process_group, late
+    try:
+        first, second = in_processes(2, work)
+    finally:
+        m.dist.init_process_group = join
+    assert abs(first - second) < 0.3
+
+
+@needs_fork
+def test_a_run_that_the_clock_ends_is_finished_for_all(tokenizer, tmp_path):
+    """The processes' clocks began at different times: whether a run is over is what the first to be over says."""
+
+    def work():
+        config = m.TrainConfig(minutes=10, sample_tokens=0)
+        trainer = trainer_for(tokenizer, config, run_dir=tmp_path)
+        trainer.started -= 600 * m.WORLD.rank
+        trainer.save_checkpoint(tmp_path / "checkpoint.pt")
+
+    in_processes(2, work)
+    assert m.load_checkpoint(tmp_path / "checkpoint.pt")["finished"]
+
+
+@needs_fork
+def test_a_damaged_checkpoint_is_repaired_when_nobody_reads_it(tokenizer, tmp_path):
+    trainer_for(tokenizer).save_checkpoint(path := tmp_path / "checkpoint.pt")
+    path.rename(tmp_path / "checkpoint.prev.pt")
+    path.write_bytes(b"torn")
+
+    def work():
+        if not m.WORLD.is_first:  # still reading for the shape of the model
+            time.sleep(0.5)
+            m.load_checkpoint(path)
+            found = path.read_bytes() == b"torn"
+        trainer_for(tokenizer).load_checkpoint(path)
+        return m.WORLD.is_first or found
+
+    assert in_processes(2, work) == [True, True]
 
 
 def torchrun(folder: Path, *words: str, processes: int = 2) -> subprocess.Popen:

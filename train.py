@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if m.WORLD.size > 1 else ["python"]
     args.given, args.command = given, shlex.join([*program, "train.py", *words])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts: what has begun goes on
-        args.resume, args.overwrite = True, False
+        args.resume = True
     m.get_config(args.config)
     check_flags(args)
     args.imported = m.run_config(args.init).get("imported") if args.init else None  # the name of a foreign model
@@ -104,6 +104,8 @@ def check_flags(args) -> None:
         raise m.UserError(f"--inspect {args.inspect} is not possible: it shows 1 or more records of one training stage")
     if args.resume and args.overwrite:
         raise m.UserError("--resume and --overwrite exclude each other")
+    if args.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # later it cannot tell old from new
+        raise m.UserError("--overwrite and torchrun --max-restarts exclude each other: remove the old run, or move it")
     if name := next((name for name in ("reward", "checkpoint") if name in args.given and args.stage == "rlhf"), None):
         raise m.UserError(f"--{name} has no effect in --stage rlhf: its stages take the best of each other's runs")
     shape = (m.MiniGPTConfig,) if mode in ("--stage tokenizer", "--plot") else ()  # elsewhere it is compared
@@ -181,7 +183,8 @@ def complete(args, config: m.TrainConfig, shape: m.MiniGPTConfig, seq_len: int |
 
 def can_resume(run_dir: Path, args) -> bool:
     """Return whether there is a checkpoint to go on from; a run that must not be touched is an error."""
-    if args.resume and not run_dir.is_dir():
+    # torchrun --max-restarts resumes what may not have begun
+    if args.resume and "resume" in args.given and not run_dir.is_dir():
         raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
     if m.holds_run(run_dir) and not args.resume and not args.overwrite:
         raise m.UserError(f"{run_dir} holds a run already: give --resume to go on, --overwrite, or another --out")
