@@ -403,6 +403,8 @@ def test_sizes_that_are_left_out_follow_from_the_others():
         (m.TrainConfig, "seed", 2**32),
         (m.GenerationConfig, "temperature", math.inf),
         (m.GenerationConfig, "temperature", -1.0),
+        (m.GenerationConfig, "temperature", True),
+        (m.GenerationConfig, "temperature", "1"),
         (m.GenerationConfig, "top_p", 0.0),
         (m.GenerationConfig, "num_beams", 0),
         (m.GenerationConfig, "repetition_penalty", 1e-7),
@@ -1355,8 +1357,9 @@ def test_devices_and_dtypes_are_picked_by_name():
     cpu = m.pick_device("cpu")
     assert cpu == torch.device("cpu") and m.pick_device().type in ("cpu", "cuda", "mps")
     assert m.pick_dtype("auto", cpu) == torch.float32 and m.pick_dtype("bfloat16", cpu) == torch.bfloat16
-    with pytest.raises(m.UserError, match="device 'gpu' cannot be used here"):
-        m.pick_device("gpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(m.UserError, match=f"device '{name}' cannot be used here"):
+            m.pick_device(name)
     with pytest.raises(m.UserError, match="device 'meta' is not possible: it must be auto, cpu"):
         m.pick_device("meta")
 
@@ -1407,6 +1410,10 @@ def test_every_dtype_trains_like_float32(tokenizer, dtype):
     assert torch.get_float32_matmul_precision() == "highest"  # set around training only
     tolerance = 1e-4 if dtype == "float32_onednn" else 0.05
     assert losses[dtype] == pytest.approx(losses["float32"], rel=tolerance) and losses[dtype][-1] < losses[dtype][0] - 1
+
+
+def test_an_error_of_the_compiler_is_told_by_its_first_line():
+    assert str(m.compile_error("training", RuntimeError("\nno g++\nand 90 lines more"))).endswith("compiler): no g++")
 
 
 def test_running_out_of_memory_is_recognised():
@@ -2119,6 +2126,16 @@ def test_what_was_left_out_is_said_again_by_a_start_from_the_cache(tmp_path, tok
             m.ConversationDataLoader(tmp_path / "a.jsonl", tokenizer, 1, 99, "all", **options)
     reader = m.Reader(tmp_path / "a.jsonl", "skip")
     assert reader.report() == "" and len(list(reader.items("chat", "all"))) == 2 and reader.counts == {"malformed": 2}
+
+
+def test_what_was_left_out_is_read_as_utf_8_in_every_locale(tmp_path, tokenizer, monkeypatch):
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="ascii", **options: read(path, encoding, **options))
+    (tmp_path / "数据.jsonl").write_text(json.dumps(PLAIN) + "\nnot json\n")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 × malformed, the first at .*数据.jsonl:2:"):
+            options = {"cache_dir": tmp_path / "c", "on_bad_record": "skip"}
+            m.ConversationDataLoader(tmp_path / "数据.jsonl", tokenizer, 1, 99, "all", **options)
 
 
 def test_a_folder_as_people_have_it(tmp_path, tokenizer):
@@ -3952,7 +3969,8 @@ def test_the_best_evaluation_is_named_unless_it_is_the_last(tmp_path, tokenizer,
     config = m.TrainConfig(max_steps=2, eval_every=1, warmup_steps=0, sample_tokens=0)
     data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
     Measured(random_model(shape()), tokenizer, config=config, **data).fit()
-    assert ("best: the evaluation of step 1 (loss 2.0000" in capsys.readouterr().out) == says
+    out = capsys.readouterr().out
+    assert ("best: the evaluation of step 1 (loss 2.0000" in out) == ("best: the evaluation" in out) == says
 
 
 def test_a_best_that_is_damaged_or_of_another_run_is_not_taken(overfitted, tmp_path):
@@ -4999,6 +5017,13 @@ def test_evaluation_without_anything_to_score(tokenizer):
         trainer_for(tokenizer).evaluate()
     with pytest.raises(m.UserError, match="nothing to score"):
         trainer_for(tokenizer, val_data=[]).evaluate()
+
+
+def test_evaluations_of_a_part_take_the_same_batches(tmp_path, tokenizer, corpus):
+    loader = m.PretrainDataLoader(corpus, tokenizer, 2, 16, "all", shuffle=False, cache_dir=tmp_path)
+    trainer = trainer_for(tokenizer, val_data=loader)
+    first = trainer.evaluate(40)
+    assert first["tokens"] < 100 and trainer.evaluate(40) == first
 
 
 def test_tensorboard_that_is_absent_is_named(tmp_path, tokenizer, monkeypatch):
@@ -6622,6 +6647,28 @@ def test_special_tokens_that_the_file_has_as_ordinary(tmp_path):
     ours = load_imported(tmp_path)
     assert (ours.eos_id, ours.pad_id) == tuple(map(theirs.token_to_id, ("<|endoftext|>", "<|im_end|>")))
     assert ours.encode("<|endoftext|>") == theirs.encode("<|endoftext|>").ids
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokenizer):
+    model = m.MiniGPT(shape(vocab_size=299))
+    for use in (
+        lambda: m.PreTrainer(model, tokenizer),
+        lambda: m.TextGenerator(model, tokenizer),
+        lambda: model.save_pretrained(tmp_path / "export", tokenizer),
+    ):
+        with pytest.raises(m.UserError, match="the tokenizer's 300 tokens exceed the model's vocab_size=299"):
+            use()
+
+
+def test_an_end_that_a_tokenizer_puts_after_a_text_is_no_bos(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    made = huggingface_tokenizer("qwen", tmp_path)
+    end = "<|endoftext|>"
+    made.post_processor = TemplateProcessing(f"$A {end}", special_tokens=[(end, made.token_to_id(end))])
+    made.encode_special_tokens = False
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert made.encode("a").ids[1:] == [made.token_to_id(end)] and load_imported(tmp_path).bos_id is None
 
 
 def test_stops_come_from_all_files(tmp_path):
