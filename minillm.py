@@ -3332,7 +3332,8 @@ class World:
         # Ctrl-C ends the process at once: Python's handler would wait for processes that are gone already
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         # the store is torchrun's: it outlives any of the processes
-        self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
+        self.store = dist.PrefixStore(self._name_of_start(store), store)
         options = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": self.limit}
         self._communicate(dist.init_process_group, backend, **options)
         self.barrier()  # one that ended now would leave the others a failed connection instead of its message
@@ -3340,6 +3341,22 @@ class World:
         if not self.is_first:
             silence_stdout()
             warnings.simplefilter("ignore")
+
+    def _name_of_start(self, store):
+        """Return a name that all processes of this start agree on: the store still holds what those before it wrote."""
+        name = os.urandom(8).hex()
+        if not self.is_first:  # asks with a name of its own, which no earlier first process can have answered
+            store.set(f"question/{self.rank}", name)
+            name = store.get(f"answer/{name}").decode()
+            store.set(f"{name}/{self.rank}", "")
+            return name
+        others = range(1, self.size)
+        while not store.check([f"{name}/{rank}" for rank in others]):
+            for rank in others:
+                if store.check([f"question/{rank}"]):
+                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
+            time.sleep(0.02)
+        return name
 
     def _communicate(self, operation, *args, **options):
         """Call an operation of torch.distributed; if it fails, the error names the processes that did not answer."""

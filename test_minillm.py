@@ -7783,6 +7783,30 @@ def test_a_restarted_run_goes_on(trained_runs, tmp_path, monkeypatch, capfd):
 
 
 @needs_fork
+def test_a_restart_finds_nothing_of_the_start_before():
+    """torchrun keeps its store: addresses, barriers and announcements there would pass for those of this start."""
+
+    def work():
+        W = m.WORLD
+        W.is_first_to("error")
+        W.barrier()
+        m.dist.destroy_process_group()
+        W.size, W.barriers = 1, 0
+        if os.environ["RANK"] == "0":
+            time.sleep(1)  # the other one looks first, and finds the old answers
+        W.start()
+        began = time.monotonic()
+        if os.environ["RANK"] == "0":
+            time.sleep(0.5)
+        W.barrier()
+        waited = time.monotonic() - began
+        return W.is_first_to("error"), W.sum(torch.ones(1)).item(), waited > 0.4
+
+    first, second = in_processes(2, work)
+    assert first[0] != second[0] and first[1:] == second[1:] == (2, True)
+
+
+@needs_fork
 def test_nobody_leaves_before_all_have_joined():
     def work():
         return time.monotonic()
