@@ -239,6 +239,11 @@ CHINESE = {
     "New conversation": "新对话", "Text": "文本", "Continue": "续写", "Retry": "重写", "Stop": "停止",
 }  # fmt: skip
 
+STOP = """async () => {
+    const button = document.querySelector("[data-testid=stop-button]")  // a reply would go on, and come back
+    if (button) { button.click(); await new Promise(done => setTimeout(done, 500)) }
+}"""
+
 
 def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: str) -> None:
     """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the run only continues texts."""
@@ -258,7 +263,7 @@ def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: st
             gr.Warning(str(error))
 
     def reply(text, history, system, run, *controls):
-        turns = [turn for turn in history if not (turn["metadata"] or {}).get("title")]  # no errors
+        turns = [turn for turn in history if not (turn.get("metadata") or {}).get("title")]  # no errors
         turns.append({"role": "user", "content": text})
         answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
         start = [{"role": "system", "content": system}] if system else []
@@ -303,7 +308,7 @@ def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: st
                 more, retry, stop = (gr.Button(word(name), min_width=80) for name in ("Continue", "Retry", "Stop"))
             writing = more.click(lambda text: text, text, before).then(continue_text, [before, *controls], text)
             stop.click(None, cancels=[writing, retry.click(continue_text, [before, *controls], text)])
-        new.click(lambda: [], None, chat.chatbot_value)
+        new.click(None, js=STOP).then(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value])
         run.change(visible, run, [chat_page, chat_controls, text_page])
     # 3 the server
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first

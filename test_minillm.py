@@ -8420,7 +8420,7 @@ def slow(self, prompt, config):
     yield f"[{len(prompt)}] "  # messages
     for piece in stream(self, prompt, config):
         time.sleep(0.05)
-        yield piece
+        yield piece if piece.isalnum() else "."  # a browser shows random spaces and controls in its own way
 
 minillm.TextGenerator.stream = slow
 sys.exit(sample.main())
@@ -8511,11 +8511,11 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             for tab in (other, page, other, page):
                 growing(tab.get_by_test_id("bot").last.inner_text)
             assert said(other, "bot")[0].startswith("[1] ") and said(page, "bot")[1].startswith("[")
-            for tab in (page, other):
-                tab.get_by_test_id("submit-button").wait_for()
-            # 5 a new conversation; a message beyond the context is one remark, which the next one does not carry on
+            # 5 a new conversation while a reply is written; of a message beyond the context the next knows nothing
             page.get_by_text("新对话").click()
             wait(lambda: not said(page, "user"))
+            page.wait_for_timeout(1000)
+            assert not said(page, "user") and not said(page, "bot")
             send(page, "长" * 10_000)
             page.get_by_text("leaves no room in the context of 256").wait_for()
             page.get_by_test_id("submit-button").wait_for()
