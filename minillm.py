@@ -3318,7 +3318,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that prints, logs and saves."""
+        """True in the process that prints, logs and saves."""
         return self.rank == 0
 
     def start(self) -> None:
@@ -3825,7 +3825,7 @@ class Trainer:
     """
 
     stage = ""
-    may_round = True  # whether `dtype` "auto" may be the fastest one
+    may_round = True  # `dtype` "auto" is the fastest one, even if that rounds
     counters = ("step_count", "epochs_done", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
     counters += ("best_figures", "first_figures")
     step_count = tokens_seen = skipped = skipped_in_row = 0

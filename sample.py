@@ -364,9 +364,8 @@ def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, 
     m.import_extra("matplotlib", "plot").use("Agg")
     pyplot, fonts = m.import_extra("matplotlib.pyplot", "plot"), m.import_extra("matplotlib.font_manager", "plot")
     warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
-    for path in [path for path in fonts.findSystemFonts() if re.search("CJK.*Regular|PingFang|msyh|simhei|wqy", path)][
-        :1
-    ]:
+    has_chinese = re.compile("CJK.*Regular|PingFang|msyh|simhei|wqy")
+    if path := next(filter(has_chinese.search, fonts.findSystemFonts()), None):
         fonts.fontManager.addfont(path)
         pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
     H, columns, places = len(maps), min(4, len(maps)), range(len(names))

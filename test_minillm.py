@@ -312,6 +312,7 @@ def quick(stage: str) -> list[str]:
 
 
 QUICK = quick("sft")
+SMALLEST = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --vocab-size 300".split()
 
 
 def data_flags(runs: Path) -> list[str]:
@@ -7357,7 +7358,7 @@ def in_processes(size: int, fn, timeout: float = 60) -> list:
         os.waitpid(child, 0)
     os.close(read), os.close(write)
     assert not running, "no end in time"
-    return [torch.load(file, weights_only=False) if file.seek(0, 2) and not file.seek(0) else None for file in files]
+    return [torch.load(file, weights_only=True) if file.seek(0, 2) and not file.seek(0) else None for file in files]
 
 
 @needs_fork
@@ -7383,11 +7384,8 @@ def test_sums_gathers_and_shares_by_hand():
         assert [part["rank"] for part in found["gather"]] == [0, 1, 2]
         assert [part["t"].tolist() for part in found["gather"]] == [[0], [1, 1], [2, 2, 2]]
         assert found["add"] == {"a": 3, "b": 0.5}
-        assert (
-            found["mine"]["x"].tolist() == [[0, 3], [1, 4], [2]][r]
-            and found["mine"]["y"] == ["ad", "be", "c"][r]
-            or (found["mine"]["y"] == list(["ad", "be", "c"][r]))
-        )
+        assert found["mine"]["x"].tolist() == [[0, 3], [1, 4], [2]][r]
+        assert found["mine"]["y"] == [["a", "d"], ["b", "e"], ["c"]][r]
         assert torch.equal(found["share"], 2 * torch.arange(10.0).view(5, 2))
     assert len({found["seed"] for found in results}) == 3 and results[0]["seed"] == 7
     assert sum(found["first to"] for found in results) == 1
@@ -7568,7 +7566,8 @@ def test_muons_work_is_shared(tokenizer):
 
     def train():
         config = m.TrainConfig(optimizer="muon", warmup_steps=0, max_steps=4, grad_clip=0.0)
-        trainer = m.PreTrainer(random_model(moe_shape(vocab_size=310)), tokenizer, config=config)
+        model = random_model(moe_shape(vocab_size=310, router_aux_loss_coef=0.0))  # the balance is of a process's rows
+        trainer = m.PreTrainer(model, tokenizer, config=config)
         shared, plain = [], m.orthogonalize
         m.orthogonalize = lambda x, **options: shared.append(len(x)) or plain(x, **options)
         for seed in range(2):
@@ -7581,8 +7580,7 @@ def test_muons_work_is_shared(tokenizer):
     for found in others:
         assert same(found["weights"], first["weights"])
     for name, weight in first["weights"].items():
-        # the balance of the experts is that of each process's rows
-        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=2e-3, msg=name)
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=2e-5, msg=name)
 
 
 @needs_fork
@@ -7759,21 +7757,19 @@ def test_mistakes_are_said_once_and_some_stages_take_one_process(trained_runs, t
     assert capfd.readouterr().err.count("several processes measure --only train") == 1
 
 
+def test_bytes_sent_by_hand():
+    """Worked example: of 4 processes each sends 3/4 of the gradients twice, and of the matrices' updates once."""
+    model = m.MiniGPT(shape())
+    matrices = sum(p.numel() for block in model.layers for p in block.parameters() if p.dim() == 2)
+    assert bench.sent_bytes(model, 4) == 3 * (2 * model.num_params() + matrices)
+    assert bench.sent_bytes(model, 1) == 0
+
+
 @needs_fork
 def test_a_restarted_run_goes_on(trained_runs, tmp_path, monkeypatch, capfd):
     """torchrun --max-restarts starts the same command again, which would otherwise refuse its own run directory."""
     argv = ["--out", str(tmp_path), "--max-steps", "3", *data_flags(trained_runs), *quick("pretrain")]
-    shape_flags = [
-        "--hidden-size",
-        "16",
-        "--num-hidden-layers",
-        "1",
-        "--num-attention-heads",
-        "2",
-        "--vocab-size",
-        "300",
-    ]
-    argv += [*shape_flags, "--seq-len", "16", "--save-every", "2"]
+    argv += [*SMALLEST, "--seq-len", "16", "--save-every", "2"]
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     assert train.main([*argv, "--overwrite"]) == 2  # a restart could take the old run for the new one
     assert "--overwrite and torchrun --max-restarts exclude each other" in capfd.readouterr().err
@@ -7868,17 +7864,7 @@ def torchrun(folder: Path, *words: str, processes: int = 2) -> subprocess.Popen:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
 def test_torchrun_ends_when_a_process_is_killed(trained_runs, tmp_path):
     """Within 30 s, without a hang; the run goes on from its last checkpoint."""
-    shape_flags = [
-        "--hidden-size",
-        "16",
-        "--num-hidden-layers",
-        "1",
-        "--num-attention-heads",
-        "2",
-        "--vocab-size",
-        "300",
-    ]
-    argv = [*data_flags(trained_runs), *shape_flags, "--seq-len", "16", "--save-every", "5", "--sample-tokens", "0"]
+    argv = [*data_flags(trained_runs), *SMALLEST, "--seq-len", "16", "--save-every", "5", "--sample-tokens", "0"]
     argv += ["--batch-size", "4", "--schedule", "constant", "--dtype", "float32", "--eval-every", "0"]
     run = torchrun(tmp_path, *argv, "--max-steps", "100000", "--out", "out")
     saved, end = tmp_path / "out/tiny/pretrain/checkpoint.pt", time.monotonic() + 100
