@@ -345,33 +345,39 @@ def visible_keys(queries: Tensor, S: int, attention_mask: Tensor | None) -> Tens
     return (causal & allowed.bool() | (keys == queries[:, None]))[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return softmax(q kᵀ / √D) v for q (B, H, T, D) and k, v (B, K, S, D); `mask` as in `visible_keys`.
+def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores: 0 for visible keys, -∞ for the others."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
-    Without a mask, attention is causal with T = S, or one query that attends to all keys.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Return softmax(q kᵀ / √D + bias) v for q (B, H, T, D), k and v (B, K, S, D), bias (B or 1, 1, T, S).
+
+    Without a bias, attention is causal with T = S, or one query that attends to all keys.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
     short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 512
     if short_on_cpu or q.device.type == "mps":
-        return attend_by_products(q, k, v, mask)
+        return attend_by_products(q, k, v, bias)
     if T == 1:  # the H / K heads of a group become the queries of one kv head: no copies of k and v
-        return F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, mask).view(B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, bias).reshape(B, H, T, D)
+    if bias is not None and q.is_cuda:  # there no fused kernel takes a bias and groups of heads
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, enable_gqa=H != k.shape[1])
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same as `attend`, with all scores (B K, H/K T, S) in memory at once.
 
     In bfloat16 on a CPU two products are faster than the fused kernel, as long as the scores are small. On MPS several
     versions of torch have fused kernels that are wrong.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if mask is None:
-        mask = visible_keys(torch.arange(S - T, S, device=q.device), S, None)
-    bias = torch.where(mask, q.new_zeros(()), -math.inf)  # (B or 1, 1, T, S)
+    if bias is None:
+        bias = attention_bias(visible_keys(torch.arange(S - T, S, device=q.device), S, None), q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
-        scores = bias.view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
+        scores = bias.to(q.dtype).view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
         q, k, v = q.reshape(B * K, -1, D), k.to(q.dtype).reshape(B * K, S, D), v.to(q.dtype).reshape(B * K, S, D)
         scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
@@ -386,15 +392,18 @@ class KVCache:
 
     def __init__(self, model: MiniGPT, batch_size: int, max_length: int):
         shape = (batch_size, model.config.num_key_value_heads, max_length, model.config.head_dim)
-        self.k, self.v = ([model.embed_tokens.weight.new_zeros(shape) for _ in model.layers] for _ in range(2))
+        weight = model.embed_tokens.weight
+        zeros = functools.partial(torch.zeros, shape, dtype=compute_dtype(weight), device=weight.device)
+        self.k, self.v = ([zeros() for _ in model.layers] for _ in range(2))
         self.length, self.max_length = 0, max_length
         self.position: Tensor | None = None
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, K, T, D) to a layer; return all that it holds, (B, K, length + T, D)."""
-        all_k, all_v, start, end = self.k[layer], self.v[layer], self.length, self.length + k.shape[2]
-        if self.position is not None:
+        all_k, all_v = self.k[layer], self.v[layer]
+        if self.position is not None:  # and code that reads `length` would be compiled anew for every token
             return all_k.index_copy_(2, self.position, k), all_v.index_copy_(2, self.position, v)
+        start, end = self.length, self.length + k.shape[2]
         all_k[:, :, start:end], all_v[:, :, start:end] = k, v
         return all_k[:, :, :end], all_v[:, :, :end]
 
@@ -419,7 +428,7 @@ class Attention(nn.Module):
             RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         H, K, D = self.shape
         q, k, v = self.qkv_proj(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
@@ -428,7 +437,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        out = attend(q, k, v, mask)  # (B, H, T, D)
+        out = attend(q, k, v, bias)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))
 
 
@@ -521,11 +530,11 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        bias: Tensor | None,
         token_mask: Tensor | None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | float]:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))  # (B, T, C)
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, bias, cache))  # (B, T, C)
         normed = self.post_attention_layernorm(x)
         is_sparse = isinstance(self.mlp, MixtureOfExperts)
         out, balance = self.mlp(normed, token_mask) if is_sparse else (self.mlp(normed), 0.0)
@@ -601,13 +610,18 @@ class MiniGPT(nn.Module):
             position_ids = slots[None]
             if S > limit:
                 raise UserError(f"{S} tokens exceed the context of max_position_embeddings={limit}")
-        mask = None if fast else visible_keys(slots, S, attention_mask)
+        # one bias serves all layers
+        bias = (
+            None
+            if fast
+            else attention_bias(visible_keys(slots, S, attention_mask), compute_dtype(self.embed_tokens.weight))
+        )
         cos, sin = self.rope[:, position_ids].unsqueeze(3)  # (B or 1, T, 1, D) each
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled() and not cache:  # keep x alone
                 block = functools.partial(recompute, block, use_reentrant=False)
-            x, balance = block(x, cos, sin, mask, token_mask, cache)
+            x, balance = block(x, cos, sin, bias, token_mask, cache)
             balances.append(balance)
         if cache and cache.position is None:
             cache.length += T
@@ -674,15 +688,29 @@ class MiniGPT(nn.Module):
         return 6 * (weights + c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a weight is multiplied: autocast's, where that is on, or its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; the previous mode is restored after it."""
+    """Eval mode inside the block; the previous mode is restored after it.
+
+    Blocks that `Trainer` compiled run as they are: torch keeps few versions, and a growing cache would use them up.
+    """
     was_training = model.training
-    model.eval()
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     try:
+        model.eval()
+        for module in compiled:
+            module._compiled_call_impl = None
         yield
     finally:
         model.train(was_training)
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 # -- what is built from a model: LoRA, and a reward model --------------------------------------------------------------
@@ -779,15 +807,17 @@ class RewardModel(MiniGPT):
 # ======================================================================================================================
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2048) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2048, compiled: bool = False
+) -> Tensor:
     """Return Σ -log softmax(hidden · weightᵀ)[label], in nats, over the labels that are not -100.
 
     hidden (…, C), weight (V, C), labels (…) int64 aligned with hidden: labels[i] is the token that follows hidden[i].
-    Only `chunk` x V logits exist at a time.
+    Only `chunk` x V logits exist at a time. `compiled` code makes fewer passes over them.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if torch.is_grad_enabled():
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, compiled)
     return -token_logprobs(hidden, weight, labels, chunk=chunk).sum()
 
 
@@ -795,27 +825,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy that computes its gradients already in forward, chunk by chunk, while the logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk):
-        if torch.is_autocast_enabled(hidden.device.type):
-            half = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(half), weight.to(half)
-        wide = torch.promote_types(hidden.dtype, torch.float32)  # losses and sums are never in half precision
+    def forward(ctx, hidden, weight, labels, chunk, compiled):
+        dtype = compute_dtype(weight)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)  # losses and sums are never in half precision
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        logits_gradient = _compiled_logits_gradient() if compiled else _logits_gradient
         parts = (x.split(chunk) for x in (hidden, labels, d_hidden))
         for h, y, d_h in zip(*parts, strict=True):  # (chunk, C), (chunk,), (chunk, C)
-            trained = (y != -100)[:, None]  # (chunk, 1)
-            y = y[:, None].where(trained, 0)  # any valid index: masked below
-            logits = (h @ weight.T).to(wide)  # (chunk, V)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (chunk, 1)
-            loss += ((log_sum - logits.gather(1, y)) * trained).sum()
-            # d loss / d logits = softmax - onehot, written over the logits
-            grad = logits.sub_(log_sum).exp_()
-            grad = grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide)).mul_(trained).to(h.dtype)
-            d_h.copy_(grad @ weight)
+            part, grad = logits_gradient(h @ weight.T, y)  # (), (chunk, V)
+            loss += part
+            torch.mm(grad, weight, out=d_h)
             if d_weight is not None:
-                d_weight.add_((grad.T @ h).to(wide))  # the sum over chunks in float32
+                d_weight.add_(grad.T @ h)  # the sum over chunks in float32
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
@@ -823,7 +847,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         # the gradients of the sum: the chain rule only scales them
-        return *(d if d is None else d.mul(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None
+        return *(d if d is None else d.mul(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None, None
+
+
+def _logits_gradient(logits, labels):
+    """Return the summed loss of logits (n, V) and its gradient by them: softmax - onehot, 0 in untrained rows."""
+    trained = (labels != -100)[:, None]  # (n, 1)
+    y = labels[:, None].where(trained, 0)  # any valid index: masked below
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_sum = wide.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+    loss = ((log_sum - wide.gather(1, y)) * trained).sum()
+    if torch.compiler.is_compiling():  # one pass over the logits
+        onehot = torch.arange(logits.shape[1], device=y.device) == y
+        grad = (wide - log_sum).exp() - onehot.to(wide.dtype)
+    else:  # written over the logits
+        grad = wide.sub_(log_sum).exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=wide.dtype))
+    return loss, grad.mul_(trained).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_logits_gradient():
+    return torch.compile(_logits_gradient)
 
 
 def token_logprobs(
@@ -1022,10 +1066,10 @@ def learning_rate_at(step: int, progress: float, config: TrainConfig) -> float:
 def orthogonalize(matrices: Tensor, steps: int = 5, half: bool = False) -> Tensor:
     """Push the singular values of each matrix of (n, rows, cols) to about 1 by Muon's Newton-Schulz iteration.
 
-    In bfloat16 on a GPU or with `half`; CPUs without bf16 units are many times slower in it.
+    `half` computes in bfloat16: devices without bf16 units are many times slower in it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's quintic: steepest at 0, lands in [0.7, 1.2]
-    x = matrices.bfloat16() if half or matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if half else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the shorter side is the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values in [0, 1]
@@ -1057,22 +1101,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        matrices = defaultdict(list)  # by shape: (its update, the matrix itself, the learning rate)
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+        matrices = defaultdict(list)  # by shape and learning rate: (its update, the matrix itself)
+        for group in self.param_groups:  # torch._foreach functions take lists: on a GPU many tensors at once
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                updates, targets = (unstack(weight, group["stacked"]) for weight in (update, p))
-                for update, target in zip(updates, targets, strict=True):
-                    matrices[target.shape].append((update, target, group["lr"]))
-        for shape, items in matrices.items():  # equal shapes go through the iteration together
-            updates = torch.stack([update for update, _, _ in items])  # (n, rows, cols)
-            updates = WORLD.share(functools.partial(orthogonalize, half=self.half), updates)
-            for update, (_, target, lr) in zip(updates, items, strict=True):
-                target.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+            grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for weights in zip(updates, params, strict=True):
+                for update, target in zip(*(unstack(weight, group["stacked"]) for weight in weights), strict=True):
+                    matrices[target.shape, group["lr"]].append((update, target))
+        for (shape, lr), items in matrices.items():  # equal shapes go through the iteration together
+            updates, targets = zip(*items, strict=True)
+            stacked = WORLD.share(functools.partial(orthogonalize, half=self.half), torch.stack(updates))
+            torch._foreach_add_(targets, stacked.unbind(), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -1113,6 +1160,9 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # at every new shape it plans for up to half a second
+        torch.set_float32_matmul_precision("high")  # float32 products use the tensor cores, as TF32
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device  # of several, this process's
 
 
@@ -3267,11 +3317,14 @@ def compile_decode_step(model: MiniGPT) -> Callable:
     options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}
     compiled = torch.compile(_decode_step, dynamic=False, **options)
 
-    def step(*args):
+    def step(model, ids, positions, mask, cache):
+        if not on_cpu:
+            for x in (*cache.k, *cache.v):  # CUDA graphs may change only what keeps its address
+                torch._dynamo.mark_static_address(x)
         try:
             # freezing lays out the weights for the processor; torch looks at this setting whenever it compiles
             with torch._inductor.config.patch(freezing=on_cpu):
-                return compiled(*args)
+                return compiled(model, ids, positions, mask, cache)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise compile_error("decoding", error) from error
 
@@ -3859,6 +3912,9 @@ class Trainer:
         if self.config.dtype == "auto" and self.may_round:
             self.config = dataclasses.replace(self.config, dtype=fastest_dtype(self.device))
         self.dtype = pick_dtype(self.config.dtype, self.device)
+        is_long = self.config.minutes >= 10 or not self.config.minutes and self.config.max_steps >= 1000
+        pays = self.config.compile == "auto" and self.device.type == "cuda" and is_long
+        self.compiles = self.config.compile == "on" or pays
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # what is trained, and with what: {"model": module}, {"model.AdamW": optimizer}
         self.trained, self.optimizers = nn.ModuleDict(), {}
@@ -3876,8 +3932,7 @@ class Trainer:
         if config.lora_rank:
             add_lora(module, config.lora_rank, config.lora_alpha)
         module.gradient_checkpointing = config.gradient_checkpointing
-        is_long = config.minutes >= 10 or not config.minutes and config.max_steps >= 1000
-        if config.compile == "on" or config.compile == "auto" and self.device.type == "cuda" and is_long:
+        if self.compiles:
             for block in module.layers:  # the shapes inside a mixture of experts depend on the data
                 (block.self_attn if module.config.num_experts else block).compile()
         for optimizer in build_optimizers(module, config):
@@ -4017,6 +4072,7 @@ class Trainer:
         if self.config.compile == "on":
             raise compile_error("training", error) from error
         self.line.say(f"{compile_error('training', error)}: going on without --compile")
+        self.compiles = False
         for module in self.trained.modules():
             module._compiled_call_impl = None
         return True
@@ -4515,7 +4571,7 @@ class PreTrainer(Trainer):
         hidden, balance = self.model.hidden_states(
             batch["input_ids"][:, :-1], token_mask=None if mask is None else mask[:, :-1]
         )
-        loss = chunked_cross_entropy(hidden, self.model.output_weight, labels)
+        loss = chunked_cross_entropy(hidden, self.model.output_weight, labels, compiled=self.compiles)
         return loss + self.model.config.router_aux_loss_coef * balance * (labels != -100).sum()
 
     def samples(self) -> str:
@@ -4555,7 +4611,7 @@ class SFTTrainer(Trainer):
         labels = batch["labels"][:, 1:]
         trained = labels != -100
         # most tokens are not trained: their logits need not be computed
-        loss = chunked_cross_entropy(hidden[trained], self.model.output_weight, labels[trained])
+        loss = chunked_cross_entropy(hidden[trained], self.model.output_weight, labels[trained], compiled=self.compiles)
         return loss + self.model.config.router_aux_loss_coef * balance * trained.sum()
 
 

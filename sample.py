@@ -335,9 +335,9 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
     if png and (len(ids) < 2 or not 1 <= layer <= len(model.layers)):
         raise m.UserError(f"--png draws 2 tokens or more, not {len(ids)}, of a --layer in 1 … {len(model.layers)}")
 
-    def noting_attend(q, k, v, mask):  # where the values are the identity, the output is the weights (1, H, T, T)
-        maps.append(attend(q, k, torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1), mask)[0].cpu())
-        return attend(q, k, v, mask)
+    def noting_attend(q, k, v, bias):  # where the values are the identity, the output is the weights (1, H, T, T)
+        maps.append(attend(q, k, torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1), bias)[0].cpu())
+        return attend(q, k, v, bias)
 
     with torch.no_grad(), unittest.mock.patch.object(m, "attend", noting_attend if png else attend):
         logits = model(torch.tensor([ids], device=model.embed_tokens.weight.device))[0, :, : tokenizer.vocab_size]

@@ -593,7 +593,8 @@ def test_attention_by_hand():
     expected = torch.tensor([[8.0, 7.0], [8.0, 6.0]])  # head 0: 8, 3/4 · 8 + 1/4 · 4; head 1: 8, 1/2 · 8 + 1/2 · 4
     torch.testing.assert_close(m.attend(q, k, v, None)[0, :, :, 0], expected)
     torch.testing.assert_close(m.attend(q[:, :, :1], k, v, None)[0, :, 0, 0], expected[:, 1])
-    apart = torch.eye(2, dtype=torch.bool)[None, None]
+    apart = m.attention_bias(torch.eye(2, dtype=torch.bool)[None, None], torch.float32)
+    assert apart.tolist() == [[[[0.0, -math.inf], [-math.inf, 0.0]]]]
     torch.testing.assert_close(m.attend(q, k, v, apart)[0, :, :, 0], torch.tensor([[8.0, 4.0], [8.0, 4.0]]))
 
 
@@ -724,11 +725,12 @@ def test_attention_by_products_is_attention(sizes, dtype, tolerance):
     """Also its gradients; relative to float64."""
     B, H, K, T, S = sizes
     inputs = [torch.randn(B, n, length, 16, dtype=torch.float64) for n, length in ((H, T), (K, S), (K, S))]
-    mask = None if T in (1, S) else (torch.rand(B, 1, T, S) > 0.4) | torch.eye(T, S).bool()
+    visible = (torch.rand(B, 1, T, S) > 0.4) | torch.eye(T, S).bool()
+    bias = None if T in (1, S) else m.attention_bias(visible, torch.float64)
     results = []
     for attend, kind in ((m.attend, torch.float64), (m.attend_by_products, dtype)):
         q, k, v = (x.to(kind, copy=True).requires_grad_() for x in inputs)
-        out = attend(q, k, v, mask)
+        out = attend(q, k, v, bias if bias is None else bias.to(kind))
         (out * torch.arange(16)).sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
     for exact, near in zip(*results, strict=True):
@@ -3595,17 +3597,22 @@ def test_compiled_decoding_writes_the_same(tokenizer):
     model = random_model(shape(num_hidden_layers=1, max_position_embeddings=600))
     eager, compiled = (m.TextGenerator(model, tokenizer, compile=wanted) for wanted in (False, True))
     batch = m.pad_left([random_ids(1, n, seed=n)[0].tolist() for n in (5, 9)], tokenizer.pad_id)
-    for config in (
-        settings(do_sample=False, min_new_tokens=12),
-        settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1),  # more slots: another graph
-        settings(do_sample=False),
+
+    def graphs_of(config, write):  # how many were compiled; one serves all steps
+        torch._dynamo.utils.counters.clear()
+        assert torch.equal(*map(write, (eager, compiled)))
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    for config, graphs in (
+        (settings(do_sample=False, max_new_tokens=30, min_new_tokens=30), 1),
+        (settings(seed=0, max_new_tokens=300, min_new_tokens=300, repetition_penalty=1.1), 1),  # more slots
+        (settings(do_sample=False), 0),
     ):
-        write = [g.sample_generate if config.do_sample else g.greedy_search for g in (eager, compiled)]
-        assert torch.equal(*(one(batch["input_ids"], config, batch["attention_mask"]) for one in write))
+        sample = functools.partial(m.TextGenerator.sample_generate, config=config)
+        write = functools.partial(sample, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        assert graphs_of(config, write) == graphs
     beams = settings(num_beams=2, min_new_tokens=30, max_new_tokens=30)
-    torch._dynamo.utils.counters.clear()
-    assert torch.equal(*(g.beam_search(batch["input_ids"][1:], beams) for g in (eager, compiled)))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1  # one for all steps
+    assert graphs_of(beams, lambda g: g.beam_search(batch["input_ids"][1:], beams)) == 1
 
 
 def test_decoding_without_a_compiler_is_one_message(tokenizer, monkeypatch):
@@ -4702,10 +4709,8 @@ def test_training_that_cannot_be_compiled(tokenizer, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     trainer, plain = (trainer_for(tokenizer, m.TrainConfig(compile=mode, warmup_steps=0)) for mode in ("on", "off"))
-    for act in (trainer.evaluate, lambda: trainer.step([lm_batch(2, 8)])):
-        trainer.val_data = [lm_batch(2, 8)]
-        with pytest.raises(m.UserError, match=r"training cannot be compiled here .*C\+\+ compiler"):
-            act()
+    with pytest.raises(m.UserError, match=r"training cannot be compiled here .*C\+\+ compiler"):
+        trainer.step([lm_batch(2, 8)])
     trainer.config.compile = "auto"
     assert trainer.step([lm_batch(2, 8)])["loss"] == plain.step([lm_batch(2, 8)])["loss"]
     assert "cannot be compiled" in capsys.readouterr().out
@@ -4783,6 +4788,55 @@ def test_compiled_training_learns_the_same(config, tokenizer):
         batches = [random_ids(2, 12, seed=k) for k in range(3)]
         losses.append([trainer.step([{"input_ids": ids, "labels": ids}])["loss"] for ids in batches])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_is_compiled_is_for_training_alone(tokenizer):
+    """Evaluations and samples, with their many shapes, compile nothing: torch keeps eight versions of a function."""
+    model, config = random_model(shape(num_hidden_layers=2)), m.TrainConfig(compile="on", max_steps=5)
+    trainer = m.PreTrainer(model, tokenizer, config=config, val_data=[lm_batch(3, 9), lm_batch(1, 7)])
+    trainer.step([lm_batch(2, 13)])
+    torch._dynamo.utils.counters.clear()
+    trainer.evaluate()
+    trainer.replies([[5, 6], [7]])
+    trainer.step([lm_batch(2, 13)])
+    assert not torch._dynamo.utils.counters["stats"]
+    assert all(block._compiled_call_impl for block in trainer.model.layers)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_cross_entropy_is_the_same(dtype):
+    hidden, weight = (torch.randn(s).to(dtype).requires_grad_() for s in ((70, 8), (50, 8)))
+    labels = random_ids(1, 70, 50, low=0)[0]
+    labels[3:9] = -100
+    results = []
+    for compiled in (False, True):
+        loss = m.chunked_cross_entropy(hidden, weight, labels, 32, compiled)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 7, 7), (2, 4, 2, 1, 9), (2, 4, 1, 3, 8)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_on_cuda_is_that_of_a_cpu(sizes, causal):
+    B, H, K, T, S = sizes
+    q, k, v = (torch.randn(B, n, length, 16) for n, length in ((H, T), (K, S), (K, S)))
+    visible = (torch.rand(B, 1, T, S) > 0.4) | torch.eye(T, S).bool()
+    bias = None if causal and T in (1, S) else m.attention_bias(visible, torch.float32)
+    on_cuda = m.attend(*(None if x is None else x.cuda().bfloat16() for x in (q, k, v, bias)))
+    torch.testing.assert_close(on_cuda.float().cpu(), m.attend(q, k, v, bias), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("config", [shape(), moe_shape()])
+def test_cuda_decodes_what_a_cpu_does(config, tokenizer):
+    model, greedy = random_model(config), settings(do_sample=False)
+    written = [m.TextGenerator(model.to(device), tokenizer).generate(["ab", "c"], greedy) for device in ("cpu", "cuda")]
+    assert written[0] == written[1]
 
 
 # -- runs and evaluations ----------------------------------------------------------------------------------------------
