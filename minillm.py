@@ -1,7 +1,7 @@
 """MiniLLM: the whole life of a small language model in one readable file of pure PyTorch.
 
 It reads text, learns a tokenizer, pretrains a Transformer, teaches it to answer (SFT), to prefer (DPO, reward model)
-and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an evening's reading and stand alone:
+and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an evening's reading:
 
     1 Config            the shape of a model, and the presets
     2 Model             RMSNorm, RoPE, grouped-query attention, SwiGLU, mixture of experts, KV cache, LoRA, reward head
@@ -18,8 +18,8 @@ and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an even
    12 Edges             Hugging Face directories, GGUF, foreign tokenizers, command-line flags, reward files
 
 What it does not do: shard a model over devices, run pipelines of tools, serve requests, quantize.
-Importing it only defines names. A mistake of the user raises UserError. Its message names the problem, the place, the
-value that was found, the allowed values and a remedy. Weights follow the conventions of Hugging Face's Llama and Qwen3.
+Importing it only defines names. What a user can mend raises UserError, whose message says what is wrong and where, what
+was found, what is allowed and what to do. Weights follow the conventions of Hugging Face's Llama and Qwen3.
 
 Axes: B batch, T time, S keys (cached time), C hidden, H heads, K key/value heads, D head dim, F ffn, V vocabulary,
 E experts, N rows or tokens laid end to end.
@@ -82,7 +82,7 @@ AnyPath = str | Path
 Paths = str | Path | list  # files or directories, or one of them
 Device = str | torch.device
 Batch = dict[str, Tensor]
-Figures = dict[str, tuple[float, float] | float]  # results of a batch: a mean is (sum, count), a total is a number
+Figures = dict[str, tuple[float, float] | float]  # of a batch: (sum, count) for a mean, a number for a total
 
 # ======================================================================================================================
 # 1 Config: the shape of a model, and the presets.
@@ -146,7 +146,9 @@ class MiniGPTConfig:
     num_experts: int = 0  # routed experts E; 0 is a dense model
     num_experts_per_tok: int = 2  # experts that each token visits
     num_shared_experts: int = 0  # experts that every token visits
-    moe_intermediate_size: int | None = None  # SwiGLU width of one expert (default: F / experts active for a token)
+    moe_intermediate_size: int | None = (
+        None  # SwiGLU width of one expert (default: F / experts active for a token, in 32s)
+    )
     norm_topk_prob: bool = True  # scale the chosen experts' probabilities to sum 1
     router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss
     bos_token_id: int = 1  # begins a document
@@ -243,7 +245,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear map without bias. Several `out_features` are matrices one below the other, computed in one product."""
+    """A linear layer without bias. Several `out_features` (of q, k, v) are stacked by rows and take one product."""
 
     def __init__(self, in_features: int, *out_features: int):
         super().__init__(in_features, sum(out_features), bias=False)
@@ -1015,7 +1017,7 @@ class TrainConfig(MemoryConfig):
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
     momentum: float = 0.95  # Muon's momentum
-    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 is off
+    grad_clip: float = 1.0  # largest norm of a module's whole gradient; 0 is off
     max_steps: int = 0  # end after so many updates; 0 is no limit
     epochs: float = 0.0  # end after so many passes over the data, 0.5 is half a one; 0 is no limit
     minutes: float = 0.0  # end so many minutes after the process started; 0 is no limit
@@ -1125,23 +1127,24 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Return AdamW (arXiv:1711.05101) for all that is trained; with optimizer="muon", Muon for the blocks' matrices.
 
-    Only matrices are decayed. Routers and LoRA's factors stay with AdamW: an orthogonal update would use LoRA's whole
-    rank at every step.
+    Only the blocks' matrices are decayed. Routers and LoRA's factors stay with AdamW: an orthogonal update would use
+    LoRA's whole rank at every step.
     """
-    # for AdamW; and for Muon, by the rows of the matrices that a weight consists of
-    others, matrices, stacks = [], [], defaultdict(list)
+    plain, decayed, muon = [], [], defaultdict(list)  # muon: by the rows of the matrices that a weight consists of
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
+            if not p.requires_grad:
+                continue
             of_a_block = p.dim() >= 2 and "layers." in path and not path.endswith("gate") and "lora_" not in name
-            if p.requires_grad and of_a_block and config.optimizer == "muon":
-                stacks[tuple(getattr(module, "stacked", {}).get(name, p.shape[-2:-1]))].append(p)
-            elif p.requires_grad:
-                (matrices if of_a_block else others).append(p)
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices, "weight_decay": config.weight_decay}]
+            if of_a_block and config.optimizer == "muon":
+                muon[tuple(getattr(module, "stacked", {}).get(name, p.shape[-2:-1]))].append(p)
+            else:
+                (decayed if of_a_block else plain).append(p)
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}]
     groups, betas = [group for group in groups if group["params"]], (config.beta1, config.beta2)
     optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)]
-    if stacks:
-        groups, half = [{"params": stacks[rows], "stacked": list(rows)} for rows in stacks], config.dtype == "bfloat16"
+    if muon:
+        groups, half = [{"params": muon[rows], "stacked": list(rows)} for rows in muon], config.dtype == "bfloat16"
         optimizers.append(Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half))
     return optimizers
 
@@ -1555,14 +1558,15 @@ class BPETokenizer:
         return pieces + [start, (TEXT, "assistant\n")] * add_generation_prompt
 
     def _encode_messages(self, messages, kinds, add_generation_prompt=False):
-        ids, trained, after_reply = [], [], False  # after a reply that is trained, but for empty text
+        ids, trained = [], []
+        awaits_end = False  # a trained reply has been written: its end of turn is trained, too
         pieces = self._chat_pieces(messages, kinds, add_generation_prompt)
         for kind, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
             new = [kind] if isinstance(kind, int) else self.encode("".join(text for _, text in run))
-            ends_turn = after_reply and kind in self.stop_ids  # the model learns where to stop, too
+            ends_turn = awaits_end and kind in self.stop_ids
             ids += new
             trained += [kind == TRAINED or ends_turn] * len(new)
-            after_reply = kind == TRAINED or (after_reply and not new)
+            awaits_end = kind == TRAINED or (awaits_end and not new)  # a template may put an empty text before it
         return ids, trained
 
     def encode_chat(self, messages: list[dict], first: int = 0) -> tuple[list[int], list[bool]]:
@@ -1570,15 +1574,13 @@ class BPETokenizer:
 
         These are its contents and the token that ends the turn. Generation starts at a reply, so it is encoded apart.
         """
-        kinds = [
-            TEXT
-            if message["role"] != "assistant"
-            else TRAINED
-            if i >= first and message.get("trained", True)
-            else REPLY
-            for i, message in enumerate(messages)
-        ]
-        return self._encode_messages(messages, kinds)
+
+        def kind_of(i, message):
+            if message["role"] != "assistant":
+                return TEXT
+            return TRAINED if i >= first and message.get("trained", True) else REPLY
+
+        return self._encode_messages(messages, list(itertools.starmap(kind_of, enumerate(messages))))
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
         """Return the ids that transformers gives, save that contents never become special tokens.
@@ -1776,7 +1778,7 @@ def path_list(paths: Paths) -> list[Path]:
 
 
 def files_under(folder: Path, above: tuple = ()) -> Iterator[Path]:
-    """Yield what is no directory in a folder and those below it, without hidden ones; links are followed, not round."""
+    """Yield all files below a folder. Hidden ones are passed over; links are followed, unless they form a cycle."""
     above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):  # the order does not depend on the machine
         if not path.name.startswith(".") and path.resolve() not in above:
@@ -1814,7 +1816,7 @@ def hash_file(path: AnyPath) -> str:
 
 @functools.cache  # the file is read once
 def code_hash() -> str:
-    """Return the hash of this file: what a hack of any function makes of the data is not in the cache yet."""
+    """Return the hash of this source file. It is part of the caches' keys: after an edit, data are encoded anew."""
     return hash_file(__file__)[:24]
 
 
@@ -1880,8 +1882,8 @@ FORMS = (  # the first one whose keys a record has
     Form("text", "text"),
 )
 MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
-# Further keys of records and of messages. One that is nowhere is counted and named, or refused if it means no text.
-RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
+# Further keys of records and of messages. Others cause a warning that names them; those in NO_TEXT are an error.
+RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category", "label")
 SWITCHES = ("trained", "train", "loss", "weight")  # keys of a message: 0 or false if it is not learned from
 MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls", *SWITCHES)
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
@@ -2292,18 +2294,18 @@ class Reader:
 
         A list of records stands for its items.
         """
-        # A .jsonl has a value a line, unless a list, or an object printed over several lines, begins it. A .json is
-        # read as a whole, unless its first line is an object by itself.
-        is_lines = data_suffix(path) == ".jsonl"
-        spans = re.compile(r"\s*([\[{]|\[.*[^\]\s])\s*" if is_lines else r"\s*(?!\{.*\}\s*$).+\s*")
-        limit = LONGEST_RECORD
+        limit, is_first = LONGEST_RECORD, True
         with open_text(path) as file:
             for number, text in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), ""), 1):
-                if spans and text.strip():
-                    if spans.fullmatch(text):
+                if is_first and (line := text.strip()):
+                    is_first = False
+                    if data_suffix(path) == ".jsonl":  # a value a line, unless one goes on in the next
+                        is_whole = line in "[{" or line[0] == "[" and line[-1] != "]"
+                    else:  # a .json is one value, unless its first line is an object by itself
+                        is_whole = not (line[0] == "{" and line[-1] == "}")
+                    if is_whole:
                         limit *= 16
                         text += file.read(limit)
-                    spans = None
                 if len(text) > limit:
                     raise UserError(f"{path}:{number}: a line of more than {limit:,} characters: one record a line")
                 try:
@@ -2343,6 +2345,8 @@ class Reader:
             values = [(str(path), {"text": path})] if next(read_text(path), "") else []
         else:
             values = self._rows(path) if suffix == ".parquet" else self._values(path)
+        # An unknown record is an error in a file with data, but a directory may hold other .json files, too: there it
+        # waits until a record shows that the file has some.
         kinds, unknown = self.kinds[path], None
         for where, record in values:
             if form := form_of(record):
@@ -2386,7 +2390,7 @@ class Reader:
             for document in itertools.chain(*(ahead.documents(path, kind, source) for path in ahead.files)):
                 # A .txt gives to both sides.
                 shares |= {0, 1} if isinstance(document, Path) else {hash_share(text_of(document))}
-                if min(shares) < below <= max(shares):  # mostly soon
+                if min(shares) < below <= max(shares):  # both sides have one: no need to read on
                     break
             else:  # All are on one side. Then the lowest tenth is for validation, but not a single document.
                 below = sorted(shares)[max(1, len(shares) // 10)] if len(shares) > 1 else 0
@@ -2597,7 +2601,7 @@ def encode_data(
     """Return the memory-mapped arrays of a split of the records of a kind, and the split's key.
 
     The splits "train" and "val" divide the data; "all" takes them whole. Val is the last tenth of the characters of
-    each .txt, otherwise the documents, or the first questions, whose content hash says so.
+    each .txt, and the records whose first question (a text: its content) is among the lowest tenth of hashes.
     """
     # 1. The name of the cache folder says from what, by what rules and by what code it was made.
     reader = Reader(paths, on_bad_record)
@@ -2625,8 +2629,8 @@ def encode_data(
     }
     if not len(arrays["ids"]):
         raise UserError(
-            f"{', '.join(map(str, reader.paths))}: nothing is left for {part}: a single document, or copies of it, "
-            "cannot be divided: give more, or validation data of its own with --val-data"
+            f"{', '.join(map(str, reader.paths))}: the {part} part is empty: one document, or copies of one, cannot be "
+            "divided into train and val: give more documents, or --val-data"
         )
     return arrays, f"{key}-{split}"
 
@@ -2774,12 +2778,15 @@ class PretrainDataLoader(BatchLoader):
     def __len__(self):
         return math.ceil(len(self.order()) / self.batch_size)
 
-    def collate(self, starts: list[int]) -> Batch:
-        rows = [self.tokens[i : i + self.seq_len + 1].long() for i in starts]
-        if len(rows[-1]) < len(rows[0]):  # the short end of the stream comes alone, in the next batch
-            rows.pop()
+    def _take(self, order):
+        starts = super()._take(order)
+        if len(starts) > 1 and starts[-1] + self.seq_len >= len(self.tokens):  # the short end is a batch of its own
+            starts.pop()
             self.index -= 1
-        batch = torch.stack(rows)  # (B, T + 1)
+        return starts
+
+    def collate(self, starts: list[int]) -> Batch:
+        batch = torch.stack([self.tokens[i : i + self.seq_len + 1].long() for i in starts])  # (B, T + 1)
         return {"input_ids": batch, "labels": batch}
 
 
@@ -2866,7 +2873,8 @@ class ConversationDataLoader(RecordDataLoader):
     def select_items(self) -> list[int]:
         # 1. A row takes a conversation up to the end of its last reply that ends within `seq_len`.
         full, starts, trained = torch.tensor(self.lengths), torch.tensor(self.ends[:-1]), self.arrays["trained"]
-        ends = F.pad((trained[:-1] > trained[1:]).nonzero().flatten() + 1, (1, 0))  # of replies inside; 0 comes first
+        ends = (trained[:-1] > trained[1:]).nonzero().flatten() + 1  # behind each reply, in the array of all ids
+        ends = F.pad(ends, (1, 0))  # with a 0 before them, where none fits
         last = ends[torch.searchsorted(ends, starts + self.seq_len, right=True) - 1]
         kept = full.where(full <= self.seq_len, (last - starts).clamp(min=0))
         self.truncated = (kept == 0).tolist()  # where not even the first reply fits
@@ -2884,7 +2892,10 @@ class ConversationDataLoader(RecordDataLoader):
         return items
 
     def _take(self, order):
-        """Return the conversations of each row of the next batch: each goes into the first row with room for it."""
+        """Return the conversations of each row of the next batch: each goes into the first row with room for it.
+
+        With packing there are more than `batch_size` of them; what `order` calls a batch is then a run of like lengths.
+        """
         rows, room = [[] for _ in range(self.batch_size)], [self.seq_len] * self.batch_size
         for i in order[self.index :]:
             k = next((k for k, left in enumerate(room) if self.lengths[i] <= left), None)
@@ -2975,7 +2986,7 @@ class GenerationConfig:
     """How to continue a prompt. Lengths are in tokens."""
 
     max_new_tokens: int | None = None  # longest continuation (default: 128, or what max_length leaves)
-    min_new_tokens: int = 0  # no end before so many
+    min_new_tokens: int = 0  # end tokens are forbidden before so many
     max_length: int | None = None  # longest prompt (with its padding) and continuation; max_new_tokens wins
     do_sample: bool = True  # draw from the distribution; off is greedy
     temperature: float = 0.8  # below 1 sharpens, above 1 flattens; 0 is greedy
@@ -3463,7 +3474,7 @@ class World:
         return self.gather(fn() if self.is_first else None)[0]
 
     def add(self, figures: Metrics) -> Metrics:
-        """Return the sums of figures by name, which not every process needs to have."""
+        """Return the sum of each figure over all processes; one that lacks it counts as 0."""
         total = Counter()
         for part in self.gather({name: float(value) for name, value in figures.items()}):
             total.update(part)
@@ -3869,7 +3880,7 @@ def average(parts: Iterable[Figures]) -> Metrics:
 class Trainer:
     """Accumulate -> clip -> step -> log -> evaluate -> save. A subclass defines `loss`, and `count` if not of tokens.
 
-    Only losses of text have the routers' balance loss: the later stages change a model little.
+    Only pretraining and SFT add the routers' balance loss: the later stages change a model little.
 
     config: TrainConfig. train_data, val_data: iterables of batches; `fit` repeats train_data as often as it takes, and
     one with `state_dict` is resumed where it stood. run_dir: where `fit` keeps checkpoints and metrics. started: the
@@ -3880,7 +3891,7 @@ class Trainer:
     stage = ""
     may_round = True  # `dtype` "auto" is the fastest one, even if that rounds
     counters = ("step_count", "epochs_done", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
-    counters += ("best_figures", "first_figures")
+    counters += ("best_figures", "first_figures", "final_s")
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation
@@ -3983,17 +3994,18 @@ class Trainer:
 
     def update(self, batches: list[Batch]) -> Metrics:
         """One optimizer step on the gradient of Σ loss / Σ count over `batches`, whatever their sizes."""
-        # 1 accumulate the gradients of this process's rows; from here on they are complete, and the same everywhere
+        # 1 accumulate the gradients of this process's rows, then sum them over all processes
         count = sum(map(self.count, batches))  # of all rows, before any backward
         if not count:
             raise UserError("a batch holds nothing to train on: all of its labels are -100")
         mine = [batch for batch in map(WORLD.mine, batches) if len(batch["input_ids"])]
         self.trained.train()
+
+        def accumulate(parts):
+            return self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count)
+
         with onednn_products(self.config.dtype == "float32_onednn"):
-            figures = self.in_memory(
-                lambda parts: self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count),
-                max((len(batch["input_ids"]) for batch in mine), default=1),
-            )
+            figures = self.in_memory(accumulate, max((len(batch["input_ids"]) for batch in mine), default=1))
         WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
         metrics = average(figures)
         self.part_names = dict.fromkeys(metrics)
@@ -4141,7 +4153,7 @@ class Trainer:
                 if self.step_count % config.log_every == 0 or self.step_count == 1:
                     self._log_window(window, evaluation)
                     window = []
-                # 3 evaluate, save. Only here the clock and the user are asked: a later signal waits for the next step
+                # 3 evaluate, save. Clock and signals are looked at here alone, so that all processes decide the same
                 is_over, signal_number = self._end_of_run(caught)
                 if is_over or not signal_number and self._is_evaluation_due(before):
                     evaluation = self._evaluate_and_save()
@@ -4181,9 +4193,10 @@ class Trainer:
     def _is_evaluation_due(self, before):
         """Return whether to evaluate after this step, in which `epochs_done` moved on from `before`."""
         every, now = self.config.eval_every, self.epochs_done
+        if every and self.step_count % every == 0:
+            return True
         ends_epoch = self.config.epochs and int(now) > int(before)
-        # a run of epochs that are shorter than eval_every is evaluated after each
-        return self.step_count % (every or math.inf) == 0 or ends_epoch and self.step_count < every * now
+        return ends_epoch and self.step_count / now < every  # short epochs are evaluated at their ends
 
     def _say_best(self, last):
         """Say which evaluation was the best if it is not the last, and warn where training has gone on for too long."""
@@ -4297,7 +4310,7 @@ class Trainer:
         data = self.val_data
         if not isinstance(data, RecordDataLoader):
             return {}
-        # "first" counts those without room, too: then the prompts do not depend on the model
+        # those without room are counted before they are dropped: then the prompts do not depend on the model
         checkable = (i for i in data.items if data.note(i)["answer"])
         answered = self._answered(WORLD.mine(list(itertools.islice(checkable, self.config.eval_prompts))))
         right = [answer_matches(reply, note["answer"]) for note, reply in answered]
@@ -4371,8 +4384,9 @@ class Trainer:
             "mfu": row.pop("flops") / step_s / self.peak_flops / WORLD.size,
         }
         self._log(row)
-        if not evaluation and self.val_data is not None:  # not measured yet: evaluating is a third of training
-            self.final_s = min(self.config.eval_tokens / (2.5 * row["tok_per_s"]) + 2.0, 6.0 * self.config.minutes)
+        if not evaluation and self.val_data is not None:  # not measured yet: forward alone is 2.5 times as fast
+            guess = self.config.eval_tokens / (2.5 * row["tok_per_s"]) + 2.0
+            self.final_s = min(guess, 0.1 * 60 * self.config.minutes)  # at most a tenth of the run
         # 2 the line, with what ends first: the steps or the time
         done = self.work_done()
         steps_left = self.step_count / done - self.step_count if done else math.inf
@@ -4450,7 +4464,7 @@ class Trainer:
 
     @functools.cached_property
     def base(self) -> dict[str, str]:
-        """The fingerprints of the weights that LoRA leaves as another run has them, by module; else {}."""
+        """The hashes by module of the frozen weights, which a LoRA checkpoint leaves to the parent run's; else {}."""
         if not self.config.lora_rank or "parent" not in self.origin:
             return {}
         return {name: fingerprint(module, trained_weights(module)) for name, module in self.trained.items()}
@@ -4503,12 +4517,12 @@ class Trainer:
     def load_checkpoint(self, path: AnyPath) -> None:
         """Go on where `save_checkpoint` stopped, with any number of processes."""
         # 1 read and compare, before anything is changed
-        WORLD.barrier()  # the first process may repair: nobody reads before or meanwhile
-        if not WORLD.is_first:
-            WORLD.barrier()
-        state = load_checkpoint(path, repair=True)
+        WORLD.barrier()  # nobody reads while the first process may replace a damaged file
         if WORLD.is_first:
-            WORLD.barrier()
+            state = load_checkpoint(path, repair=True)
+        WORLD.barrier()
+        if not WORLD.is_first:
+            state = load_checkpoint(path)
         self._check_belongs(path, state)
         # 2 weights, cursor, moments
         for name in state.get("base", {}):
@@ -4622,7 +4636,7 @@ class SFTTrainer(Trainer):
 class RLHFConfig:
     """Options of learning from preferences and rewards. `kl` means divergence from the reference model."""
 
-    dpo_beta: float = 0.1  # DPO: how much staying near the reference counts
+    dpo_beta: float = 0.1  # DPO: β, the strength of the pull towards the reference
     dpo_kind: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO: the loss; ipo regresses to a margin and never saturates
     dpo_sft_coef: float = 0.0  # DPO: weight of the chosen completion's loss per token, against its collapse
     reward_center_coef: float = 0.01  # reward: weight of (chosen + rejected)², which keeps scores around 0
@@ -4632,7 +4646,7 @@ class RLHFConfig:
     minibatch_size: int = 128  # PPO, GRPO: replies of an update
     update_epochs: int = 2  # PPO, GRPO: passes over a rollout
     clip_range: float = 0.2  # PPO, GRPO: how far the ratio of probabilities counts, 1 ± this
-    stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates this far from the writer (nats a token); 0 is off
+    stop_kl: float = 0.1  # PPO, GRPO: end a rollout's updates once KL(old || new) exceeds this (nats a token); 0 is off
     kl_coef: float = 0.05  # PPO: penalty on each token's KL, subtracted from its reward
     gamma: float = 1.0  # PPO: discount of later rewards
     gae_lambda: float = 0.95  # PPO: generalised advantage estimation, 0 trusts the critic, 1 the rewards
@@ -4996,6 +5010,11 @@ class RLTrainer(Trainer):
 
     # -- the update ----------------------------------------------------------------------------------------------------
 
+    def _minibatches(self, N):
+        """Yield the rows of each minibatch, in an order of their own in every pass over the rollout's N rows."""
+        for _ in range(self.rl.update_epochs if N else 0):
+            yield from WORLD.first(lambda: torch.randperm(N)).chunk(math.ceil(N / self.rl.minibatch_size))
+
     def step(self, batches: list[dict]) -> dict[str, float]:
         """A rollout, and a few epochs of minibatch updates on it, fewer if the policy has moved by `stop_kl`."""
         # 1 write and score
@@ -5003,20 +5022,16 @@ class RLTrainer(Trainer):
         batch, stats = self.experience(batches[0])
         # 2 update in minibatches; N is 0 where nothing can be learned from the rollout
         N, T = batch["input_ids"].shape
-        minibatches = (
-            rows
-            for _ in range(self.rl.update_epochs if N else 0)
-            for rows in WORLD.first(lambda: torch.randperm(N)).chunk(-(-N // self.rl.minibatch_size))
-        )
         results = []
-        for rows in minibatches:
+        for rows in self._minibatches(N):
             groups = length_groups(batch["last"], rows, 32)  # micro-batches with little padding
             results.append(self.update([select_rows(batch, group) for group in groups]))
             # 3 stop when the policy has moved far from the one that wrote
             if results[-1]["moved"] > (self.rl.stop_kl or math.inf):
                 break
         self.step_count += 1
-        updates, results = len(results), results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
+        updates = len(results)
+        results = results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         stats |= {
             "moved": results[-1]["moved"],
@@ -5154,7 +5169,7 @@ class GRPOTrainer(RLTrainer):
 
 
 class Stage(NamedTuple):
-    """A stage of a model's life. A new one needs a row in STAGES, and defaults in RECIPES that end it."""
+    """A stage of a model's life. A new one needs a row in STAGES, and defaults in RECIPES: steps, epochs or minutes."""
 
     trainer: type[Trainer]
     loader: type[BatchLoader]
@@ -5430,7 +5445,7 @@ class RLHFPipeline:
         return trainer
 
     def changes(self, stage: str) -> str:
-        """Return what has changed since a stage began, so that a finished one shows what it does not know."""
+        """Return what has changed since a stage began, so that a finished one shows the options it lacks."""
         if not holds_run(self.out / stage):
             return ""
         now = {"stage": stage, "train": vars(self.train[stage]), "rl": vars(self.config), **self.origin(stage)}
@@ -6146,7 +6161,7 @@ USES = {  # what trains no stage uses these flags, and --config, --stage and --o
     "--inspect": "inspect data val_data init seq_len reward reply_tokens on_bad_record",
     "--plot": "plot png",
 }
-NEEDS = {  # an option, another one, and the values of that with which it has an effect (or any but 0)
+NEEDS = {  # an option, the option it depends on, and the values of that which it takes (none listed: any but 0)
     "png": "plot",
     "format": "stage export",
     "lora_alpha": "lora_rank",
