@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # ruff: noqa: E402
 import argparse
-import copy
 import dataclasses
 import functools
 import json
@@ -61,24 +60,18 @@ class Setup:
     quick: bool = True
     modes: tuple[str, ...] = ("eager",)
     options: dict = dataclasses.field(default_factory=dict)  # fields of TrainConfig, from the command line
+    dtype: torch.dtype = torch.float32  # of decoding
+    training_dtype: str = "float32"
     line: m.ProgressLine = dataclasses.field(default_factory=m.ProgressLine)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of decoding."""
-        return m.pick_dtype(self.options.get("dtype", "auto"), self.device)
-
-    @functools.cached_property
-    def training_dtype(self) -> str:
-        chosen = self.options.get("dtype", "auto")
-        return m.fastest_dtype(self.device) if chosen == "auto" else chosen
 
     def peak(self, dtype: str) -> float:
         """Measure the floating-point operations per second of a matrix product, which is the peak of a dtype."""
         return m.matmul_peak(self.device, dtype, 8192 if self.device.type == "cuda" else 1024)
 
-    def train_config(self, name: str) -> m.TrainConfig:
+    def train_config(self, name: str, processes: int = 1) -> m.TrainConfig:
+        """Return the options for a preset; of several processes, those of the one with most rows."""
         train = dataclasses.replace(m.get_train_config(name), **self.options | {"dtype": self.training_dtype})
+        train.batch_size = math.ceil(train.batch_size / processes)
         train.seq_len = train.seq_len or m.get_config(name).max_position_embeddings
         return train
 
@@ -107,7 +100,7 @@ class Command:
     """The flags of bench.py itself; a few of training follow."""
 
     config: list[str] | None = None  # presets: tiny small medium large moe [tiny small; without --quick moe, too]
-    only: list[Literal["train", "decode", "tokenizer"]] | None = None  # parts to measure [all]
+    only: list[Literal["train", "decode", "tokenizer"]] | None = None  # parts to measure: train decode tokenizer [all]
     quick: bool = False  # fewer and smaller measurements
     compile: Literal["auto", "on", "off"] = "auto"  # compiled as well; auto: unless --quick
     all: bool = False  # show the details, too; a --json file always holds them all
@@ -121,10 +114,10 @@ class Command:
     steps: int | None = None  # --duel: compare after so many steps instead of minutes
     seeds: int = 3  # --duel: trainings of each side on each data set
     data: list[str] | None = None  # --duel: data sets, each a file or directory [the example data]
-    tokens: Amount = 1e8  # --plan: how many to train on
+    tokens: Amount | None = None  # --plan: how many to train on [100M]
     gpu_memory: Amount | None = None  # --plan: the memory there is, in bytes [this device's]
     processes: int = 1  # --plan: on so many devices like this one
-    link: Amount = 12.5e9  # --plan: bytes a second between two of them; 12.5G is 100 Gbit/s
+    link: Amount | None = None  # --plan: bytes a second between two of them [12.5G: 100 Gbit/s]
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
@@ -187,11 +180,12 @@ def measure(args: argparse.Namespace) -> Tables:
     """Yield what the command line asks for, part by part."""
     is_compiled = not args.plan and (args.compile == "on" or args.compile == "auto" and not args.quick)
     modes = ("eager", "compiled") if is_compiled else ("eager",)
-    setup = Setup(m.pick_device(args.device), args.quick, modes, args.options)
-    device, decoding = setup.device.type, str(setup.dtype).removeprefix("torch.")
-    name = torch.cuda.get_device_name(setup.device) if device == "cuda" else device
-    dtypes = f"training in {setup.training_dtype}, decoding in {decoding}"
-    setup.line.say(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtypes}")
+    device, dtype = m.pick_device(args.device), args.options.get("dtype", "auto")
+    dtypes = m.pick_dtype(dtype, device), m.fastest_dtype(device) if dtype == "auto" else dtype
+    setup = Setup(device, args.quick, modes, args.options, *dtypes)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name += f", {torch.get_num_threads()} threads, torch {torch.__version__}"
+    setup.line.say(f"{name}, training in {setup.training_dtype}, decoding in {str(setup.dtype).removeprefix('torch.')}")
     parts = args.only or ("train", "decode", "tokenizer")
     if args.plan:
         yield from plan(setup, args)
@@ -205,7 +199,7 @@ def measure(args: argparse.Namespace) -> Tables:
         for name in args.config:
             yield "processes", {name: measure_processes(setup, name)}
     else:
-        paths = ("float32", "float32_onednn", "bfloat16") if device == "cpu" else ("float32", "bfloat16")
+        paths = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
         machine = {f"product in {path}, GFLOP/s": Measured(setup.peak(path) / 1e9) for path in paths}
         yield "machine", {"": machine | {"reading memory, GB/s": bandwidth(setup)}}
         for name in args.config if {"train", "decode"} & {*parts} else ():
@@ -315,45 +309,31 @@ def new_trainer(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig, mod
     return trainer
 
 
-def time_steps(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> dict[str, tuple[TimedTrainer, dict]]:
-    """Time steps on a few rows; return for each mode the trainer, and seconds: of parts, and of the whole update."""
-    rows = setup.rows(train)
-    batch = random_batch(setup, rows, train.seq_len, config)
-    trainers = {mode: new_trainer(setup, config, train, mode) for mode in setup.modes}
-    steps_s = time_in_turns(setup, {mode: functools.partial(t.step, [batch]) for mode, t in trainers.items()})
-    result = {}
-    for mode, trainer in trainers.items():
-        pairs = list(zip(trainer.passes_s[1:], steps_s[mode], strict=True))  # without the warm-up
-        result[mode] = (
-            trainer,
-            {
-                "forward and backward": [passes for passes, _ in pairs],
-                "optimizer": [step - passes for passes, step in pairs],
-                "update": [step + (train.batch_size / rows - 1) * passes for passes, step in pairs],
-            },
-        )
-    return result
-
-
-def measure_train(setup: Setup, name: str) -> Rows:
-    """Return a model's size, the speed of training and its parts, and peak memory."""
-    config, train = m.get_config(name), setup.train_config(name)
+def measure_train(setup: Setup, name: str, processes: int = 1) -> Rows:
+    """Return a model's size, the speed of training and its parts, and peak memory, in one of several processes."""
+    config, train = m.get_config(name), setup.train_config(name, processes)
     rows, T = setup.rows(train), train.seq_len
     setup.line.show(f"{name}: training")
-    timed, peak = time_steps(setup, config, train), setup.peak(setup.training_dtype)
-    model = timed["eager"][0].model
+    batch, peak = random_batch(setup, rows, T, config), setup.peak(setup.training_dtype)
+    trainers = {mode: new_trainer(setup, config, train, mode) for mode in setup.modes}
+    seconds = time_in_turns(setup, {mode: functools.partial(t.step, [batch]) for mode, t in trainers.items()})
+    model = trainers["eager"].model
     result: Rows = {
         "parameters, M": Measured(model.num_params() / 1e6),
         "  a token uses, M": Measured(model.num_params(active=True) / 1e6),
         "  training, MFLOP a token": Measured(model.flops_per_token(T) / 1e6),
         "  timed batch": f"{rows} x {T}",
     }
-    for mode, (_, seconds) in timed.items():
-        tokens_per_s = per_second(train.batch_size * T, seconds.pop("update"))
+    for mode, trainer in trainers.items():
+        pairs = list(zip(trainer.passes_s[1:], seconds[mode], strict=True))  # without the warm-up
+        # the whole batch takes more passes and one update
+        updates_s = [step + (train.batch_size / rows - 1) * passes for passes, step in pairs]
+        tokens_per_s = per_second(train.batch_size * T, updates_s)
         mfu = 100 * model.flops_per_token(T) * tokens_per_s.value / peak
         result[f"{mode} training, tok/s"] = tokens_per_s
         result[f"MFU, {mode}, % of peak"] = Measured(mfu, tokens_per_s.spread)
-        result |= {f"  {part}, {mode}, ms": summarize([1e3 * s for s in times]) for part, times in seconds.items()}
+        result[f"  forward and backward, {mode}, ms"] = summarize([1e3 * passes for passes, _ in pairs])
+        result[f"  optimizer, {mode}, ms"] = summarize([1e3 * (step - passes) for passes, step in pairs])
     setup.line.show(f"{name}: memory")
     start_bytes, peak_bytes = in_new_process(train_a_little, setup, config, dataclasses.replace(train, batch_size=rows))
     result["peak memory of that batch, MB"] = Measured(peak_bytes / 1e6)
@@ -458,10 +438,12 @@ def measure_tokenizers(setup: Setup, with_peer: bool = False) -> Table:
     texts = [json.loads(line)["text"] for line in (DATA / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()]
     size = sum(len(text.encode()) for text in texts) / 1e6
     copies = math.ceil((2 if setup.quick else 20) / size)
-    own = m.BPETokenizer(vocab_size=4096)
-    own.train(texts)
     training = {"MiniLLM": lambda: m.BPETokenizer(4096).train(texts * copies)}
-    encoding = {"MiniLLM": encode_afresh(lambda: copy.deepcopy(own), texts)}
+    own = m.BPETokenizer(4096)
+    own.train(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        own.save(f"{folder}/tokenizer.json")
+        encoding = {"MiniLLM": encode_afresh(lambda: m.BPETokenizer.load(f"{folder}/tokenizer.json"), texts)}
     if with_peer:
         peer = train_tokenizers(texts)
         training["tokenizers"] = lambda: train_tokenizers(texts * copies)
@@ -541,9 +523,8 @@ T_99 = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
 
 
 def check_duel(args: argparse.Namespace, given: dict) -> None:
-    for name in ("train.py", "minillm.py"):
-        if not (Path(args.duel) / name).is_file():
-            raise m.UserError(f"--duel {args.duel}: there is no {name} in it: name a copy of MiniLLM's folder")
+    if not all((Path(args.duel) / name).is_file() for name in ("train.py", "minillm.py")):
+        raise m.UserError(f"--duel {args.duel}: there is no train.py in it: name a copy of MiniLLM's folder")
     if args.seeds < 2:
         raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
     if "steps" in given and (args.steps < 1 or "minutes" in given):
@@ -597,10 +578,7 @@ def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
 
 
 def verdict(differences: list[float]) -> str:
-    """Judge a fork by its relative differences in bits per byte, one a pair of trainings; below 0 is better.
-
-    It is better or worse where Student's t test is 99 % sure.
-    """
+    """Judge a fork by its relative differences in bits per byte, one a pair of trainings: is Student's t test sure?"""
     n, mean, deviation = len(differences), statistics.mean(differences), statistics.stdev(differences)
 
     def is_sure(pairs: int) -> bool:
@@ -646,41 +624,38 @@ def plan(setup: Setup, args: argparse.Namespace) -> Tables:
     memory = args.gpu_memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.gpu_memory is None and setup.device.type == "cuda":
         memory = torch.cuda.get_device_properties(setup.device).total_memory
-    title = f"{args.tokens / 1e6:,.4g}M tokens"
+    tokens, link = args.tokens or 1e8, args.link or 12.5e9
+    title = f"{tokens / 1e6:,.4g}M tokens"
     for name in args.config:
-        setup.line.show(f"{name}: calibrating")
-        config, train = m.get_config(name), setup.train_config(name)
-        all_rows, T = train.batch_size, train.seq_len
+        config, all_rows = m.get_config(name), setup.train_config(name).batch_size
         if not 1 <= args.processes <= all_rows:
             raise m.UserError(f"--processes {args.processes} is not possible: 1 … --batch-size {all_rows}")
-        # 1 measure a few rows of the process that has most, and add as much for every further row
-        train.batch_size = rows = math.ceil(all_rows / args.processes)
-        few = setup.rows(train)
-        few_train = dataclasses.replace(train, batch_size=few)
-        start_bytes, few_bytes = in_new_process(train_a_little, setup, config, few_train)
-        trainer, seconds = time_steps(setup, config, train)["eager"]
-        row_bytes = bytes_per_row(setup, trainer)
-        least_bytes = start_bytes + 16 * trainer.model.num_params()  # however few rows: weights, gradients, moments
+        # 1 measure a few rows of the process that has most, and add as much memory for every further row
+        measured, train = measure_train(setup, name, args.processes), setup.train_config(name, args.processes)
+        model, row_bytes = m.MiniGPT(config), bytes_per_row(setup, config, train)
+        rows, few, T = train.batch_size, setup.rows(train), train.seq_len
+        few_bytes = 1e6 * measured["peak memory of that batch, MB"].value
+        # however few rows: weights, gradients, moments
+        least_bytes = 1e6 * measured["  before there is a model, MB"].value + 16 * model.num_params()
         fits = max(0, few + math.floor((memory - few_bytes) / row_bytes)) if memory > least_bytes else 0
         if fits < rows:
-            advice = "not even one does: try --gradient-checkpointing or a smaller --seq-len"
-            if fits:
-                steps = math.ceil(rows / fits)
-                advice = f"--batch-size {args.processes * math.ceil(rows / steps)} --accumulation-steps {steps} does"
+            steps = math.ceil(rows / max(1, fits))
+            advice = f"--batch-size {args.processes * math.ceil(rows / steps)} --accumulation-steps {steps} does"
+            advice = advice if fits else "not even one does: try --gradient-checkpointing or a smaller --seq-len"
             setup.line.say(f"{name}: {rows} rows do not fit into {memory / 1e9:.3g} GB: {advice}")
         # 2 of several processes each step sends, too
-        sent = sent_bytes(trainer.model, args.processes)
-        step_s = statistics.median(seconds["update"]) + sent / args.link
+        sent = sent_bytes(model, args.processes)
+        step_s = rows * T / measured["eager training, tok/s"].value + sent / link
         result: Rows = {
             "batch": f"{all_rows} x {T}",
             "peak training memory, MB": Measured(max(least_bytes, few_bytes + (rows - few) * row_bytes) / 1e6),
             f"largest batch in {memory / 1e9:.3g} GB, rows": Measured(fits),
             "step, s": Measured(step_s),
-            f"{title}, h": Measured(args.tokens / (all_rows * T) * step_s / 3600),
+            f"{title}, h": Measured(tokens / (all_rows * T) * step_s / 3600),
         }
         if args.processes > 1:
             result["sent by a process a step, MB"] = Measured(sent / 1e6)
-            result["part of a step that computes, %"] = Measured(100 * (1 - sent / args.link / step_s))
+            result["part of a step that computes, %"] = Measured(100 * (1 - sent / link / step_s))
         yield f"plan for {title}", {name: result}
 
 
@@ -690,16 +665,14 @@ def sent_bytes(model: m.MiniGPT, processes: int) -> float:
     return 4 * (2 * model.num_params() + matrices) * (processes - 1) / processes
 
 
-def bytes_per_row(setup: Setup, trainer: m.Trainer) -> float:
+def bytes_per_row(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> float:
     """Return the memory of a further row: all that forward keeps, and the needs of backward inside a block."""
-
-    def forward_bytes() -> int:
-        return saved_bytes(setup, trainer, 2) - saved_bytes(setup, trainer, 1)
-
-    row_bytes, model = forward_bytes(), trainer.model
-    model.gradient_checkpointing = False
-    block_bytes = forward_bytes() / model.config.num_hidden_layers
-    return row_bytes + 3 * block_bytes  # recomputed activations, gradients, gaps: three fits what was measured on CPUs
+    trainer = new_trainer(setup, config, train)
+    row_bytes = saved_bytes(setup, trainer, 2) - saved_bytes(setup, trainer, 1)
+    trainer.model.gradient_checkpointing = False
+    blocks_bytes = saved_bytes(setup, trainer, 2) - saved_bytes(setup, trainer, 1)
+    # recomputed activations, gradients, gaps: three blocks fit what was measured on CPUs
+    return row_bytes + 3 * blocks_bytes / config.num_hidden_layers
 
 
 def saved_bytes(setup: Setup, trainer: m.Trainer, rows: int) -> int:
