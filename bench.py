@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import argparse
 import dataclasses
 import functools
@@ -14,38 +15,27 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
-import minillm as m  # noqa: E402
+import minillm as m
+import sample
 
 DATA = Path(m.__file__).parent / "data/train"
-PARTS = ("train", "decode", "tokenizer")
-HEADLINES = (  # the rows that are shown without --all
-    "parameters, M",
-    "eager training, tok/s",
-    "  MFU, eager, % of peak",
-    "compiled training, tok/s",
-    "peak memory of that batch, MB",
-    "prefill, tok/s",
-    "decode, batch 1, tok/s",
-    "decode, batch 8, tok/s",
-    "BPE training, MB/s",
-    "encoding, MB/s",
-)
 PROMPT_TOKENS = 16  # before those that are decoded
+NEW_TOKENS = {True: 32, False: 200}  # --quick and not
 SAMPLING = dict(do_sample=True, temperature=1.0, top_k=50, top_p=1.0)
 REPEATS = (3, 25)  # at least, and at most: as many as fit into BUDGET_S
-BUDGET_S = {"quick": 2.0, "full": 8.0}  # seconds for each thing that is timed
+BUDGET_S = {True: 2.0, False: 8.0}  # seconds for each thing that is timed
 PEER_SHAPE = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=768)
 
 
@@ -58,6 +48,8 @@ class Measured(NamedTuple):
 
 Rows = dict[str, Measured | str]
 Table = dict[str, Rows]  # column -> row -> cell; after the last comma of a name stands the unit
+# a row whose name begins with two spaces is a detail, shown by --all
+Tables = Iterator[tuple[str, Table]]  # titles, and what to add to the tables under them
 
 
 @dataclass
@@ -68,29 +60,18 @@ class Setup:
     quick: bool = True
     modes: tuple[str, ...] = ("eager",)
     options: dict = dataclasses.field(default_factory=dict)  # fields of TrainConfig, from the command line
-    folder: Path = Path()  # for temporary files
+    dtype: torch.dtype = torch.float32  # of decoding
+    training_dtype: str = "float32"
     line: m.ProgressLine = dataclasses.field(default_factory=m.ProgressLine)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of decoding."""
-        return m.pick_dtype(self.options.get("dtype", "auto"), self.device)
-
-    @functools.cached_property
-    def training_dtype(self) -> str:
-        chosen = self.options.get("dtype", "auto")
-        return m.fastest_dtype(self.device) if chosen == "auto" else chosen
 
     def peak(self, dtype: str) -> float:
         """Measure the floating-point operations per second of a matrix product, which is the peak of a dtype."""
         return m.matmul_peak(self.device, dtype, 8192 if self.device.type == "cuda" else 1024)
 
-    @property
-    def new_tokens(self) -> int:
-        return 32 if self.quick else 200
-
-    def train_config(self, name: str) -> m.TrainConfig:
+    def train_config(self, name: str, processes: int = 1) -> m.TrainConfig:
+        """Return the options for a preset; of several processes, those of the one with most rows."""
         train = dataclasses.replace(m.get_train_config(name), **self.options | {"dtype": self.training_dtype})
+        train.batch_size = math.ceil(train.batch_size / processes)
         train.seq_len = train.seq_len or m.get_config(name).max_position_embeddings
         return train
 
@@ -103,133 +84,129 @@ class Setup:
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-def amount(text: str) -> float:
-    """Parse a number above 0, with or without a suffix: 100M, 1.5B, 24G, 1e8."""
-    units = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-    number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
-    if not 0 < number < math.inf:
-        raise ValueError(text)
-    return number
+class Amount(float):
+    """A number above 0, with or without a suffix: 100M, 1.5B, 24G, 1e8."""
+
+    def __new__(cls, text: str):
+        units = {"k": "e3", "M": "e6", "G": "e9", "B": "e9", "T": "e12"}
+        number = super().__new__(cls, "".join(units.get(letter, letter) for letter in text))
+        if not 0 < number < math.inf:
+            raise ValueError(text)
+        return number
 
 
-def build_parser() -> m.FlagParser:
-    parser = m.FlagParser(prog="bench.py", description=__doc__, usage="bench.py [--config NAME ...] [any flag below]")
-    flag = parser.add_argument
-    presets = f"presets, of {', '.join(m.PRESETS)} [tiny small; without --quick moe, too]"
-    flag("--config", nargs="+", choices=m.PRESETS, metavar="NAME", help=presets)
-    parts = f"parts to measure, of {', '.join(PARTS)} [all]"
-    flag("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=parts)
-    flag("--quick", action="store_true", help="fewer and smaller measurements")
-    flag("--compile", choices=("auto", "on", "off"), default="auto", help="compiled as well [auto: unless --quick]")
-    flag("--all", action="store_true", help="show every row; a --json file always holds them all")
-    flag("--json", metavar="FILE", help="write the figures")
-    flag("--baseline", metavar="FILE", help="compare with the figures of an earlier --json")
-    mode = parser.add_mutually_exclusive_group().add_argument
-    mode("--peers", action="store_true", help="instead: side by side with transformers and tokenizers")
-    traces = "instead: write traces of training and decoding into DIR, and print their operators [profile]"
-    mode("--profile", nargs="?", const="profile", metavar="DIR", help=traces)
-    mode("--plan", action="store_true", help="instead: predict memory and time of a training")
-    forks = "instead: train the tiny preset here and with the MiniLLM in DIR, and say which one learns better"
-    mode("--duel", metavar="DIR", help=forks)
-    minutes = "--duel: length of each training, its start included [1]"
-    flag("--minutes", type=amount, default=argparse.SUPPRESS, metavar="M", help=minutes)
-    flag("--steps", type=int, metavar="N", help="--duel: compare after so many steps instead of minutes")
-    flag("--seeds", type=int, metavar="N", help="--duel: trainings of each side on each data set [3]")
-    flag("--data", nargs="+", metavar="PATH", help="--duel: data sets, each a file or directory [the example data]")
-    flag("--tokens", type=amount, default=1e8, metavar="N", help="--plan: how many to train on [100M]")
-    flag("--gpu-memory", type=amount, metavar="BYTES", help="--plan: the memory there is [this device's]")
-    flag("--processes", type=int, metavar="N", help="--plan: on so many devices like this one [1]")
-    flag("--link", type=amount, metavar="BYTES", help="--plan: a second between two of them [12.5G: 100 Gbit/s]")
-    flag("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    flags = ("dtype", "gradient_checkpointing", "batch_size", "seq_len", "optimizer")
-    others = tuple(field.name for field in dataclasses.fields(m.TrainConfig) if field.name not in flags)
+@dataclass
+class Command:
+    """The flags of bench.py itself; a few of training follow."""
+
+    config: list[str] | None = None  # presets: tiny small medium large moe [tiny small; without --quick moe, too]
+    only: list[Literal["train", "decode", "tokenizer"]] | None = None  # parts to measure: train decode tokenizer [all]
+    quick: bool = False  # fewer and smaller measurements
+    compile: Literal["auto", "on", "off"] = "auto"  # compiled as well; auto: unless --quick
+    all: bool = False  # show the details, too; a --json file always holds them all
+    json: str | None = None  # write the figures into this file
+    baseline: str | None = None  # compare with the figures of an earlier --json
+    peers: bool = False  # instead: side by side with transformers and tokenizers
+    profile: str | None = None  # instead: write traces into this directory, and print the operators that take longest
+    plan: bool = False  # instead: predict memory and time of a training
+    duel: str | None = None  # instead: train tiny here and with the MiniLLM in this folder; which one learns better?
+    minutes: Amount = 1.0  # --duel: length of each training, its start included
+    steps: int | None = None  # --duel: compare after so many steps instead of minutes
+    seeds: int = 3  # --duel: trainings of each side on each data set
+    data: list[str] | None = None  # --duel: data sets, each a file or directory [the example data]
+    tokens: Amount | None = None  # --plan: how many to train on [100M]
+    gpu_memory: Amount | None = None  # --plan: the memory there is, in bytes [this device's]
+    processes: int = 1  # --plan: on so many devices like this one
+    link: Amount | None = None  # --plan: bytes a second between two of them [12.5G: 100 Gbit/s]
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+
+MODES = ("peers", "profile", "plan", "duel")
+TRAINING_FLAGS = ("dtype", "gradient_checkpointing", "batch_size", "seq_len", "optimizer")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags, checked before anything is loaded or measured."""
+    usage = "bench.py [--config NAME ...] [any flag below]"
+    parser = m.FlagParser(prog="bench.py", description=__doc__, usage=usage)
+    m.add_flags(parser, Command(), "what to measure")
+    others = {field.name for field in dataclasses.fields(m.TrainConfig)}.difference(TRAINING_FLAGS)
     m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of --config tiny]", skip=others)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        m.WORLD.start()
-        args = build_parser().parse_args(argv)
-        args.config = args.config or ["tiny", "small"] + ["moe"] * (not args.quick)
-        check_flags(args)
-        before = read_figures(args.baseline) if args.baseline else None
-        m.keep_freed_memory()
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter("ignore")
-            tables = measure(args, Path(folder))
-        if m.WORLD.is_first:
-            report(args, tables, before)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        m.silence_stdout()
-        return 0
-    except (m.UserError, OSError, RuntimeError) as error:
-        message = str(error)
-        if isinstance(error, RuntimeError):
-            if not m.is_out_of_memory(error):
-                raise
-            message = f"{message.splitlines()[0]} Try a smaller --batch-size."
-        if m.WORLD.is_first_to("error"):
-            print(f"bench.py: error: {message}", file=sys.stderr)
-        return 2
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Check all flags before anything is loaded or measured."""
-    if m.WORLD.size > 1 and (args.only != ["train"] or args.peers or args.profile or args.plan or args.duel):
+    given = vars(parser.parse_args(argv))
+    args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
+    args.config = args.config or ["tiny", "small"] + ["moe"] * (not args.quick)
+    args.options = {name: given[name] for name in TRAINING_FLAGS if name in given}
+    modes = [name for name in MODES if getattr(args, name)]
+    if len(modes) > 1:
+        raise m.UserError(f"{' and '.join(map(m.flag_of, modes))} exclude each other")
+    if m.WORLD.size > 1 and (args.only != ["train"] or modes):
         raise m.UserError("several processes measure --only train: start the rest with python, not torchrun")
-    seq_len = m.TrainConfig(**m.given_flags(args, m.TrainConfig)).seq_len or 0
+    for name, comment in m.field_comments(Command).items():
+        if name in given and comment.startswith("--") and (mode := comment.partition(":")[0][2:]) not in modes:
+            raise m.UserError(f"{m.flag_of(name)} belongs to --{mode}: give that, too")
     for name in args.config:
-        limit = m.get_config(name).max_position_embeddings
-        if seq_len > limit:
-            raise m.UserError(f"--seq-len {seq_len} exceeds the context of --config {name}, {limit}")
-    plans = dict.fromkeys(("gpu_memory", "processes", "link"), "plan")
-    for name, mode in {**plans, **dict.fromkeys(("minutes", "steps", "seeds", "data"), "duel")}.items():
-        if getattr(args, name, None) is not None and not getattr(args, mode):
-            raise m.UserError(f"--{name.replace('_', '-')} belongs to --{mode}: give that, too")
+        m.check_stage("pretrain", m.TrainConfig(**args.options), m.get_config(name))
     if args.duel:
-        check_duel(args)
+        check_duel(args, given)
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
     elif args.json and not Path(args.json).parent.is_dir():
         raise m.UserError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
+    return args
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Table]:
-    """Return the tables that the command line asks for, by title."""
-    options = m.given_flags(args, m.TrainConfig)
+def main(argv: list[str] | None = None) -> int:
+    with sample.user_errors("bench.py") as ended:
+        m.WORLD.start()
+        args, tables = parse(argv), {}
+        before = read_figures(args.baseline) if args.baseline else None
+        m.keep_freed_memory()
+        warnings.simplefilter("ignore")
+        try:
+            for title, table in measure(args):
+                add(tables.setdefault(title, {}), table)
+                report(args, title, tables)
+        except RuntimeError as error:
+            if m.is_out_of_memory(error):
+                raise m.UserError(f"{str(error).splitlines()[0]} Try a smaller --batch-size.") from error
+            raise
+        if before:
+            print(render(f"against {args.baseline}", compare(measured_cells(tables), before)))
+        return 0
+    return ended[0]
+
+
+def measure(args: argparse.Namespace) -> Tables:
+    """Yield what the command line asks for, part by part."""
     is_compiled = not args.plan and (args.compile == "on" or args.compile == "auto" and not args.quick)
     modes = ("eager", "compiled") if is_compiled else ("eager",)
-    setup = Setup(m.pick_device(args.device), args.quick, modes, options, folder)
-    cuda, decoding = setup.device.type == "cuda", str(setup.dtype).removeprefix("torch.")
-    dtype = f"training in {setup.training_dtype}, decoding in {decoding}"
-    name = torch.cuda.get_device_name(setup.device) if cuda else setup.device.type
-    setup.line.say(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
+    device, dtype = m.pick_device(args.device), args.options.get("dtype", "auto")
+    dtypes = m.pick_dtype(dtype, device), m.fastest_dtype(device) if dtype == "auto" else dtype
+    setup = Setup(device, args.quick, modes, args.options, *dtypes)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name += f", {torch.get_num_threads()} threads, torch {torch.__version__}"
+    setup.line.say(f"{name}, training in {setup.training_dtype}, decoding in {str(setup.dtype).removeprefix('torch.')}")
+    parts = args.only or ("train", "decode", "tokenizer")
     if args.plan:
-        return plan(setup, args)
-    if args.duel:
-        return duel(setup, args)
-    if args.profile:
+        yield from plan(setup, args)
+    elif args.duel:
+        yield from duel(setup, args)
+    elif args.profile:
         profile(setup, args.config, Path(args.profile))
-        return {}
-    if args.peers:
-        return peers(setup, args.only)
-    paths = ("float32", "float32_onednn", "bfloat16") if setup.device.type == "cpu" else ("float32", "bfloat16")
-    machine = {f"product in {path}, GFLOP/s": Measured(setup.peak(path) / 1e9) for path in paths}
-    machine["reading memory, GB/s"] = bandwidth(setup)
-    tables: dict[str, Table] = {"machine": {"": machine}, "presets": {}}
-    for name in args.config:
-        rows = tables["presets"][name] = {}
-        if "train" in args.only:
-            rows |= measure_train(setup, name)
-        if "decode" in args.only:
-            rows |= measure_decode(setup, name)
-    if "tokenizer" in args.only:
-        tables["tokenizer"] = measure_tokenizers(setup)
-    return {title: table for title, table in tables.items() if any(table.values())}
+    elif args.peers:
+        yield from peers(setup, parts)
+    elif m.WORLD.size > 1:
+        for name in args.config:
+            yield "processes", {name: measure_processes(setup, name)}
+    else:
+        paths = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
+        machine = {f"product in {path}, GFLOP/s": Measured(setup.peak(path) / 1e9) for path in paths}
+        yield "machine", {"": machine | {"reading memory, GB/s": bandwidth(setup)}}
+        for name in args.config if {"train", "decode"} & {*parts} else ():
+            trained = measure_train(setup, name) if "train" in parts else {}
+            yield "presets", {name: trained | (measure_decode(setup, name) if "decode" in parts else {})}
+        if "tokenizer" in parts:
+            yield "tokenizer", measure_tokenizers(setup)
 
 
 # -- timing ------------------------------------------------------------------------------------------------------------
@@ -258,7 +235,7 @@ def time_in_turns(setup: Setup, work: dict[str, Callable]) -> dict[str, list[flo
     fewest, most = REPEATS
     for run in work.values():
         run()  # to warm up
-    end = time.perf_counter() + BUDGET_S["quick" if setup.quick else "full"] * len(work)
+    end = time.perf_counter() + BUDGET_S[setup.quick] * len(work)
     for k in range(most):
         if k >= fewest and m.WORLD.max(time.perf_counter() - end)[0] > 0:  # several processes stop together
             break
@@ -271,59 +248,25 @@ def time_in_turns(setup: Setup, work: dict[str, Callable]) -> dict[str, list[flo
     return seconds
 
 
-class TimedTrainer(m.PreTrainer):
-    """A trainer that notes the seconds of each part of its steps."""
-
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
-        self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
-        self.last = 0.0
-        # the embedding's gradient is the last to arrive: it ends the backward pass
-        self.model.embed_tokens.weight.register_post_accumulate_grad_hook(lambda _: self.end("backward"))
-
-    def end(self, part: str) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part].append(now - self.last)
-        self.last = now
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = super().loss(batch)
-        self.end("forward")
-        return loss
-
-    def timed_step(self, batch: dict[str, Tensor]) -> None:
-        self.last = time.perf_counter()
-        self.step([batch])
-        self.end("optimizer")  # with clipping
-
-    def update_seconds(self, rows: int) -> list[float]:
-        """Return the seconds of updates of the whole batch, from steps of `rows` rows; the first was a warm-up."""
-        steps = zip(*self.seconds.values(), strict=True)
-        micro_batches = self.config.batch_size / rows
-        return [micro_batches * (forward + backward) + optimizer for forward, backward, optimizer in steps][1:]
+def rates(row: str, count: float, seconds: dict[str, list[float]]) -> Table:
+    """Return a row of so many a second, and how many times as fast as each peer MiniLLM is, turn by turn."""
+    table: Table = {name: {row: per_second(count, times)} for name, times in seconds.items()}
+    for peer in seconds.keys() - {"MiniLLM"}:
+        pairs = zip(seconds[peer], seconds["MiniLLM"], strict=True)
+        table[f"x {peer}"] = {row: summarize([other / own for other, own in pairs])}
+    return table
 
 
-def new_trainer(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig, mode: str = "eager") -> TimedTrainer:
-    torch.manual_seed(0)
-    # without limits the schedule stays at its peak; and no smaller batch may hide a lack of memory
-    changes = {"max_steps": 0, "minutes": 0.0, "auto_micro_batch": False}
-    train = dataclasses.replace(train, compile="on" if mode == "compiled" else "off", **changes)
-    return TimedTrainer(m.MiniGPT(config), m.BPETokenizer(), setup.device, config=train)
+def add(table: Table, more: Table) -> None:
+    """Add the rows of more columns."""
+    for column, rows in more.items():
+        table.setdefault(column, {}).update(rows)
 
 
-def timed_trainers(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> dict[str, TimedTrainer]:
-    """Return a trainer for each mode, after their steps on a few rows were timed in turns."""
-    batch = random_batch(setup, setup.rows(train), train.seq_len, config)
-    trainers = {mode: new_trainer(setup, config, train, mode) for mode in setup.modes}
-    time_in_turns(setup, {mode: functools.partial(t.timed_step, batch) for mode, t in trainers.items()})
-    return trainers
-
-
-def new_generator(setup: Setup, config: m.MiniGPTConfig, mode: str = "eager") -> m.TextGenerator:
-    torch.manual_seed(0)
-    model = m.MiniGPT(config).to(setup.device, setup.dtype).eval()
-    return m.TextGenerator(model, m.BPETokenizer(), mode == "compiled")
+def in_new_process(work: Callable, *args: Any) -> Any:
+    """Return work(*args) from a process of its own: there it is alone, and nothing else has raised the peak."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def random_ids(setup: Setup, rows: int, length: int, config: m.MiniGPTConfig) -> Tensor:
@@ -344,83 +287,61 @@ def bandwidth(setup: Setup) -> Measured:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def measure_processes(setup: Setup, name: str) -> Rows:
-    """Return the speed of all processes, and which share it is of so many times one that works alone."""
-    config, train, size = m.get_config(name), setup.train_config(name), m.WORLD.size
-    rows, T, seconds = setup.rows(train), train.seq_len, []
-    for processes in (1, size):
-        if processes == size or m.WORLD.is_first:
-            m.WORLD.size = processes
-            trainer = new_trainer(setup, config, train)
-            batch = random_batch(setup, rows * processes, T, config)
-            seconds += time_in_turns(setup, {"": functools.partial(trainer.step, [batch])}).values()
-        m.WORLD.size = size
-        m.WORLD.barrier()  # the others wait while the first one works alone
-    one, together = (statistics.median(times) for times in (seconds[0], seconds[-1]))
-    return {
-        "processes": str(size),
-        "timed batch of each": f"{rows} x {T}",
-        "one alone, tok/s": per_second(rows * T, seconds[0]),
-        "all, tok/s": per_second(rows * T * size, seconds[-1]),
-        "share of so many times one, %": Measured(100 * one / together),
-    }
+class TimedTrainer(m.PreTrainer):
+    """A trainer that notes the seconds of forward and backward; the rest of a step is clipping and the optimizer."""
+
+    def in_memory(self, fn: Callable, rows: int) -> Any:
+        synchronize(self.device)
+        start = time.perf_counter()
+        result = super().in_memory(fn, rows)
+        synchronize(self.device)
+        self.passes_s.append(time.perf_counter() - start)
+        return result
 
 
-def measure_train(setup: Setup, name: str) -> Rows:
-    """Return a model's size, the speed of training and its parts, and peak memory."""
-    if m.WORLD.size > 1:
-        return measure_processes(setup, name)
-    config, train = m.get_config(name), setup.train_config(name)
+def new_trainer(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig, mode: str = "eager") -> TimedTrainer:
+    torch.manual_seed(0)
+    # without limits the schedule stays at its peak; and no smaller batch may hide a lack of memory
+    changes = {"max_steps": 0, "minutes": 0.0, "auto_micro_batch": False}
+    train = dataclasses.replace(train, compile="on" if mode == "compiled" else "off", **changes)
+    trainer = TimedTrainer(m.MiniGPT(config), m.BPETokenizer(), setup.device, config=train)
+    trainer.passes_s = []
+    return trainer
+
+
+def measure_train(setup: Setup, name: str, processes: int = 1) -> Rows:
+    """Return a model's size, the speed of training and its parts, and peak memory, in one of several processes."""
+    config, train = m.get_config(name), setup.train_config(name, processes)
     rows, T = setup.rows(train), train.seq_len
     setup.line.show(f"{name}: training")
-    trainers, peak = timed_trainers(setup, config, train), setup.peak(setup.training_dtype)
+    batch, peak = random_batch(setup, rows, T, config), setup.peak(setup.training_dtype)
+    trainers = {mode: new_trainer(setup, config, train, mode) for mode in setup.modes}
+    seconds = time_in_turns(setup, {mode: functools.partial(t.step, [batch]) for mode, t in trainers.items()})
     model = trainers["eager"].model
     result: Rows = {
         "parameters, M": Measured(model.num_params() / 1e6),
         "  a token uses, M": Measured(model.num_params(active=True) / 1e6),
-        "training, MFLOP a token": Measured(model.flops_per_token(T) / 1e6),
-        "timed batch": f"{rows} x {T}",
+        "  training, MFLOP a token": Measured(model.flops_per_token(T) / 1e6),
+        "  timed batch": f"{rows} x {T}",
     }
     for mode, trainer in trainers.items():
-        tokens_per_s = per_second(train.batch_size * T, trainer.update_seconds(rows))
+        pairs = list(zip(trainer.passes_s[1:], seconds[mode], strict=True))  # without the warm-up
+        # the whole batch takes more passes and one update
+        updates_s = [step + (train.batch_size / rows - 1) * passes for passes, step in pairs]
+        tokens_per_s = per_second(train.batch_size * T, updates_s)
         mfu = 100 * model.flops_per_token(T) * tokens_per_s.value / peak
         result[f"{mode} training, tok/s"] = tokens_per_s
-        for part, seconds in trainer.seconds.items():
-            result[f"  {part}, {mode}, ms"] = summarize([1e3 * s for s in seconds[1:]])
-        result[f"  MFU, {mode}, % of peak"] = Measured(mfu, tokens_per_s.spread)
+        result[f"MFU, {mode}, % of peak"] = Measured(mfu, tokens_per_s.spread)
+        result[f"  forward and backward, {mode}, ms"] = summarize([1e3 * passes for passes, _ in pairs])
+        result[f"  optimizer, {mode}, ms"] = summarize([1e3 * (step - passes) for passes, step in pairs])
     setup.line.show(f"{name}: memory")
-    start_bytes, peak_bytes = isolated_memory(setup, config, dataclasses.replace(train, batch_size=rows))
+    start_bytes, peak_bytes = in_new_process(train_a_little, setup, config, dataclasses.replace(train, batch_size=rows))
     result["peak memory of that batch, MB"] = Measured(peak_bytes / 1e6)
     result["  before there is a model, MB"] = Measured(start_bytes / 1e6)
     return result
 
 
-def saved_bytes(setup: Setup, trainer: m.Trainer, rows: int) -> int:
-    """Count the bytes that forward keeps for backward, without the weights."""
-    sizes: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    trainer.model.train()
-    batch = random_batch(setup, rows, trainer.config.seq_len, trainer.model.config)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), trainer.autocast():
-        loss = m.PreTrainer.loss(trainer, batch)  # a TimedTrainer's own would count as a step
-    del loss  # it kept everything alive until here, so that no address was used twice
-    for weight in (*trainer.model.parameters(), *trainer.model.buffers()):
-        sizes.pop(weight.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
-
-
-def isolated_memory(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> tuple[int, int]:
-    """Call `isolated_work` in a process of its own, where nothing else has raised the peak."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(isolated_work, setup, config, train).result()
-
-
-def isolated_work(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> tuple[int, int]:
+def train_a_little(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> tuple[int, int]:
     """Return the bytes in use before there is a model, and the peak of three steps of training."""
     m.keep_freed_memory()
     monitor = m.MemoryMonitor(setup.device)
@@ -433,37 +354,58 @@ def isolated_work(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -
     return start_bytes, monitor.peak_bytes()
 
 
+def measure_processes(setup: Setup, name: str) -> Rows:
+    """Return the speed of all processes, and which share it is of so many times one that works alone."""
+    alone = in_new_process(speed_of_one, setup, name) if m.WORLD.is_first else [math.nan]
+    m.WORLD.barrier()  # the others wait meanwhile
+    together, size = speed_of_one(setup, name), m.WORLD.size
+    return {
+        "processes": str(size),
+        "one alone, tok/s": summarize(alone),
+        "all, tok/s": summarize([size * speed for speed in together]),
+        "share of so many times one, %": Measured(100 * statistics.median(together) / statistics.median(alone)),
+    }
+
+
+def speed_of_one(setup: Setup, name: str) -> list[float]:
+    """Return the tokens per second of each process, in steps with a few rows for each."""
+    config, train = m.get_config(name), setup.train_config(name)
+    rows, T = setup.rows(train), train.seq_len
+    trainer, batch = new_trainer(setup, config, train), random_batch(setup, rows * m.WORLD.size, T, config)
+    return [rows * T / s for s in time_in_turns(setup, {"": lambda: trainer.step([batch])})[""]]
+
+
 # -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def new_generator(setup: Setup, config: m.MiniGPTConfig, mode: str = "eager") -> m.TextGenerator:
+    torch.manual_seed(0)
+    model = m.MiniGPT(config).to(setup.device, setup.dtype).eval()
+    return m.TextGenerator(model, m.BPETokenizer(), mode == "compiled")
 
 
 def measure_decode(setup: Setup, name: str) -> Rows:
     """Return the speed of prefill, sampling and beam search, and its share of the speed that memory allows."""
     config, bytes_per_s = m.get_config(name), 1e9 * bandwidth(setup).value
-    table: Table = {}
-    time_decoding(setup, config, table)
-    rows = table["MiniLLM"]
+    rows = time_decoding(setup, config)["MiniLLM"]
+    weights = m.MiniGPT(config).num_params()
+    keys = PROMPT_TOKENS + NEW_TOKENS[setup.quick] / 2  # on average
+    floats = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of each key
     for batch in (1, 8):
+        read = weights + batch * keys * floats
+        if config.num_experts:
+            idle = config.num_experts * (1 - config.num_experts_per_tok / config.num_experts) ** batch  # no row's
+            read -= config.num_hidden_layers * idle * 3 * config.hidden_size * config.moe_intermediate_size
+        least_s = read * setup.dtype.itemsize / bytes_per_s
         tokens_per_s = rows[f"decode, batch {batch}, tok/s"]
-        least_s = bytes_per_step(setup, config, batch) / bytes_per_s
         share = 100 * least_s * tokens_per_s.value / batch
         rows[f"  batch {batch}, % of memory's limit"] = Measured(share, tokens_per_s.spread)
     return rows
 
 
-def bytes_per_step(setup: Setup, config: m.MiniGPTConfig, batch: int) -> float:
-    """Count the bytes that decoding a token for each row has to read: weights, keys and values, on average."""
-    with torch.device("meta"):
-        weights = m.MiniGPT(config).num_params()
-    if config.num_experts:
-        idle = config.num_experts * (1 - config.num_experts_per_tok / config.num_experts) ** batch  # no row visits them
-        weights -= config.num_hidden_layers * idle * 3 * config.hidden_size * config.moe_intermediate_size
-    keys = PROMPT_TOKENS + setup.new_tokens / 2
-    floats = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of each key
-    return (weights + batch * keys * floats) * setup.dtype.itemsize
-
-
-def time_decoding(setup: Setup, config: m.MiniGPTConfig, table: Table, peer: nn.Module | None = None) -> None:
+def time_decoding(setup: Setup, config: m.MiniGPTConfig, peer: nn.Module | None = None) -> Table:
     """Time prefill, sampling and beam search. A peer decodes eagerly in all rows."""
+    table: Table = {}
     own, prefill = new_generator(setup, config), min(512, config.max_position_embeddings - 1)
     cases = [  # row, batch, our method, options of both sides
         ("prefill", 1, own.greedy_search, {"do_sample": False}),
@@ -476,7 +418,7 @@ def time_decoding(setup: Setup, config: m.MiniGPTConfig, table: Table, peer: nn.
         cases += [(f"decode compiled, batch {batch}", batch, faster, SAMPLING) for batch in (1, 8)]
     for row, batch, decode, options in cases:
         setup.line.show(row)
-        length, new = (prefill, 1) if row == "prefill" else (PROMPT_TOKENS, setup.new_tokens)
+        length, new = (prefill, 1) if row == "prefill" else (PROMPT_TOKENS, NEW_TOKENS[setup.quick])
         ids = random_ids(setup, batch, length, config)
         options = {"max_new_tokens": new, "min_new_tokens": new, **options}
         work = {"MiniLLM": functools.partial(decode, ids, m.GenerationConfig(**options))}
@@ -484,7 +426,8 @@ def time_decoding(setup: Setup, config: m.MiniGPTConfig, table: Table, peer: nn.
             work["transformers"] = functools.partial(peer.generate, ids, **options)
         with torch.no_grad():
             seconds = time_in_turns(setup, work)
-        add_row(table, f"{row}, tok/s", batch * (length if row == "prefill" else new), seconds)
+        add(table, rates(f"{row}, tok/s", batch * (length if row == "prefill" else new), seconds))
+    return table
 
 
 # -- tokenizer ---------------------------------------------------------------------------------------------------------
@@ -492,23 +435,21 @@ def time_decoding(setup: Setup, config: m.MiniGPTConfig, table: Table, peer: nn.
 
 def measure_tokenizers(setup: Setup, with_peer: bool = False) -> Table:
     """Time BPE training on the example data, repeated up to 20 MB (--quick: 2), and encoding them once."""
-    with open(DATA / "pretrain.jsonl", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+    texts = [json.loads(line)["text"] for line in (DATA / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()]
     size = sum(len(text.encode()) for text in texts) / 1e6
     copies = math.ceil((2 if setup.quick else 20) / size)
-    own = m.BPETokenizer(vocab_size=4096)
-    own.train(texts)
-    own.save(setup.folder / "tokenizer.json")
     training = {"MiniLLM": lambda: m.BPETokenizer(4096).train(texts * copies)}
-    encoding = {"MiniLLM": encode_afresh(lambda: m.BPETokenizer.load(setup.folder / "tokenizer.json"), texts)}
+    own = m.BPETokenizer(4096)
+    own.train(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        own.save(f"{folder}/tokenizer.json")
+        encoding = {"MiniLLM": encode_afresh(lambda: m.BPETokenizer.load(f"{folder}/tokenizer.json"), texts)}
     if with_peer:
         peer = train_tokenizers(texts)
-        peer_json = peer.to_str()
         training["tokenizers"] = lambda: train_tokenizers(texts * copies)
-        encoding["tokenizers"] = encode_afresh(lambda: type(peer).from_str(peer_json), texts)
-    table: Table = {}
-    add_row(table, "BPE training, MB/s", copies * size, time_in_turns(setup, training))
-    add_row(table, "encoding, MB/s", size, time_in_turns(setup, encoding))
+        encoding["tokenizers"] = encode_afresh(lambda: type(peer).from_str(peer.to_str()), texts)
+    table = rates("BPE training, MB/s", copies * size, time_in_turns(setup, training))
+    add(table, rates("encoding, MB/s", size, time_in_turns(setup, encoding)))
     return table
 
 
@@ -518,7 +459,7 @@ def encode_afresh(load: Callable, texts: list[str]) -> Callable[[], list]:
     return lambda: list(map(tokenizers.pop().encode, texts))
 
 
-def train_tokenizers(texts: list[str]) -> object:
+def train_tokenizers(texts: list[str]) -> Any:
     tokenizers = m.import_extra("tokenizers", "hf")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = {"initial_alphabet": byte_level.alphabet(), "show_progress": False}
@@ -531,34 +472,21 @@ def train_tokenizers(texts: list[str]) -> object:
 # -- peers -------------------------------------------------------------------------------------------------------------
 
 
-def peers(setup: Setup, parts: tuple[str, ...]) -> dict[str, Table]:
+def peers(setup: Setup, parts: tuple[str, ...]) -> Tables:
     """Time both sides in turns. A column "x PEER" says how many times as fast MiniLLM is."""
-    models: Table = {}
-    tables = {"peers: 6 layers x 256, 8 heads, ffn 768, vocabulary 4096": models}
-    if "train" in parts:
-        for mode in setup.modes:
-            setup.line.show(f"peers: training, {mode}")
-            time_training(setup, models, mode)
+    title = "peers: 6 layers x 256, 8 heads, ffn 768, vocabulary 4096"
+    for mode in setup.modes if "train" in parts else ():
+        setup.line.show(f"peers: training, {mode}")
+        yield title, time_training(setup, mode)
     if "decode" in parts:
         config = m.MiniGPTConfig(**PEER_SHAPE, num_key_value_heads=2, max_position_embeddings=1024)
-        peer = qwen3(config).to(setup.device, setup.dtype).eval()
-        time_decoding(setup, config, models, peer)
+        yield title, time_decoding(setup, config, qwen3(config).to(setup.device, setup.dtype).eval())
     if "tokenizer" in parts:
         setup.line.show("peers: tokenizers")
-        tables["peers: tokenizers"] = measure_tokenizers(setup, with_peer=True)
-    return {title: table for title, table in tables.items() if table}
+        yield "peers: tokenizers", measure_tokenizers(setup, with_peer=True)
 
 
-def add_row(table: Table, row: str, count: float, seconds: dict[str, list[float]]) -> None:
-    """Add a row of rates, and how many times as fast MiniLLM is, turn by turn."""
-    for name, times in seconds.items():
-        table.setdefault(name, {})[row] = per_second(count, times)
-        if name != "MiniLLM":
-            ratios = [other / own for other, own in zip(times, seconds["MiniLLM"], strict=True)]
-            table.setdefault(f"x {name}", {})[row] = summarize(ratios)
-
-
-def time_training(setup: Setup, table: Table, mode: str) -> None:
+def time_training(setup: Setup, mode: str) -> Table:
     """Time a training step of both sides; the peer's is as its user writes it."""
     B, T = (4 if setup.quick else 16), 256
     config = m.MiniGPTConfig(**PEER_SHAPE, max_position_embeddings=T)
@@ -579,7 +507,7 @@ def time_training(setup: Setup, table: Table, mode: str) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     work = {"MiniLLM": lambda: trainer.step([batch]), "transformers": peer_step}
-    add_row(table, f"training {mode}, tok/s", B * T, time_in_turns(setup, work))
+    return rates(f"training {mode}, tok/s", B * T, time_in_turns(setup, work))
 
 
 def qwen3(config: m.MiniGPTConfig) -> nn.Module:
@@ -590,73 +518,59 @@ def qwen3(config: m.MiniGPTConfig) -> nn.Module:
 
 # -- duel --------------------------------------------------------------------------------------------------------------
 
-SIDES = ("here", "there")
 # Student's t, 99 % two-sided, by the number of pairs less one; the last serves for all larger numbers
 T_99 = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
 
 
-def check_duel(args: argparse.Namespace) -> None:
-    for name in ("train.py", "minillm.py"):
-        if not (Path(args.duel) / name).is_file():
-            raise m.UserError(f"--duel {args.duel}: there is no {name} in it: name a copy of MiniLLM's folder")
-    args.seeds = 3 if args.seeds is None else args.seeds
+def check_duel(args: argparse.Namespace, given: dict) -> None:
+    if not all((Path(args.duel) / name).is_file() for name in ("train.py", "minillm.py")):
+        raise m.UserError(f"--duel {args.duel}: there is no train.py in it: name a copy of MiniLLM's folder")
     if args.seeds < 2:
         raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
-    if args.steps is not None and (args.steps < 1 or "minutes" in args):
+    if "steps" in given and (args.steps < 1 or "minutes" in given):
         raise m.UserError("--steps must be 1 or more, and excludes --minutes")
     m.data_files(args.data or DATA)
 
 
-def duel(setup: Setup, args: argparse.Namespace) -> dict[str, Table]:
+def duel(setup: Setup, args: argparse.Namespace) -> Tables:
     """Train both sides in turns with equal seeds, data and limits, as processes of their own; tabulate and judge."""
     folders = {"here": Path(m.__file__).parent, "there": Path(args.duel).absolute()}
-    limit = ["--max-steps", str(args.steps)] if args.steps else ["--minutes", str(getattr(args, "minutes", 1))]
-    table: Table = {}
-    differences, failure = [], ""
+    limit = ["--max-steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
     runs = [(data, seed) for data in args.data or [None] for seed in range(args.seeds)]
+    differences = []
     for k, (data, seed) in enumerate(runs):
-        name, flags = f"seed {seed}", [*limit, "--seed", str(seed)]
+        name, flags, figures = f"seed {seed}", [*limit, "--seed", str(seed)], {}
         if data:
             name, flags = f"{Path(data).stem}, {name}", [*flags, "--data", str(Path(data).absolute())]
-        for side in SIDES if k % 2 == 0 else SIDES[::-1]:  # who goes first changes
+        for side in ("here", "there") if k % 2 == 0 else ("there", "here"):  # who goes first changes
             setup.line.show(f"duel {k + 1} of {len(runs)}: {name}, {side}")
             try:
-                figures = train_in(folders[side], setup.folder / f"{k}-{side}", flags)
+                figures[side] = train_in(folders[side], flags)
             except m.UserError as error:
                 if side == "here":
                     raise
-                failure = f"worse: {error}"
-                break
-            for figure, value in figures.items():
-                table.setdefault(f"{side}: {figure}", {})[name] = Measured(value)
-        if failure:
-            break
-        here, there = (table[f"{side}: bits per byte"][name].value for side in SIDES)
-        differences.append(there / here - 1)
-    table = {column: table[column] for column in sorted(table, key=lambda name: name.split(": ")[1])}
-    words = failure or verdict(differences)
-    setup.line.say(words)
-    return {f"there is {folders['there']}": table, "verdict": {"there": {"it is": words}}}
+                yield "verdict", {"there": {"it is": f"worse: {error}"}}
+                return
+        here, there = figures["here"], figures["there"]
+        differences.append(there["bits per byte"] / here["bits per byte"] - 1)
+        columns = [(f"{side}: {figure}", figures[side][figure]) for figure in here for side in folders]
+        yield f"there is {folders['there']}", {column: {name: Measured(value)} for column, value in columns}
+    yield "verdict", {"there": {"it is": verdict(differences)}}
 
 
-def train_in(folder: Path, out: Path, flags: list[str]) -> dict[str, float]:
+def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
     """Train with the MiniLLM in `folder`; return its figures on all validation data."""
-
-    def run(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "train.py", "--out", str(out), *words], cwd=folder, capture_output=True, text=True
-        )
-        if done.returncode:
-            message = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise m.UserError(f"{folder} failed with exit status {done.returncode}: {message}")
-        return done.stdout
-
-    run("--config", "tiny", *flags)
-    run_dir = out / "tiny/pretrain"
-    score = json.loads(run("--stage", "eval", "--init", str(run_dir)).splitlines()[-1])
-    rows = [row for row in m.read_metrics(run_dir) if "tok_per_s" in row]
+    with tempfile.TemporaryDirectory() as out:
+        run_dir = Path(out) / "tiny/pretrain"
+        for words in (["--config", "tiny", *flags], ["--stage", "eval", "--init", str(run_dir)]):
+            command = [sys.executable, "train.py", "--out", out, *words]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                message = (done.stderr.strip() or "no message").splitlines()[-1]
+                raise m.UserError(f"{folder} failed with exit status {done.returncode}: {message}")
+        rows = [row for row in m.read_metrics(run_dir) if "tok_per_s" in row]
     return {
-        "bits per byte": score["bpb"],
+        "bits per byte": json.loads(done.stdout.splitlines()[-1])["bpb"],
         "steps": rows[-1]["step"],
         "tok/s": statistics.median(row["tok_per_s"] for row in rows),
         "peak, MB": rows[-1]["peak_bytes"] / 1e6,
@@ -664,10 +578,7 @@ def train_in(folder: Path, out: Path, flags: list[str]) -> dict[str, float]:
 
 
 def verdict(differences: list[float]) -> str:
-    """Judge a fork by its relative differences in bits per byte, one a pair of trainings; below 0 is better.
-
-    It is better or worse where Student's t test is 99 % sure.
-    """
+    """Judge a fork by its relative differences in bits per byte, one a pair of trainings: is Student's t test sure?"""
     n, mean, deviation = len(differences), statistics.mean(differences), statistics.stdev(differences)
 
     def is_sure(pairs: int) -> bool:
@@ -684,81 +595,68 @@ def verdict(differences: list[float]) -> str:
 
 
 def profile(setup: Setup, names: list[str], folder: Path) -> None:
-    """Write traces for ui.perfetto.dev, and print the operators."""
+    """Write traces for ui.perfetto.dev, each of one call; print the 15 operators that take longest by themselves."""
     folder.mkdir(parents=True, exist_ok=True)
     options = m.GenerationConfig(max_new_tokens=16, min_new_tokens=16, **SAMPLING)
+    field = "self_device_time_total" if setup.device.type == "cuda" else "self_cpu_time_total"
     for name in names:
         config, train = m.get_config(name), setup.train_config(name)
         batch = random_batch(setup, setup.rows(train), train.seq_len, config)
-        ids = random_ids(setup, 1, PROMPT_TOKENS, config)
         step = functools.partial(new_trainer(setup, config, train).step, [batch])
+        ids = random_ids(setup, 1, PROMPT_TOKENS, config)
         decode = functools.partial(new_generator(setup, config).sample_generate, ids, options)
-        trace(setup.device, step, folder / f"{name}-training.json")
-        trace(setup.device, decode, folder / f"{name}-decoding.json")
-
-
-def trace(device: torch.device, work: Callable, path: Path) -> None:
-    """Trace one call after a warm-up; print the 15 operators that take longest by themselves."""
-    work()
-    synchronize(device)
-    with torch.profiler.profile() as profiler:
-        work()
-        synchronize(device)
-    profiler.export_chrome_trace(str(path))
-    field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(f"\n== {path}")
-    print(profiler.key_averages().table(sort_by=field, row_limit=15, max_name_column_width=40))
+        for kind, work in (("training", step), ("decoding", decode)):
+            work()  # to warm up
+            synchronize(setup.device)
+            with torch.profiler.profile() as profiler:
+                work()
+                synchronize(setup.device)
+            profiler.export_chrome_trace(str(path := folder / f"{name}-{kind}.json"))
+            table = profiler.key_averages().table(sort_by=field, row_limit=15, max_name_column_width=40)
+            setup.line.say(f"\n== {path}\n{table}")
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 
-def plan(setup: Setup, args: argparse.Namespace) -> dict[str, Table]:
+def plan(setup: Setup, args: argparse.Namespace) -> Tables:
     """Predict what training takes on devices like this one, within their memory or --gpu-memory."""
-    memory = args.gpu_memory
-    if memory is None and setup.device.type == "cuda":
+    memory = args.gpu_memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.gpu_memory is None and setup.device.type == "cuda":
         memory = torch.cuda.get_device_properties(setup.device).total_memory
-    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    table: Table = {}
+    tokens, link = args.tokens or 1e8, args.link or 12.5e9
+    title = f"{tokens / 1e6:,.4g}M tokens"
     for name in args.config:
-        setup.line.show(f"{name}: calibrating")
-        table[name] = plan_training(setup, name, args.tokens, memory, args.processes or 1, args.link or 12.5e9)
-    return {f"plan for {args.tokens / 1e6:,.4g}M tokens": table}
-
-
-def plan_training(setup: Setup, name: str, tokens: float, memory: float, processes: int, link: float) -> Rows:
-    """Measure a few rows, and add as much memory and time for every further row; of several processes, the link's."""
-    config, train = m.get_config(name), setup.train_config(name)
-    if not 1 <= processes <= train.batch_size:
-        raise m.UserError(f"--processes {processes} is not possible: 1 … --batch-size {train.batch_size}")
-    all_rows, T = train.batch_size, train.seq_len
-    train.batch_size = rows = math.ceil(all_rows / processes)  # of the process that has most
-    few = setup.rows(train)
-    start_bytes, few_bytes = isolated_memory(setup, config, dataclasses.replace(train, batch_size=few))
-    trainer = timed_trainers(setup, config, train)["eager"]
-    row_bytes, size = bytes_per_row(setup, trainer), trainer.model.num_params()
-    least_bytes = start_bytes + 16 * size  # however few rows: weights, gradients, moments
-    training_bytes = max(least_bytes, few_bytes + (rows - few) * row_bytes)
-    fits = max(0, few + math.floor((memory - few_bytes) / row_bytes)) if memory > least_bytes else 0
-    if fits < rows:
-        advice = "not even one does: try --gradient-checkpointing or a smaller --seq-len"
-        if fits:
-            steps = math.ceil(rows / fits)
-            advice = f"--batch-size {processes * math.ceil(rows / steps)} --accumulation-steps {steps} does"
-        setup.line.say(f"{name}: {rows} rows do not fit into {memory / 1e9:.3g} GB: {advice}")
-    step_s, sent = statistics.median(trainer.update_seconds(few)), sent_bytes(trainer.model, processes)
-    step_s += sent / link
-    result: Rows = {
-        "batch": f"{all_rows} x {T}",
-        "peak training memory, MB": Measured(training_bytes / 1e6),
-        f"largest batch in {memory / 1e9:.3g} GB, rows": Measured(fits),
-        "step, s": Measured(step_s),
-        f"{tokens / 1e6:,.4g}M tokens, h": Measured(tokens / (all_rows * T) * step_s / 3600),
-    }
-    if processes > 1:
-        result["sent by a process a step, MB"] = Measured(sent / 1e6)
-        result["part of a step that computes, %"] = Measured(100 * (1 - sent / link / step_s))
-    return result
+        config, all_rows = m.get_config(name), setup.train_config(name).batch_size
+        if not 1 <= args.processes <= all_rows:
+            raise m.UserError(f"--processes {args.processes} is not possible: 1 … --batch-size {all_rows}")
+        # 1 measure a few rows of the process that has most, and add as much memory for every further row
+        measured, train = measure_train(setup, name, args.processes), setup.train_config(name, args.processes)
+        model, row_bytes = m.MiniGPT(config), bytes_per_row(setup, config, train)
+        rows, few, T = train.batch_size, setup.rows(train), train.seq_len
+        few_bytes = 1e6 * measured["peak memory of that batch, MB"].value
+        # however few rows: weights, gradients, moments
+        least_bytes = 1e6 * measured["  before there is a model, MB"].value + 16 * model.num_params()
+        fits = max(0, few + math.floor((memory - few_bytes) / row_bytes)) if memory > least_bytes else 0
+        if fits < rows:
+            steps = math.ceil(rows / max(1, fits))
+            advice = f"--batch-size {args.processes * math.ceil(rows / steps)} --accumulation-steps {steps} does"
+            advice = advice if fits else "not even one does: try --gradient-checkpointing or a smaller --seq-len"
+            setup.line.say(f"{name}: {rows} rows do not fit into {memory / 1e9:.3g} GB: {advice}")
+        # 2 of several processes each step sends, too
+        sent = sent_bytes(model, args.processes)
+        step_s = rows * T / measured["eager training, tok/s"].value + sent / link
+        result: Rows = {
+            "batch": f"{all_rows} x {T}",
+            "peak training memory, MB": Measured(max(least_bytes, few_bytes + (rows - few) * row_bytes) / 1e6),
+            f"largest batch in {memory / 1e9:.3g} GB, rows": Measured(fits),
+            "step, s": Measured(step_s),
+            f"{title}, h": Measured(tokens / (all_rows * T) * step_s / 3600),
+        }
+        if args.processes > 1:
+            result["sent by a process a step, MB"] = Measured(sent / 1e6)
+            result["part of a step that computes, %"] = Measured(100 * (1 - sent / link / step_s))
+        yield f"plan for {title}", {name: result}
 
 
 def sent_bytes(model: m.MiniGPT, processes: int) -> float:
@@ -767,40 +665,47 @@ def sent_bytes(model: m.MiniGPT, processes: int) -> float:
     return 4 * (2 * model.num_params() + matrices) * (processes - 1) / processes
 
 
-def bytes_per_row(setup: Setup, trainer: m.Trainer) -> float:
+def bytes_per_row(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -> float:
     """Return the memory of a further row: all that forward keeps, and the needs of backward inside a block."""
+    trainer = new_trainer(setup, config, train)
+    row_bytes = saved_bytes(setup, trainer, 2) - saved_bytes(setup, trainer, 1)
+    trainer.model.gradient_checkpointing = False
+    blocks_bytes = saved_bytes(setup, trainer, 2) - saved_bytes(setup, trainer, 1)
+    # recomputed activations, gradients, gaps: three blocks fit what was measured on CPUs
+    return row_bytes + 3 * blocks_bytes / config.num_hidden_layers
 
-    def forward_bytes() -> int:
-        return saved_bytes(setup, trainer, 2) - saved_bytes(setup, trainer, 1)
 
-    row_bytes, model = forward_bytes(), trainer.model
-    model.gradient_checkpointing = False
-    block_bytes = forward_bytes() / model.config.num_hidden_layers
-    return row_bytes + 3 * block_bytes  # recomputed activations, gradients, gaps: three fits what was measured on CPUs
+def saved_bytes(setup: Setup, trainer: m.Trainer, rows: int) -> int:
+    """Count the bytes that forward keeps for backward, without the weights."""
+    sizes: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    trainer.model.train()
+    batch = random_batch(setup, rows, trainer.config.seq_len, trainer.model.config)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), trainer.autocast():
+        loss = trainer.loss(batch)
+    del loss  # it kept everything alive until here, so that no address was used twice
+    for weight in (*trainer.model.parameters(), *trainer.model.buffers()):
+        sizes.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def report(args: argparse.Namespace, tables: dict[str, Table], before: dict[tuple, Measured] | None) -> None:
-    if args.json:
+def report(args: argparse.Namespace, title: str, tables: dict[str, Table]) -> None:
+    """Write all figures so far, and print the table that has grown: a run that is killed later has shown them."""
+    if m.WORLD.is_first and args.json:
         with m.atomic_write(args.json) as file:
             file.write(json.dumps({"flags": vars(args), "tables": tables}, indent=1, default=str).encode())
-    if "machine" in tables and not args.all:
-        tables = headlines(tables)
-    for title, table in tables.items():
-        print(render(title, table))
-    if before:
-        print(render(f"against {args.baseline}", compare(measured_cells(tables), before)))
-
-
-def headlines(tables: dict[str, Table]) -> dict[str, Table]:
-    """Return the rows that matter most; where there are none, all."""
-    short = {
-        title: {column: {row: rows[row] for row in HEADLINES if row in rows} for column, rows in table.items()}
-        for title, table in tables.items()
-    }
-    return {title: table for title, table in short.items() if any(table.values())} or tables
+    table = tables[title]
+    if not args.all:
+        table = {column: {row: rows[row] for row in rows if row[:2] != "  "} for column, rows in table.items()}
+    print(render(title, table), flush=True)
 
 
 def show(cell: Measured | str) -> str:

@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +22,8 @@ import torch
 import minillm as m
 import sample
 
-DATA = Path(__file__).parent / "data"
 
-
-@dataclass
+@dataclasses.dataclass
 class Command:
     """The flags of train.py itself; those of training, preferences and shape follow."""
 
@@ -51,11 +48,10 @@ def build_parser() -> m.FlagParser:
     usage = "train.py [--config NAME] [--stage STAGE] [--data PATH ...] [any flag below]"
     parser = m.FlagParser(prog="train.py", description=__doc__, epilog="Runs land in OUT/CONFIG/STAGE.", usage=usage)
     m.add_flags(parser, Command(), "what to do")
-    title = "training [defaults of --config tiny --stage pretrain; each stage has its own]"
-    m.add_flags(parser, m.get_train_config("tiny"), title)
+    m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of tiny's pretraining; each stage has its own]")
     m.add_flags(parser, m.get_rlhf_config("tiny"), "learning from preferences and rewards")
     fixed = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's, always
-    m.add_flags(parser, m.get_config("tiny"), "shape of a new model [defaults of --config tiny]", skip=fixed)
+    m.add_flags(parser, m.get_config("tiny"), "shape of a new model [defaults of tiny]", skip=fixed)
     return parser
 
 
@@ -66,9 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
     program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if m.WORLD.size > 1 else ["python"]
     args.given, args.command = given, shlex.join([*program, "train.py", *words])
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts: what has begun goes on
-        args.resume = True
-    m.get_config(args.config)
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # --max-restarts: what has begun goes on
     check_flags(args)
     args.imported = m.run_config(args.init).get("imported") if args.init else None  # the name of a foreign model
     name = args.config if "config" in given else args.imported or args.config
@@ -119,22 +113,20 @@ def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
     """Return the sources of the flags, else those that a run has `saved`, else the example data."""
     if args.data is None and args.val_data is None and saved:
         return {part: m.Source(**source) for part, source in saved.items()}
-    data, val = args.data or [DATA / "train"], args.val_data or ([DATA / "val"] if args.data is None else None)
+    ours = Path(__file__).parent / "data"
+    data, val = args.data or [ours / "train"], args.val_data or ([ours / "val"] if args.data is None else None)
     return {"train": m.Source(data, "all" if val else "train"), "val": m.Source(val or data, "all" if val else "val")}
 
 
 def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
-    """Return the options of the preset (or `base`) with the user's; a limit of the user's replaces all others.
-
-    Without one, a preset's for the user's data are epochs: its steps fit the example data.
-    """
+    """Return the options of the preset (or `base`) with the user's; a limit of the user's replaces all others."""
     given, stage = m.given_flags(args, m.TrainConfig), args.stage if args.stage in m.STAGES else "pretrain"
     limits = {name: given.get(name, 0) for name in ("max_steps", "epochs", "minutes")}
     if limits.keys() & given:
         given |= limits
         if not any(limits.values()):
             raise m.UserError("a run needs an end: give --max-steps, --epochs or --minutes above 0")
-    elif args.data and base is None and m.STAGES[stage].epochs:
+    elif args.data and base is None and m.STAGES[stage].epochs:  # a preset's steps fit the example data only
         given |= limits | {"epochs": m.STAGES[stage].epochs}
     return dataclasses.replace(base or m.get_train_config(args.config, stage), **given)
 
@@ -183,8 +175,7 @@ def complete(args, config: m.TrainConfig, shape: m.MiniGPTConfig, seq_len: int |
 
 def can_resume(run_dir: Path, args) -> bool:
     """Return whether there is a checkpoint to go on from; a run that must not be touched is an error."""
-    # torchrun --max-restarts resumes what may not have begun
-    if args.resume and "resume" in args.given and not run_dir.is_dir():
+    if args.given.get("resume") and not run_dir.is_dir():  # (--max-restarts resumes what may not have begun)
         raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
     if m.holds_run(run_dir) and not args.resume and not args.overwrite:
         raise m.UserError(f"{run_dir} holds a run already: give --resume to go on, --overwrite, or another --out")
@@ -196,15 +187,14 @@ def can_resume(run_dir: Path, args) -> bool:
 
 def get_tokenizer(args) -> m.BPETokenizer:
     """Return the tokenizer of --stage tokenizer, or train one."""
-    source, vocab_size = data_sources(args)["train"], model_config(args).vocab_size
-    chosen, start = args.runs / "tokenizer.json", time.monotonic()
+    chosen, size, start = args.runs / "tokenizer.json", model_config(args).vocab_size, time.monotonic()
     if args.stage != "tokenizer" and chosen.exists():
         tokenizer, how = m.BPETokenizer.load(chosen), f"from {chosen}"
-        if tokenizer.vocab_size > vocab_size:
-            raise m.UserError(f"{chosen} has {tokenizer.vocab_size} tokens, more than --vocab-size {vocab_size}")
+        if tokenizer.vocab_size > size:
+            raise m.UserError(f"{chosen} has {tokenizer.vocab_size} tokens, more than --vocab-size {size}")
     else:
-        manager, on_bad_record = m.TokenizerManager(args.cache), train_config(args).on_bad_record
-        tokenizer = manager.get_or_train_tokenizer(source.paths, vocab_size, source.split, on_bad_record)
+        manager, source = m.TokenizerManager(args.cache), data_sources(args)["train"]
+        tokenizer = manager.get_or_train_tokenizer(source.paths, size, source.split, train_config(args).on_bad_record)
         how = f"{time.monotonic() - start:.1f} s"
     print(f"tokenizer: {tokenizer.vocab_size} tokens, {how}")
     return tokenizer
@@ -230,29 +220,27 @@ def new_model(args, config: m.TrainConfig) -> tuple[m.MiniGPT, m.BPETokenizer, d
 
 def find_parent(args, saved: dict, run_dir: Path) -> Path | None:
     """Return the run that a stage starts from; None is a new model."""
-    stage = m.STAGES[args.stage].parent
-    if args.init or saved.get("parent"):
-        return Path(args.init or saved["parent"])
-    if stage is None:
+    stage, named = m.STAGES[args.stage].parent, args.init or saved.get("parent")
+    if stage is None and not named:
         return run_dir if saved else None  # a resumed pretraining takes its shape and tokenizer from itself
-    if not (args.runs / stage / "config.json").exists():
-        raise m.UserError(f"no run in {args.runs / stage} to start from: train it with --stage {stage}, or give --init")
-    return args.runs / stage
+    parent = Path(named or args.runs / stage)
+    if not named and not (parent / "config.json").exists():
+        raise m.UserError(f"no run in {parent} to start from: train it with --stage {stage}, or give --init")
+    return parent
 
 
 def train(args) -> int:
     """Run one of m.STAGES: pretraining from a new model, another stage from its parent's run."""
     config, rl = train_config(args), rlhf_config(args)  # flags are checked before anything is loaded
     run_dir, saved, options = args.runs / args.stage, {}, {}
-    if is_resumed := can_resume(run_dir, args):
+    if can_resume(run_dir, args):
         saved = m.load_run(run_dir, which="last")[2]["config"]
-        config = train_config(args, m.TrainConfig(**saved["train"]))
-        rl = rlhf_config(args, m.RLHFConfig(**saved["rl"]))
+        config, rl = train_config(args, m.TrainConfig(**saved["train"])), rlhf_config(args, m.RLHFConfig(**saved["rl"]))
     # 1 data and model
     sources = data_sources(args, saved.get("data"))
     parent, which = find_parent(args, saved, run_dir), args.given.get("checkpoint") or saved.get("checkpoint", "best")
     model, tokenizer, state = new_model(args, config) if parent is None else m.load_run(parent, which=which)
-    if args.imported and not is_resumed:
+    if args.imported and not saved:
         config = imported_config(args, model, tokenizer, sources)
     complete(args, config, model.config)
     m.check_needs(args.given, config, model.config)
@@ -272,7 +260,7 @@ def train(args) -> int:
     if "parent" in origin:
         reward = f", reward: {origin['reward']}" if "reward" in origin else ""
         print(f"{args.stage}: from {parent} at step {state['step']}{reward}")
-    if is_resumed:
+    if saved:
         trainer.load_checkpoint(run_dir / "checkpoint.pt")
         changed = m.changed_options(saved, trainer.config_dict())
         print(f"resuming {run_dir} at step {trainer.step_count}" + f"; from here on: {changed}" * bool(changed))
@@ -307,8 +295,8 @@ def rlhf(args) -> int:
     configs = {stage: train_config(its_args) for stage, its_args in stages.items()}
     for source in sources.values():
         if lacking := {"chat", "preference"} - m.kinds_of(source.paths).keys():
-            problem = f"no {' and no '.join(sorted(lacking))} records: --stage rlhf takes conversations and pairs"
-            raise m.UserError(f"{', '.join(map(str, source.paths))}: {problem}")
+            paths, kinds = ", ".join(map(str, source.paths)), " and no ".join(sorted(lacking))
+            raise m.UserError(f"{paths}: no {kinds} records: --stage rlhf takes conversations and pairs")
     if not args.init and not m.RLHFPipeline.is_finished(base):
         print(f"== pretrain: {base}")
         changes = {"stage": "pretrain", "resume": m.holds_run(base), "overwrite": False}
@@ -375,20 +363,18 @@ def export(args) -> int:
     check_shape(args, model.config)
     dtype = args.given.get("dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
     add_bos = state["config"]["stage"] == "pretrain"  # texts begin with one, conversations do not
-    formats = {
-        "hf": lambda: model.save_pretrained(folder, tokenizer, dtype),
-        "gguf": lambda: m.write_gguf(folder / "model.gguf", model, tokenizer, add_bos, getattr(torch, dtype)),
-    }
-    written = []
-    for name in args.format or formats:
-        users = {"hf": "for transformers", "gguf": "for llama.cpp and ollama"}[name]
+    users, written = {"hf": "for transformers", "gguf": "for llama.cpp and ollama"}, []
+    for name in args.format or users:
         try:
-            formats[name]()
-            written.append(users)
+            if name == "hf":
+                model.save_pretrained(folder, tokenizer, dtype)
+            else:
+                m.write_gguf(folder / "model.gguf", model, tokenizer, add_bos, getattr(torch, dtype))
+            written.append(users[name])
         except m.UserError as error:
             if args.format or name == "gguf" and not written:
                 raise
-            print(f"not {users}: {error}")
+            print(f"not {users[name]}: {error}")
     print(f"{run_dir} at step {state['step']} is now in {folder} in {dtype}, {', and '.join(written)}")
     return 0
 
