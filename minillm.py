@@ -146,9 +146,7 @@ class MiniGPTConfig:
     num_experts: int = 0  # routed experts E; 0 is a dense model
     num_experts_per_tok: int = 2  # experts that each token visits
     num_shared_experts: int = 0  # experts that every token visits
-    moe_intermediate_size: int | None = (
-        None  # SwiGLU width of one expert (default: F / experts active for a token, in 32s)
-    )
+    moe_intermediate_size: int | None = None  # SwiGLU width of one expert (default: F / active experts, in 32s)
     norm_topk_prob: bool = True  # scale the chosen experts' probabilities to sum 1
     router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss
     bos_token_id: int = 1  # begins a document
@@ -3891,7 +3889,7 @@ class Trainer:
     stage = ""
     may_round = True  # `dtype` "auto" is the fastest one, even if that rounds
     counters = ("step_count", "epochs_done", "tokens_seen", "skipped", "skipped_in_row", "micro_splits", "best")
-    counters += ("best_figures", "first_figures", "final_s")
+    counters += ("best_figures", "first_figures")
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation

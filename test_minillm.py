@@ -9896,8 +9896,11 @@ MISTAKES = [
             message,
         )
         for content, message in (
-            (b'{"prompt": "a", "completion": "b"}', "a.jsonl: nothing is left for val: a single document"),
-            (b'{"prompt": "a", "completion": "b"}\n' * 9, "or copies of it, cannot be divided: give more"),
+            (b'{"prompt": "a", "completion": "b"}', "a.jsonl: the val part is empty: one document"),
+            (
+                b'{"prompt": "a", "completion": "b"}\n' * 9,
+                "or copies of one, cannot be divided into train and val: give more",
+            ),
         )
     ),
     data_mistake('{"a": 1', "a.json:1:8: not JSON: Expecting ',' delimiter: line 1 column 8", "pretrain", "a.json"),
