@@ -125,18 +125,18 @@ def main(argv: list[str] | None = None) -> int:
         check_flags(args, config)
         if is_closed:
             raise m.UserError("stdout is closed: there is nowhere to write to")
-        runs = [Path(run) for run in args.run or [m.newest_run(args.out or "out")]]
+        runs = args.run or [str(m.newest_run(args.out or "out"))]
         load = functools.lru_cache(maxsize=2)(functools.partial(load_generator, args))
         generator, system = load(runs[0]), typed_texts("--system", [args.system or ""])[0]
         if args.web:
             others = [] if args.run else filter(can_write, sorted(Path(args.out or "out").glob("*/*")))
-            web(list(dict.fromkeys([*runs, *others])), load, config, system)
+            web(list(dict.fromkeys([*runs, *map(str, others)])), load, config, system)
         elif args.chat:
             if only_continues(runs[0]):
                 print(
                     "(a base model: it was never trained on conversations and only continues texts. Teach it to answer:"
                 )
-                print(f"python train.py --stage sft --init {shlex.quote(str(runs[0]))})")
+                print(f"python train.py --stage sft --init {shlex.quote(runs[0])})")
             chat(generator, config, system)
         elif args.explain is not None:
             explain(generator, typed_texts("--explain", [args.explain])[0], args.png, args.layer)
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     return ended[0]
 
 
-def load_generator(args, run_dir: Path) -> m.TextGenerator:
+def load_generator(args, run_dir: str) -> m.TextGenerator:
     """Return the generator of a run, and print which it is."""
     if args.checkpoint and "model_type" in m.run_config(run_dir):
         raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
@@ -163,7 +163,7 @@ def can_write(run_dir: Path) -> bool:
     return m.holds_run(run_dir) and ".old-" not in run_dir.name and m.run_config(run_dir).get("stage") != "reward"
 
 
-def only_continues(run_dir: Path) -> bool:
+def only_continues(run_dir: str) -> bool:
     """Return whether a run was never trained on conversations."""
     config = m.run_config(run_dir)
     return config.get("stage") == "pretrain" and "model_type" not in config
@@ -235,81 +235,72 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
 
 
 CHINESE = {
-    "Run": "模型", "Temperature": "温度", "Max tokens": "最多词元数", "System prompt": "系统提示",
-    "New conversation": "新对话", "Text": "文本", "Continue": "续写", "Retry": "重写", "Stop": "停止",
+    "Runs": "模型", "Temperature": "温度", "Max tokens": "最多词元数", "System prompt": "系统提示", "Text": "文本",
+    "Continuation": "续写",
 }  # fmt: skip
+STOP = """() => new Promise(done => {
+    document.querySelector("[data-testid=stop-button]")?.click()  // a reply that is being written would come back
+    setTimeout(done, 500)
+})"""
 
-STOP = """async () => {
-    const button = document.querySelector("[data-testid=stop-button]")  // a reply would go on, and come back
-    if (button) { button.click(); await new Promise(done => setTimeout(done, 500)) }
-}"""
 
-
-def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: str) -> None:
-    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the run only continues texts."""
+def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
+    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
     gr = m.import_extra("gradio", "web")
-    word = gr.I18n(en={name: name for name in CHINESE}, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+    word = gr.I18n(en={name: name for name in CHINESE}, **dict.fromkeys(("zh", "zh-CN", "zh-TW"), CHINESE))
 
     # 1 what the page asks for
-    def texts_so_far(prompt, run, temperature, top_p, length):
+    def texts_so_far(prompt, chosen, temperature, top_p, length):
         changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
-        return itertools.accumulate(pieces(load(Path(run)), prompt, dataclasses.replace(config, **changes)))
-
-    def continue_text(text, *controls):
         try:
-            yield from (text + more for more in texts_so_far(text, *controls))
+            generator = load((chosen or runs)[0])
+            prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
+            yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
         except m.UserError as error:
-            gr.Warning(str(error))
+            raise gr.Error(str(error), title="不行 / Not possible", print_exception=False) from None
 
-    def reply(text, history, system, run, *controls):
-        turns = [turn for turn in history if not (turn.get("metadata") or {}).get("title")]  # no errors
-        turns.append({"role": "user", "content": text})
-        answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
-        start = [{"role": "system", "content": system}] if system else []
-        try:
+    def reply(text, history, system, chosen, *controls):
+        """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
+        cards, start = [], [{"role": "system", "content": system}] if system else []
+        for run in chosen or runs[:1]:
+            turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
+            turns.append({"role": "user", "content": text})
+            answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
             messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
-            yield from texts_so_far(recent(load(Path(run)), messages, controls[-1]), run, *controls)
-        except m.UserError as error:
-            yield gr.ChatMessage("", metadata={"title": str(error)})
+            messages = [turn | {"content": html.unescape(turn["content"])} for turn in messages]
+            cards.append(None)
+            for reply in texts_so_far(messages, [run], *controls):
+                cards[-1] = gr.ChatMessage(html.escape(reply), metadata={"title": run})
+                yield cards
 
-    def visible(run):
-        is_text = only_continues(run)
-        return gr.Column(visible=not is_text), gr.Column(visible=not is_text), gr.Column(visible=is_text)
-
-    def with_texts(value, change):
-        for part in itertools.chain.from_iterable(message.content for message in value.root if value):
-            part.text = change(part.text)
-        return value
+    def pages(chosen):
+        is_text = all(map(only_continues, chosen or runs[:1]))
+        return gr.Column(visible=not is_text), gr.Column(visible=is_text)
 
     # 2 the page
-    temperature, length, is_text = config.temperature * config.do_sample, config.new_tokens(0), only_continues(runs[0])
+    temperature, length = config.temperature * config.do_sample, config.new_tokens(0)
     with gr.Blocks(title="MiniLLM", fill_height=True, fill_width=True) as page:
         with gr.Sidebar():
-            run = gr.Dropdown([str(run) for run in runs], label=word("Run"))
             controls = [
-                run,
+                gr.Dropdown(runs, value=runs[:1], label=word("Runs"), multiselect=True),
                 gr.Slider(0, max(2, temperature), temperature, label=word("Temperature"), step=0.05),
                 gr.Slider(min(0.05, config.top_p), 1, config.top_p, label="Top-p", step=0.05),
                 gr.Slider(1, max(1000, length), length, label=word("Max tokens"), step=1),
             ]
-            with gr.Column(visible=not is_text) as chat_controls:
-                system = gr.Textbox(system, label=word("System prompt"), lines=3)
-                new = gr.Button(word("New conversation"))
-        with gr.Column(visible=not is_text) as chat_page:
+        chat_page, text_page = pages(runs[:1])
+        with chat_page:
+            system = gr.Textbox(system, label=word("System prompt"))
             chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
-            read, shown = chatbot.preprocess, chatbot.postprocess  # it takes texts for HTML: they travel escaped
-            chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
-            chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
             chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
-        with gr.Column(visible=is_text) as text_page:
-            before, text = gr.State(), gr.Textbox(label=word("Text"), lines=16, max_lines=16)
-            with gr.Row():
-                more, retry, stop = (gr.Button(word(name), min_width=80) for name in ("Continue", "Retry", "Stop"))
-            writing = more.click(lambda text: text, text, before).then(continue_text, [before, *controls], text)
-            stop.click(None, cancels=[writing, retry.click(continue_text, [before, *controls], text)])
-        new.click(None, js=STOP).then(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value])
-        run.change(visible, run, [chat_page, chat_controls, text_page])
+            chat.textbox.preprocess = html.escape  # the chat takes texts for HTML
+            chat.textbox.postprocess = lambda text: html.unescape(text or "")
+            chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
+        with text_page:
+            text = gr.Textbox(label=word("Text"), lines=6, submit_btn=True, stop_btn=True)
+            writing = text.submit(texts_so_far, [text, *controls], gr.Textbox(label=word("Continuation"), lines=9))
+            text.stop(None, cancels=writing)
+        controls[0].change(pages, controls[0], [chat_page, text_page])
     # 3 the server
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
     options = {"share": False, "footer_links": [], "quiet": True, "i18n": word, "prevent_thread_lock": True}

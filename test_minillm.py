@@ -8477,14 +8477,16 @@ def browser_page(browser, address: str, locale: str, requests: list[str]):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
-    """Stream, stop, retry, begin anew, two tabs at once, too long a message, another run; text is never HTML."""
+    """Stream, stop, retry, begin anew, two tabs at once, too long a message, several runs; text is never HTML."""
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium")
-    random_model(shape(max_position_embeddings=256)).save_pretrained(tmp_path, tokenizer)
-    runs, requests = [str(tmp_path), str(trained_runs / "pretrain")], []
+    runs, requests = [str(tmp_path / name) for name in ("first", "second")], []
+    for run in runs:
+        random_model(shape(max_position_embeddings=256)).save_pretrained(run, tokenizer)
+    runs.append(str(trained_runs / "pretrain"))
     flags = ["--max-new-tokens", "100", "--min-new-tokens", "100"]
     argv = [sys.executable, "-c", SLOW_PAGE, "--web", "--run", *runs, *flags]
     with served(argv, tmp_path / "log", r"^(http://127\.0\.0\.1:\d+/) ") as address:
@@ -8504,7 +8506,9 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
                 enter(page.locator("textarea:visible").last, text).press("Enter")
 
             def said(page, who: str) -> list[str]:
-                return page.get_by_test_id(who).all_inner_texts()
+                """Return the messages, or the replies without the name of the run, which is their first line."""
+                texts = page.get_by_test_id(who).all_inner_texts()
+                return [text.partition("\n")[2] for text in texts] if who == "bot" else texts
 
             def wait(condition) -> None:
                 until = time.monotonic() + 20
@@ -8550,7 +8554,7 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
                 growing(tab.get_by_test_id("bot").last.inner_text)
             assert said(other, "bot")[0].startswith("[1] ") and said(page, "bot")[1].startswith("[")
             # 5 a new conversation while a reply is written; of a message beyond the context the next knows nothing
-            page.get_by_text("新对话").click()
+            page.get_by_label("清空对话").click()
             wait(lambda: not said(page, "user"))
             page.wait_for_timeout(1000)
             assert not said(page, "user") and not said(page, "bot")
@@ -8561,21 +8565,27 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             page.get_by_text("[1] ").wait_for()
             assert said(page, "user") == ["长" * 10_000, "短"]
             page.get_by_test_id("submit-button").wait_for()
-            # 6 a run that only continues texts
-            other.get_by_label("Run").click()
-            other.get_by_role("option", name=runs[1]).click()
-            box = enter(other.get_by_label("Text"), "第")
-            other.get_by_text("Continue").click()
-            wait(lambda: box.input_value().startswith("第[1] "))
-            text = growing(box.input_value)
-            other.get_by_text("Stop").click()
+            # 6 two runs reply to one message, each to its own conversation
+            page.get_by_label("模型").click()
+            page.get_by_role("option", name=runs[1]).click()
+            send(page, "大家好")
+            wait(lambda: page.get_by_text(runs[1]).count() == 2)  # among the chosen, and above the reply
+            page.get_by_test_id("submit-button").wait_for()
+            replies = page.get_by_test_id("bot").last.inner_text().replace("\n", "")
+            assert re.fullmatch(rf"{runs[0]}\[3\] .*{runs[1]}\[1\] .*", replies)
+            # 7 a run that only continues texts
+            other.get_by_title("Remove").first.click()
+            other.get_by_label("Runs").click()
+            other.get_by_role("option", name=runs[2]).click()
+            enter(other.get_by_label("Text"), "第").press("Shift+Enter")
+            written = other.get_by_label("Continuation")
+            wait(lambda: written.input_value().startswith("[1] "))
+            text = growing(written.input_value)
+            other.get_by_test_id("stop-button").last.click()
             time.sleep(0.3)
-            stopped = box.input_value()
+            stopped = written.input_value()
             time.sleep(0.5)
-            assert stopped.startswith(text) and box.input_value() == stopped
-            other.get_by_text("Retry").click()
-            wait(lambda: stopped != box.input_value() != "第")
-            assert growing(box.input_value).startswith("第[1] ")
+            assert stopped.startswith(text) and written.input_value() == stopped
             browser.close()
     assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
     assert all(request.startswith(address) or request.startswith("data:") for request in requests), requests
