@@ -17,7 +17,6 @@ import time
 import unicodedata
 import unittest.mock
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -351,26 +350,24 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
 
 
 def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, png: str) -> None:
-    """Draw the losses of tokens above the attention maps (H, T, T) of a layer's heads."""
+    """Draw the losses of tokens, and beside them the attention maps (H, T, T) of a layer's heads."""
     m.import_extra("matplotlib", "plot").use("Agg")
     pyplot, fonts = m.import_extra("matplotlib.pyplot", "plot"), m.import_extra("matplotlib.font_manager", "plot")
     warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
     has_chinese = re.compile("CJK.*Regular|PingFang|msyh|simhei|wqy")
-    if path := next(filter(has_chinese.search, fonts.findSystemFonts()), None):
+    for path in filter(has_chinese.search, fonts.findSystemFonts()):
         fonts.fontManager.addfont(path)
         pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
-    H, columns, places = len(maps), min(4, len(maps)), range(len(names))
-    rows = [["losses"] * columns, *m.batched([*range(H), *"." * (-H % columns)], limit=columns)]
-    figure, axes = pyplot.subplot_mosaic(rows, figsize=(4 * columns, 4 * len(rows)))
-    axes["losses"].bar(places, losses)
-    axes["losses"].set_title("loss of each token, nats")
-    for head in range(H):
-        axes[head].imshow(maps[head].tolist(), cmap="Blues", vmin=0, vmax=1)
-        axes[head].set_title(f"attention of head {head + 1}")
-        axes[head].set_yticks(places, names, fontsize=7)
-    for axis in axes.values():
-        axis.set_xticks(places, names, rotation=90, fontsize=7)
-    figure.tight_layout()
+    places, inches = range(len(names)), min(20, 3 + len(names) / 8)
+    figure, axes = pyplot.subplots(1, 1 + len(maps), figsize=(inches * (1 + len(maps)), inches), layout="constrained")
+    axes[0].barh(places, losses)
+    axes[0].set(title="loss of each token, nats", ylim=(len(names) - 0.5, -0.5))
+    axes[0].set_yticks(places, names)
+    for head, (axis, weights) in enumerate(zip(axes[1:], maps.tolist(), strict=True), 1):
+        axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(f"attention of head {head}")
+        axis.set_xticks(places, names, rotation=90)
+        axis.set_yticks(places, names)
     figure.savefig(png, dpi=80)
 
 
@@ -475,17 +472,15 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
             show(i, row.tolist(), [True] * len(row))
         return
     for i in data.items[:count] if data.kind != "chat" else range(min(count, len(data.lengths))):
-        sides = [f"{i + 1}, {side}" for side in ("chosen", "rejected")] if data.sides == 2 else [i + 1]
-        for side, title in enumerate(sides):
-            show(title, *(x.tolist() for x in data.sequence(i, side)))
+        for side in range(data.sides):
+            ids, trained = (x.tolist() for x in data.sequence(i, side))
+            show(f"{i + 1}, {('chosen', 'rejected')[side]}" if data.sides == 2 else i + 1, ids, trained)
         if data.kind == "chat":
-            ids, trained = (x.tolist() for x in data.sequence(i))
             lost = data.ends[i + 1] - data.ends[i] - len(ids)
             for problem, applies in (
                 (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
                 ("nothing to train on: left out", not any(trained)),
                 ("missing end-of-turn", any(trained) and data.truncated[i]),
-                ("doubled BOS", ids.count(data.tokenizer.bos_id) > 1),
             ):
                 print(f"   warning: {problem}\n" * applies, end="")
         if trainer:
@@ -493,14 +488,11 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
             reply = batch["input_ids"][0][batch["labels"][0] != -100].tolist()
             show("a reply", reply, [True] * len(reply))
             print(f"   answer {data.note(i)['answer']!r}, reward {batch['scores'].item():.4g}")
-    full = [end - start for start, end in itertools.pairwise(data.ends)]
-    step = max(1, -(-max(full) // 12))
-    bars = Counter(length // step for length in full)
+    full = sorted(end - start for start, end in itertools.pairwise(data.ends))
+    least, half, most, longest = (full[(len(full) - 1) * tenths // 10] for tenths in (0, 5, 9, 10))
     noun = {"chat": "conversations", "preference": "completions, with prompts,"}.get(data.kind, "prompts")
-    print(f"lengths of {len(full)} {noun} in tokens (seq_len {data.seq_len}):")
-    for k in range(max(bars) + 1):
-        bar = "#" * round(50 / max(bars.values()) * bars[k])
-        print(f"{k * step:>6} … {(k + 1) * step - 1:<6}{bars[k]:>8} {bar}".rstrip())
+    spread = f"{least} … {longest}, half up to {half}, nine tenths up to {most}"
+    print(f"lengths of {len(full)} {noun} in tokens: {spread} (seq_len {data.seq_len})")
 
 
 PANELS = (
