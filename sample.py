@@ -233,21 +233,17 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
 # -- a page for a browser ----------------------------------------------------------------------------------------------
 
 
-CHINESE = {
-    "Runs": "模型", "Temperature": "温度", "Max tokens": "最多词元数", "System prompt": "系统提示", "Text": "文本",
-    "Continuation": "续写",
-}  # fmt: skip
-STOP = """() => new Promise(done => {
-    document.querySelector("[data-testid=stop-button]")?.click()  // a reply that is being written would come back
-    setTimeout(done, 500)
-})"""
+STOP = """async () => {  // a reply that is being written would come back
+    const stop = () => document.querySelector("[data-testid=stop-button]")
+    stop()?.click()
+    for (let waits = 0; waits < 5 || stop() && waits < 100; waits++) await new Promise(done => setTimeout(done, 100))
+}"""
 
 
 def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
     """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
     gr = m.import_extra("gradio", "web")
-    word = gr.I18n(en={name: name for name in CHINESE}, **dict.fromkeys(("zh", "zh-CN", "zh-TW"), CHINESE))
 
     # 1 what the page asks for
     def texts_so_far(prompt, chosen, temperature, top_p, length):
@@ -261,17 +257,16 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
 
     def reply(text, history, system, chosen, *controls):
         """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
-        cards, start = [], [{"role": "system", "content": system}] if system else []
+        cards, start = {}, [{"role": "system", "content": system}] if system else []
         for run in chosen or runs[:1]:
             turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
             turns.append({"role": "user", "content": text})
             answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
-            messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
-            messages = [turn | {"content": html.unescape(turn["content"])} for turn in messages]
-            cards.append(None)
-            for reply in texts_so_far(messages, [run], *controls):
-                cards[-1] = gr.ChatMessage(html.escape(reply), metadata={"title": run})
-                yield cards
+            turns = m.as_messages([*answered, turns[-1]], "user", [])
+            messages = start + [turn | {"content": html.unescape(turn["content"])} for turn in turns]
+            for so_far in texts_so_far(messages, [run], *controls):
+                cards[run] = gr.ChatMessage(html.escape(so_far), metadata={"title": run})
+                yield [*cards.values()]
 
     def pages(chosen):
         is_text = all(map(only_continues, chosen or runs[:1]))
@@ -282,27 +277,27 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
     with gr.Blocks(title="MiniLLM", fill_height=True, fill_width=True) as page:
         with gr.Sidebar():
             controls = [
-                gr.Dropdown(runs, value=runs[:1], label=word("Runs"), multiselect=True),
-                gr.Slider(0, max(2, temperature), temperature, label=word("Temperature"), step=0.05),
+                gr.Dropdown(runs, value=runs[:1], label="模型 Runs", multiselect=True),
+                gr.Slider(0, max(2, temperature), temperature, label="温度 Temperature", step=0.05),
                 gr.Slider(min(0.05, config.top_p), 1, config.top_p, label="Top-p", step=0.05),
-                gr.Slider(1, max(1000, length), length, label=word("Max tokens"), step=1),
+                gr.Slider(1, max(1000, length), length, label="最多词元数 Max tokens", step=1),
             ]
         chat_page, text_page = pages(runs[:1])
         with chat_page:
-            system = gr.Textbox(system, label=word("System prompt"))
+            system = gr.Textbox(system, label="系统提示 System prompt")
             chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
             chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
-            chat.textbox.preprocess = html.escape  # the chat takes texts for HTML
+            chat.textbox.preprocess = html.escape  # the conversation takes texts for HTML
             chat.textbox.postprocess = lambda text: html.unescape(text or "")
             chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
         with text_page:
-            text = gr.Textbox(label=word("Text"), lines=6, submit_btn=True, stop_btn=True)
-            writing = text.submit(texts_so_far, [text, *controls], gr.Textbox(label=word("Continuation"), lines=9))
+            text = gr.Textbox(label="文本 Text", lines=6, submit_btn=True, stop_btn=True)
+            writing = text.submit(texts_so_far, [text, *controls], gr.Textbox(label="续写 Continuation", lines=9))
             text.stop(None, cancels=writing)
         controls[0].change(pages, controls[0], [chat_page, text_page])
     # 3 the server
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
-    options = {"share": False, "footer_links": [], "quiet": True, "i18n": word, "prevent_thread_lock": True}
+    options = {"share": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
     _, address, _ = page.launch(server_name="127.0.0.1", **options)
     print(f"{address} (Ctrl-C ends)", flush=True)
     page.block_thread()

@@ -6469,6 +6469,11 @@ def test_export_writes_every_format_that_can_hold_the_model(tmp_path, tokenizer,
         return status, {path.suffix for path in folder.glob("model.*")}, "".join(capsys.readouterr())
 
     assert export("dense")[:2] == (0, {".safetensors", ".gguf"})
+    copied = tmp_path / "out dense ()/tiny/export"  # a base model; in a directory of Hugging Face it may be a chat's
+    argv = ["--stage", "export", "--init", str(copied), "--out", str(tmp_path / "again"), "--format", "gguf", "gguf"]
+    assert train.main(argv) == 0 and capsys.readouterr().out.count("for llama.cpp") == 1
+    for folder, add_bos in ((copied, True), (tmp_path / "again/export/export", False)):
+        assert b"tokenizer.ggml.add_bos_token" + struct.pack("<I?", 7, add_bos) in (folder / "model.gguf").read_bytes()
     assert export("dense", "--format", "hf")[:2] == (0, {".safetensors"})
     assert export("dense", "--format", "gguf")[:2] == (0, {".gguf"})
     status, files, text = export("moe")  # no architecture of transformers has shared experts
@@ -8453,14 +8458,15 @@ def test_explain_draws_the_attention_that_the_layer_computed(trained_runs, tmp_p
 # -- the page for a browser --------------------------------------------------------------------------------------------
 
 SLOW_PAGE = """
-import sys, time
+import itertools, sys, time
 import minillm, sample
 stream = minillm.TextGenerator.stream
 
 def slow(self, prompt, config):
     yield f"[{len(prompt)}] "  # messages
-    for piece in stream(self, prompt, config):
-        time.sleep(0 if "quick" in str(prompt) else 0.15)
+    is_quick = "quick" in str(prompt)  # other replies go on until they are stopped
+    for piece in itertools.chain(stream(self, prompt, config), itertools.repeat(".", 0 if is_quick else 9999)):
+        time.sleep(0 if is_quick else 0.3)
         yield piece if piece.isalnum() else "."  # a browser shows random spaces and controls in its own way
 
 minillm.TextGenerator.stream = slow
@@ -8471,7 +8477,7 @@ sys.exit(sample.main())
 def browser_page(browser, address: str, locale: str, requests: list[str]):
     """Open the page in a tab of a language, as another person would."""
     page = browser.new_context(locale=locale, viewport={"width": 1000, "height": 640}).new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: requests.append(f"error {error}"))
     page.goto(address)
@@ -8490,7 +8496,7 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
     for run in runs:
         random_model(shape(max_position_embeddings=256)).save_pretrained(run, tokenizer)
     runs.append(str(trained_runs / "pretrain"))
-    flags = ["--max-new-tokens", "100", "--min-new-tokens", "100"]
+    flags = ["--max-new-tokens", "20", "--min-new-tokens", "20"]
     argv = [sys.executable, "-c", SLOW_PAGE, "--web", "--run", *runs, *flags]
     with served(argv, tmp_path / "log", r"^(http://127\.0\.0\.1:\d+/) ") as address:
         with playwright.sync_playwright() as driver:
@@ -8514,7 +8520,7 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
                 return [text.partition("\n")[2] for text in texts] if who == "bot" else texts
 
             def wait(condition) -> None:
-                until = time.monotonic() + 20
+                until = time.monotonic() + 60
                 while not condition():
                     assert time.monotonic() < until
 
@@ -8571,7 +8577,7 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             assert said(page, "user") == ["长" * 10_000, "短"]
             stop(page)
             # 6 two runs reply to one message, each to its own conversation
-            page.get_by_label("模型").click()
+            page.get_by_label("模型 Runs").click()
             page.get_by_role("option", name=runs[1]).click()
             send(page, "quick!")
             wait(lambda: page.get_by_text(runs[1]).count() == 2)  # among the chosen, and above the reply
@@ -8580,10 +8586,10 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             assert re.fullmatch(rf"{runs[0]}\[3\] .*{runs[1]}\[1\] .*", replies)
             # 7 a run that only continues texts
             other.get_by_title("Remove").first.click()
-            other.get_by_label("Runs").click()
+            other.get_by_label("模型 Runs").click()
             other.get_by_role("option", name=runs[2]).click()
-            enter(other.get_by_label("Text"), "第").press("Shift+Enter")
-            written = other.get_by_label("Continuation")
+            enter(other.get_by_label("文本 Text"), "第").press("Shift+Enter")
+            written = other.get_by_label("续写 Continuation")
             wait(lambda: written.input_value().startswith("[1] "))
             text = growing(written.input_value)
             other.get_by_test_id("stop-button").last.click()
