@@ -253,7 +253,7 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
             prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
             yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
         except m.UserError as error:
-            raise gr.Error(str(error), title="不行 / Not possible", print_exception=False) from None
+            gr.Warning(str(error), title="不行 / Not possible")  # after an Error the box for messages stays closed
 
     def reply(text, history, system, chosen, *controls):
         """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
@@ -280,7 +280,7 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
                 gr.Dropdown(runs, value=runs[:1], label="模型 Runs", multiselect=True),
                 gr.Slider(0, max(2, temperature), temperature, label="温度 Temperature", step=0.05),
                 gr.Slider(min(0.05, config.top_p), 1, config.top_p, label="Top-p", step=0.05),
-                gr.Slider(1, max(1000, length), length, label="最多词元数 Max tokens", step=1),
+                gr.Slider(1, max(1000, length), length, label="长度 Length", step=1),
             ]
         chat_page, text_page = pages(runs[:1])
         with chat_page:
