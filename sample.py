@@ -17,7 +17,6 @@ import time
 import unicodedata
 import unittest.mock
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -125,18 +124,18 @@ def main(argv: list[str] | None = None) -> int:
         check_flags(args, config)
         if is_closed:
             raise m.UserError("stdout is closed: there is nowhere to write to")
-        runs = [Path(run) for run in args.run or [m.newest_run(args.out or "out")]]
+        runs = args.run or [str(m.newest_run(args.out or "out"))]
         load = functools.lru_cache(maxsize=2)(functools.partial(load_generator, args))
         generator, system = load(runs[0]), typed_texts("--system", [args.system or ""])[0]
         if args.web:
             others = [] if args.run else filter(can_write, sorted(Path(args.out or "out").glob("*/*")))
-            web(list(dict.fromkeys([*runs, *others])), load, config, system)
+            web(list(dict.fromkeys([*runs, *map(str, others)])), load, config, system)
         elif args.chat:
             if only_continues(runs[0]):
                 print(
                     "(a base model: it was never trained on conversations and only continues texts. Teach it to answer:"
                 )
-                print(f"python train.py --stage sft --init {shlex.quote(str(runs[0]))})")
+                print(f"python train.py --stage sft --init {shlex.quote(runs[0])})")
             chat(generator, config, system)
         elif args.explain is not None:
             explain(generator, typed_texts("--explain", [args.explain])[0], args.png, args.layer)
@@ -148,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     return ended[0]
 
 
-def load_generator(args, run_dir: Path) -> m.TextGenerator:
+def load_generator(args, run_dir: str) -> m.TextGenerator:
     """Return the generator of a run, and print which it is."""
     if args.checkpoint and "model_type" in m.run_config(run_dir):
         raise m.UserError(f"--checkpoint has no effect with {run_dir}: a Hugging Face directory holds one model")
@@ -163,7 +162,7 @@ def can_write(run_dir: Path) -> bool:
     return m.holds_run(run_dir) and ".old-" not in run_dir.name and m.run_config(run_dir).get("stage") != "reward"
 
 
-def only_continues(run_dir: Path) -> bool:
+def only_continues(run_dir: str) -> bool:
     """Return whether a run was never trained on conversations."""
     config = m.run_config(run_dir)
     return config.get("stage") == "pretrain" and "model_type" not in config
@@ -234,85 +233,71 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
 # -- a page for a browser ----------------------------------------------------------------------------------------------
 
 
-CHINESE = {
-    "Run": "模型", "Temperature": "温度", "Max tokens": "最多词元数", "System prompt": "系统提示",
-    "New conversation": "新对话", "Text": "文本", "Continue": "续写", "Retry": "重写", "Stop": "停止",
-}  # fmt: skip
-
-STOP = """async () => {
-    const button = document.querySelector("[data-testid=stop-button]")  // a reply would go on, and come back
-    if (button) { button.click(); await new Promise(done => setTimeout(done, 500)) }
+STOP = """async () => {  // a reply that is being written would come back
+    const stop = () => document.querySelector("[data-testid=stop-button]")
+    stop()?.click()
+    for (let waits = 0; waits < 5 || stop() && waits < 100; waits++) await new Promise(done => setTimeout(done, 100))
 }"""
 
 
-def web(runs: list[Path], load: Callable, config: m.GenerationConfig, system: str) -> None:
-    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the run only continues texts."""
+def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
+    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
     gr = m.import_extra("gradio", "web")
-    word = gr.I18n(en={name: name for name in CHINESE}, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
 
     # 1 what the page asks for
-    def texts_so_far(prompt, run, temperature, top_p, length):
+    def texts_so_far(prompt, chosen, temperature, top_p, length):
         changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
-        return itertools.accumulate(pieces(load(Path(run)), prompt, dataclasses.replace(config, **changes)))
-
-    def continue_text(text, *controls):
         try:
-            yield from (text + more for more in texts_so_far(text, *controls))
+            generator = load((chosen or runs)[0])
+            prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
+            yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
         except m.UserError as error:
-            gr.Warning(str(error))
+            gr.Warning(str(error), title="不行 / Not possible")  # after an Error the box for messages stays closed
 
-    def reply(text, history, system, run, *controls):
-        turns = [turn for turn in history if not (turn.get("metadata") or {}).get("title")]  # no errors
-        turns.append({"role": "user", "content": text})
-        answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
-        start = [{"role": "system", "content": system}] if system else []
-        try:
-            messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
-            yield from texts_so_far(recent(load(Path(run)), messages, controls[-1]), run, *controls)
-        except m.UserError as error:
-            yield gr.ChatMessage("", metadata={"title": str(error)})
+    def reply(text, history, system, chosen, *controls):
+        """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
+        cards, start = {}, [{"role": "system", "content": system}] if system else []
+        for run in chosen or runs[:1]:
+            turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
+            turns.append({"role": "user", "content": text})
+            answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
+            turns = m.as_messages([*answered, turns[-1]], "user", [])
+            messages = start + [turn | {"content": html.unescape(turn["content"])} for turn in turns]
+            for so_far in texts_so_far(messages, [run], *controls):
+                cards[run] = gr.ChatMessage(html.escape(so_far), metadata={"title": run})
+                yield [*cards.values()]
 
-    def visible(run):
-        is_text = only_continues(run)
-        return gr.Column(visible=not is_text), gr.Column(visible=not is_text), gr.Column(visible=is_text)
-
-    def with_texts(value, change):
-        for part in itertools.chain.from_iterable(message.content for message in value.root if value):
-            part.text = change(part.text)
-        return value
+    def pages(chosen):
+        is_text = all(map(only_continues, chosen or runs[:1]))
+        return gr.Column(visible=not is_text), gr.Column(visible=is_text)
 
     # 2 the page
-    temperature, length, is_text = config.temperature * config.do_sample, config.new_tokens(0), only_continues(runs[0])
+    temperature, length = config.temperature * config.do_sample, config.new_tokens(0)
     with gr.Blocks(title="MiniLLM", fill_height=True, fill_width=True) as page:
         with gr.Sidebar():
-            run = gr.Dropdown([str(run) for run in runs], label=word("Run"))
             controls = [
-                run,
-                gr.Slider(0, max(2, temperature), temperature, label=word("Temperature"), step=0.05),
+                gr.Dropdown(runs, value=runs[:1], label="模型 Runs", multiselect=True),
+                gr.Slider(0, max(2, temperature), temperature, label="温度 Temperature", step=0.05),
                 gr.Slider(min(0.05, config.top_p), 1, config.top_p, label="Top-p", step=0.05),
-                gr.Slider(1, max(1000, length), length, label=word("Max tokens"), step=1),
+                gr.Slider(1, max(1000, length), length, label="长度 Length", step=1),
             ]
-            with gr.Column(visible=not is_text) as chat_controls:
-                system = gr.Textbox(system, label=word("System prompt"), lines=3)
-                new = gr.Button(word("New conversation"))
-        with gr.Column(visible=not is_text) as chat_page:
+        chat_page, text_page = pages(runs[:1])
+        with chat_page:
+            system = gr.Textbox(system, label="系统提示 System prompt")
             chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
-            read, shown = chatbot.preprocess, chatbot.postprocess  # it takes texts for HTML: they travel escaped
-            chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
-            chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
             chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
-        with gr.Column(visible=is_text) as text_page:
-            before, text = gr.State(), gr.Textbox(label=word("Text"), lines=16, max_lines=16)
-            with gr.Row():
-                more, retry, stop = (gr.Button(word(name), min_width=80) for name in ("Continue", "Retry", "Stop"))
-            writing = more.click(lambda text: text, text, before).then(continue_text, [before, *controls], text)
-            stop.click(None, cancels=[writing, retry.click(continue_text, [before, *controls], text)])
-        new.click(None, js=STOP).then(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value])
-        run.change(visible, run, [chat_page, chat_controls, text_page])
+            chat.textbox.preprocess = html.escape  # the conversation takes texts for HTML
+            chat.textbox.postprocess = lambda text: html.unescape(text or "")
+            chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
+        with text_page:
+            text = gr.Textbox(label="文本 Text", lines=6, submit_btn=True, stop_btn=True)
+            writing = text.submit(texts_so_far, [text, *controls], gr.Textbox(label="续写 Continuation", lines=9))
+            text.stop(None, cancels=writing)
+        controls[0].change(pages, controls[0], [chat_page, text_page])
     # 3 the server
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
-    options = {"share": False, "footer_links": [], "quiet": True, "i18n": word, "prevent_thread_lock": True}
+    options = {"share": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
     _, address, _ = page.launch(server_name="127.0.0.1", **options)
     print(f"{address} (Ctrl-C ends)", flush=True)
     page.block_thread()
@@ -360,26 +345,24 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
 
 
 def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, png: str) -> None:
-    """Draw the losses of tokens above the attention maps (H, T, T) of a layer's heads."""
+    """Draw the losses of tokens, and beside them the attention maps (H, T, T) of a layer's heads."""
     m.import_extra("matplotlib", "plot").use("Agg")
     pyplot, fonts = m.import_extra("matplotlib.pyplot", "plot"), m.import_extra("matplotlib.font_manager", "plot")
     warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
     has_chinese = re.compile("CJK.*Regular|PingFang|msyh|simhei|wqy")
-    if path := next(filter(has_chinese.search, fonts.findSystemFonts()), None):
+    for path in filter(has_chinese.search, fonts.findSystemFonts()):
         fonts.fontManager.addfont(path)
         pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
-    H, columns, places = len(maps), min(4, len(maps)), range(len(names))
-    rows = [["losses"] * columns, *m.batched([*range(H), *"." * (-H % columns)], limit=columns)]
-    figure, axes = pyplot.subplot_mosaic(rows, figsize=(4 * columns, 4 * len(rows)))
-    axes["losses"].bar(places, losses)
-    axes["losses"].set_title("loss of each token, nats")
-    for head in range(H):
-        axes[head].imshow(maps[head].tolist(), cmap="Blues", vmin=0, vmax=1)
-        axes[head].set_title(f"attention of head {head + 1}")
-        axes[head].set_yticks(places, names, fontsize=7)
-    for axis in axes.values():
-        axis.set_xticks(places, names, rotation=90, fontsize=7)
-    figure.tight_layout()
+    places, inches = range(len(names)), min(20, 3 + len(names) / 8)
+    figure, axes = pyplot.subplots(1, 1 + len(maps), figsize=(inches * (1 + len(maps)), inches), layout="constrained")
+    axes[0].barh(places, losses)
+    axes[0].set(title="loss of each token, nats", ylim=(len(names) - 0.5, -0.5))
+    axes[0].set_yticks(places, names)
+    for head, (axis, weights) in enumerate(zip(axes[1:], maps.tolist(), strict=True), 1):
+        axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(f"attention of head {head}")
+        axis.set_xticks(places, names, rotation=90)
+        axis.set_yticks(places, names)
     figure.savefig(png, dpi=80)
 
 
@@ -484,17 +467,15 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
             show(i, row.tolist(), [True] * len(row))
         return
     for i in data.items[:count] if data.kind != "chat" else range(min(count, len(data.lengths))):
-        sides = [f"{i + 1}, {side}" for side in ("chosen", "rejected")] if data.sides == 2 else [i + 1]
-        for side, title in enumerate(sides):
-            show(title, *(x.tolist() for x in data.sequence(i, side)))
+        for side in range(data.sides):
+            ids, trained = (x.tolist() for x in data.sequence(i, side))
+            show(f"{i + 1}, {('chosen', 'rejected')[side]}" if data.sides == 2 else i + 1, ids, trained)
         if data.kind == "chat":
-            ids, trained = (x.tolist() for x in data.sequence(i))
             lost = data.ends[i + 1] - data.ends[i] - len(ids)
             for problem, applies in (
                 (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
                 ("nothing to train on: left out", not any(trained)),
                 ("missing end-of-turn", any(trained) and data.truncated[i]),
-                ("doubled BOS", ids.count(data.tokenizer.bos_id) > 1),
             ):
                 print(f"   warning: {problem}\n" * applies, end="")
         if trainer:
@@ -502,14 +483,11 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
             reply = batch["input_ids"][0][batch["labels"][0] != -100].tolist()
             show("a reply", reply, [True] * len(reply))
             print(f"   answer {data.note(i)['answer']!r}, reward {batch['scores'].item():.4g}")
-    full = [end - start for start, end in itertools.pairwise(data.ends)]
-    step = max(1, -(-max(full) // 12))
-    bars = Counter(length // step for length in full)
+    full = sorted(end - start for start, end in itertools.pairwise(data.ends))
+    least, half, most, longest = (full[(len(full) - 1) * tenths // 10] for tenths in (0, 5, 9, 10))
     noun = {"chat": "conversations", "preference": "completions, with prompts,"}.get(data.kind, "prompts")
-    print(f"lengths of {len(full)} {noun} in tokens (seq_len {data.seq_len}):")
-    for k in range(max(bars) + 1):
-        bar = "#" * round(50 / max(bars.values()) * bars[k])
-        print(f"{k * step:>6} … {(k + 1) * step - 1:<6}{bars[k]:>8} {bar}".rstrip())
+    spread = f"{least} … {longest}, half up to {half}, nine tenths up to {most}"
+    print(f"lengths of {len(full)} {noun} in tokens: {spread} (seq_len {data.seq_len})")
 
 
 PANELS = (

@@ -6469,6 +6469,11 @@ def test_export_writes_every_format_that_can_hold_the_model(tmp_path, tokenizer,
         return status, {path.suffix for path in folder.glob("model.*")}, "".join(capsys.readouterr())
 
     assert export("dense")[:2] == (0, {".safetensors", ".gguf"})
+    copied = tmp_path / "out dense ()/tiny/export"  # a base model; in a directory of Hugging Face it may be a chat's
+    argv = ["--stage", "export", "--init", str(copied), "--out", str(tmp_path / "again"), "--format", "gguf", "gguf"]
+    assert train.main(argv) == 0 and capsys.readouterr().out.count("for llama.cpp") == 1
+    for folder, add_bos in ((copied, True), (tmp_path / "again/export/export", False)):
+        assert b"tokenizer.ggml.add_bos_token" + struct.pack("<I?", 7, add_bos) in (folder / "model.gguf").read_bytes()
     assert export("dense", "--format", "hf")[:2] == (0, {".safetensors"})
     assert export("dense", "--format", "gguf")[:2] == (0, {".gguf"})
     status, files, text = export("moe")  # no architecture of transformers has shared experts
@@ -7999,9 +8004,12 @@ def test_inspect_marks_every_reply_and_names_problems(out_with_a_run, tmp_path, 
     )
     assert "«" not in second and "tokens beyond seq_len=64 cut off" in second and "nothing to train on" in second
     assert "over-long" in third and "«yesyes" in third and "missing end-of-turn" in third
-    fourth, lengths = fourth.split("lengths of 4 conversations in tokens (seq_len 64):\n")
     assert "«<|bos|> is text<|im_end|>»" in fourth and "warning" not in fourth
-    assert sum(int(line.split()[3]) for line in lengths.splitlines()) == 4
+    lengths = re.search(
+        r"lengths of 4 conversations in tokens: (\d+) … (\d+), half up to (\d+), .* (\d+) \(seq_len 64\)", fourth
+    )
+    shortest, longest, half, most = map(int, lengths.groups())
+    assert 0 < shortest < half < most < longest and longest > 200
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert train.main(argv) == 0
     assert "\033[32myes<|im_end|>\033[0m" in capsys.readouterr().out
@@ -8450,14 +8458,15 @@ def test_explain_draws_the_attention_that_the_layer_computed(trained_runs, tmp_p
 # -- the page for a browser --------------------------------------------------------------------------------------------
 
 SLOW_PAGE = """
-import sys, time
+import itertools, sys, time
 import minillm, sample
 stream = minillm.TextGenerator.stream
 
 def slow(self, prompt, config):
     yield f"[{len(prompt)}] "  # messages
-    for piece in stream(self, prompt, config):
-        time.sleep(0.05)
+    is_quick = "quick" in str(prompt)  # other replies go on until they are stopped
+    for piece in itertools.chain(stream(self, prompt, config), itertools.repeat(".", 0 if is_quick else 9999)):
+        time.sleep(0 if is_quick else 0.3)
         yield piece if piece.isalnum() else "."  # a browser shows random spaces and controls in its own way
 
 minillm.TextGenerator.stream = slow
@@ -8468,7 +8477,7 @@ sys.exit(sample.main())
 def browser_page(browser, address: str, locale: str, requests: list[str]):
     """Open the page in a tab of a language, as another person would."""
     page = browser.new_context(locale=locale, viewport={"width": 1000, "height": 640}).new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: requests.append(f"error {error}"))
     page.goto(address)
@@ -8477,15 +8486,17 @@ def browser_page(browser, address: str, locale: str, requests: list[str]):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
-    """Stream, stop, retry, begin anew, two tabs at once, too long a message, another run; text is never HTML."""
+    """Stream, stop, retry, begin anew, two tabs at once, too long a message, several runs; text is never HTML."""
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium")
-    random_model(shape(max_position_embeddings=256)).save_pretrained(tmp_path, tokenizer)
-    runs, requests = [str(tmp_path), str(trained_runs / "pretrain")], []
-    flags = ["--max-new-tokens", "100", "--min-new-tokens", "100"]
+    runs, requests = [str(tmp_path / name) for name in ("first", "second")], []
+    for run in runs:
+        random_model(shape(max_position_embeddings=256)).save_pretrained(run, tokenizer)
+    runs.append(str(trained_runs / "pretrain"))
+    flags = ["--max-new-tokens", "20", "--min-new-tokens", "20"]
     argv = [sys.executable, "-c", SLOW_PAGE, "--web", "--run", *runs, *flags]
     with served(argv, tmp_path / "log", r"^(http://127\.0\.0\.1:\d+/) ") as address:
         with playwright.sync_playwright() as driver:
@@ -8504,10 +8515,12 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
                 enter(page.locator("textarea:visible").last, text).press("Enter")
 
             def said(page, who: str) -> list[str]:
-                return page.get_by_test_id(who).all_inner_texts()
+                """Return the messages, or the replies without the name of the run, which is their first line."""
+                texts = page.get_by_test_id(who).all_inner_texts()
+                return [text.partition("\n")[2] for text in texts] if who == "bot" else texts
 
             def wait(condition) -> None:
-                until = time.monotonic() + 20
+                until = time.monotonic() + 60
                 while not condition():
                     assert time.monotonic() < until
 
@@ -8527,22 +8540,24 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             growing(bot.last.inner_text)
             assert said(page, "user") == [typed] and said(page, "bot")[0].startswith("[1] ")
             assert not page.locator(".message b, .message img, .message .katex").count()
+
             # 2 stop it, and it stays as it is
-            page.get_by_test_id("stop-button").click()
-            page.get_by_test_id("submit-button").wait_for()
-            stopped = said(page, "bot")
+            def stop(page) -> list[str]:
+                page.get_by_test_id("stop-button").click()
+                page.get_by_test_id("submit-button").wait_for()
+                return said(page, "bot")
+
+            stopped = stop(page)
             time.sleep(0.5)
             assert said(page, "bot") == stopped
             # 3 retry: the same message gets another reply
             page.get_by_label("重试").click()
             page.get_by_test_id("stop-button").wait_for()
             growing(bot.last.inner_text)
+            assert len(again := stop(page)) == 1 and again != stopped and said(page, "user") == [typed]
             # 4 a second tab at the same time, in English
             other = browser_page(browser, address, "en-US", requests)
             other.get_by_text("Temperature").wait_for()
-            page.get_by_test_id("submit-button").wait_for()  # the first has ended
-            assert said(page, "user") == [typed] and len(said(page, "bot")) == 1
-            assert len(said(page, "bot")[0]) > len(stopped[0])
             send(page, "小狗呢？")
             send(other, "hi")
             other.get_by_test_id("bot").wait_for()
@@ -8550,7 +8565,7 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
                 growing(tab.get_by_test_id("bot").last.inner_text)
             assert said(other, "bot")[0].startswith("[1] ") and said(page, "bot")[1].startswith("[")
             # 5 a new conversation while a reply is written; of a message beyond the context the next knows nothing
-            page.get_by_text("新对话").click()
+            page.get_by_label("清空对话").click()
             wait(lambda: not said(page, "user"))
             page.wait_for_timeout(1000)
             assert not said(page, "user") and not said(page, "bot")
@@ -8558,24 +8573,31 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             page.get_by_text("leaves no room in the context of 256").wait_for()
             page.get_by_test_id("submit-button").wait_for()
             send(page, "短")
-            page.get_by_text("[1] ").wait_for()
+            wait(lambda: [text[:3] for text in said(page, "bot")] == ["[1]", "[1]"])
             assert said(page, "user") == ["长" * 10_000, "短"]
+            stop(page)
+            # 6 two runs reply to one message, each to its own conversation
+            page.get_by_label("模型 Runs").click()
+            page.get_by_role("option", name=runs[1]).click()
+            send(page, "quick!")
+            wait(lambda: page.get_by_text(runs[1]).count() == 2)  # among the chosen, and above the reply
             page.get_by_test_id("submit-button").wait_for()
-            # 6 a run that only continues texts
-            other.get_by_label("Run").click()
-            other.get_by_role("option", name=runs[1]).click()
-            box = enter(other.get_by_label("Text"), "第")
-            other.get_by_text("Continue").click()
-            wait(lambda: box.input_value().startswith("第[1] "))
-            text = growing(box.input_value)
-            other.get_by_text("Stop").click()
+            replies = page.get_by_test_id("bot").all_inner_texts()[-2:]
+            for reply, start in zip(replies, (f"{runs[0]}\n[3] ", f"{runs[1]}\n[1] "), strict=True):
+                assert reply.startswith(start)
+            # 7 a run that only continues texts
+            other.get_by_title("Remove").first.click()
+            other.get_by_label("模型 Runs").click()
+            other.get_by_role("option", name=runs[2]).click()
+            enter(other.get_by_label("文本 Text"), "第").press("Shift+Enter")
+            written = other.get_by_label("续写 Continuation")
+            wait(lambda: written.input_value().startswith("[1] "))
+            text = growing(written.input_value)
+            other.get_by_test_id("stop-button").last.click()
             time.sleep(0.3)
-            stopped = box.input_value()
+            stopped = written.input_value()
             time.sleep(0.5)
-            assert stopped.startswith(text) and box.input_value() == stopped
-            other.get_by_text("Retry").click()
-            wait(lambda: stopped != box.input_value() != "第")
-            assert growing(box.input_value).startswith("第[1] ")
+            assert stopped.startswith(text) and written.input_value() == stopped
             browser.close()
     assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
     assert all(request.startswith(address) or request.startswith("data:") for request in requests), requests

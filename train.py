@@ -355,16 +355,16 @@ def evaluate(args) -> int:
 
 
 def export(args) -> int:
-    """Write a run as a directory that transformers read."""
+    """Write a run as a directory for transformers, with a GGUF file."""
     run_dir, folder = Path(args.init or m.newest_run(args.out)), args.runs / "export"
     if folder.exists() and not args.overwrite:
         raise m.UserError(f"{folder} exists: give --overwrite to replace what is in it, or another --out")
     model, tokenizer, state = m.load_run(run_dir, which=args.checkpoint)
     check_shape(args, model.config)
     dtype = args.given.get("dtype", "auto").replace("auto", "float32").removesuffix("_onednn")
-    add_bos = state["config"]["stage"] == "pretrain"  # texts begin with one, conversations do not
+    add_bos = sample.only_continues(run_dir)  # texts begin with one, conversations do not
     users, written = {"hf": "for transformers", "gguf": "for llama.cpp and ollama"}, []
-    for name in args.format or users:
+    for name in dict.fromkeys(args.format or users):
         try:
             if name == "hf":
                 model.save_pretrained(folder, tokenizer, dtype)
