@@ -432,6 +432,7 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
     is_text = data.kind == "text"
     sizes = [len(part.tokens if is_text else part.items) for part in (data, trainer.val_data)]
     unit, places = "tokens" if is_text else "records", ", ".join(map(str, data.source.paths))
+    places = f"{data.files} in " * bool(data.files) + places
     print(f"data: {sizes[0]:,} {unit} to train on, {sizes[1]:,} to validate on, from {places}")
     limits = [f"{config.minutes:g} minutes", f"{config.epochs:g} epochs", f"{config.max_steps} steps"]
     limits = " or ".join(text for text in limits if not text.startswith("0 "))

@@ -120,6 +120,9 @@ def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
     if args.data is None and args.val_data is None and saved:
         return {part: m.Source(**source) for part, source in saved.items()}
     data, val = args.data or [DATA / "train"], args.val_data or ([DATA / "val"] if args.data is None else None)
+    files, val_files = ({file.resolve() for file in m.data_files(paths or [])} for paths in (data, val))
+    if both := sorted(files & val_files):
+        warnings.warn(f"{both[0]} is in --data and in --val-data: a model is scored on what it learns", stacklevel=1)
     return {"train": m.Source(data, "all" if val else "train"), "val": m.Source(val or data, "all" if val else "val")}
 
 
