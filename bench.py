@@ -135,7 +135,8 @@ def build_parser() -> m.FlagParser:
     flag("--minutes", type=amount, default=argparse.SUPPRESS, metavar="M", help=minutes)
     flag("--steps", type=int, metavar="N", help="--duel: compare after so many steps instead of minutes")
     flag("--seeds", type=int, metavar="N", help="--duel: trainings of each side on each data set [3]")
-    flag("--data", nargs="+", metavar="PATH", help="--duel: data sets, each a file or directory [the example data]")
+    sets = "--duel: data sets, each a file or directory [the example data]"
+    flag("--data", action="extend", nargs="+", metavar="PATH", help=sets)
     flag("--tokens", type=amount, default=1e8, metavar="N", help="--plan: how many to train on [100M]")
     flag("--gpu-memory", type=amount, metavar="BYTES", help="--plan: the memory there is [this device's]")
     flag("--processes", type=int, metavar="N", help="--plan: on so many devices like this one [1]")

@@ -2840,7 +2840,7 @@ class ConversationDataLoader(RecordDataLoader):
             warnings.warn(
                 f"of {len(full)} conversations {too_long} exceed {self.seq_len} tokens: {too_long - lost} lose turns "
                 f"at their end, {lost} are truncated and lack their end-of-turn, "
-                f"{len(full) - len(items)} of which hold nothing to train on and are left out",
+                f"{len(full) - len(items)} of which hold nothing to train on and are left out{LONGER}",
                 stacklevel=5,
             )
         return items
@@ -6070,7 +6070,8 @@ def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, ski
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         elif typing.get_origin(kind) is list:
-            options = {"nargs": "+", "metavar": "TEXT", "choices": typing.get_args(*typing.get_args(kind)) or None}
+            choices = typing.get_args(*typing.get_args(kind)) or None
+            options = {"action": "extend", "nargs": "+", "metavar": "TEXT", "choices": choices}  # again: more of them
         else:
             options = {"type": json_object if kind is dict else kind, "metavar": kind.__name__.upper()}
         default = getattr(defaults, name)

@@ -2736,7 +2736,9 @@ def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
         assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut)
         assert batch["labels"][0].max() >= 0
         assert loader.lengths[0] == kept and loader.truncated[0] == cut and not loader.truncated[1]
-    with pytest.warns(UserWarning, match="1 are truncated .* 1 of which hold nothing to train on"):
+    with pytest.warns(
+        UserWarning, match="1 are truncated .* 1 of which hold nothing .* left out: --seq-len takes longer"
+    ):
         loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=head - 1)
     assert loader.items == [1] and loader.truncated[0]
     with pytest.raises(m.UserError, match="none of .* chat records fits 5 tokens"), pytest.warns(UserWarning):
@@ -7251,6 +7253,7 @@ def test_a_field_becomes_a_flag():
         ("--shade 3 --no-is-loud", {"shade": 3.0, "is_loud": False}),
         ("--is-loud --layers=4 --kind cold", {"is_loud": True, "layers": 4, "kind": "cold"}),
         ('--names red blue --mixed {"red":2}', {"names": ["red", "blue"], "mixed": {"red": 2}}),
+        ("--names red blue --layers 1 --names pink", {"names": ["red", "blue", "pink"], "layers": 1}),
     ],
 )
 def test_only_given_flags_are_returned_in_their_types(argv, given):
@@ -8009,7 +8012,7 @@ def test_what_people_type_at_sample(pretraining, capsys, monkeypatch):
     greedy = shown_by(capsys, *run, "--prompt", "The", "--strategy", "greedy")
     assert shown_by(capsys, *run, "--prompt", "The", "--temperature", "0") == greedy
     assert shown_by(capsys, *run, "--prompt", "-abc", "--3").startswith("\n-abc")  # texts, not flags
-    assert "\n\n--3" in shown_by(capsys, *run, "--prompt", "-abc", "--3")
+    assert "\n\n--3" in shown_by(capsys, *run, "--prompt", "-abc", "--prompt", "--3")
     assert "tokens]" in shown_by(capsys, *run, "--prompt", "")
     undecoded = "小".encode().decode("ascii", "surrogateescape")  # as Python gives it in a locale without Chinese
     assert shown_by(capsys, *run, "--prompt", undecoded, "--seed", "1").startswith("\n小")
@@ -8017,6 +8020,16 @@ def test_what_people_type_at_sample(pretraining, capsys, monkeypatch):
     monkeypatch.setattr(m.TextGenerator, "stream", lambda _, prompt, config: seen.append((prompt, config.stop)) or [])
     shown_by(capsys, *run, "--prompt", "a\\n", "--stop", r"\n", r"\t\t", r"\\n", undecoded, "-")
     assert seen == [("a\\n", ["\n", "\t\t", r"\n", "小", "-"])]
+
+
+def test_a_terminal_gets_no_control_characters(tokenizer, capsys, monkeypatch):
+    """A model of bytes may write any; into a file or a pipe they go as they are."""
+    text = "a\x1b[31m\x0e\x9b\tb\n小"
+    for on_terminal, expected in ((True, "a�[31m��\tb\n小"), (False, text)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda on_terminal=on_terminal: on_terminal)
+        sample.write(scripted(tokenizer, text), "x", settings(do_sample=False, max_new_tokens=30))
+        sample.print_reply(scripted(tokenizer, text), "x", settings(do_sample=False, max_new_tokens=30))
+        assert capsys.readouterr().out.count(expected) == 2
 
 
 def test_sample_counts_what_was_written(tokenizer, capsys):
