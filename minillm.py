@@ -1784,8 +1784,8 @@ def files_under(folder: Path, above: tuple = ()) -> Iterator[Path]:
 
 
 def data_files(paths: Paths) -> list[Path]:
-    """Return the data files that `paths` name: a file as it is, of a directory each with a known suffix once."""
-    files = []
+    """Return the data files that `paths` name, each once: a file as it is, of a directory those with a known suffix."""
+    files = {}
     for path in path_list(paths):
         inside = list(files_under(path)) if path.is_dir() else [path]
         data = {f.resolve(): f for f in inside if f.is_file() and data_suffix(f)}
@@ -1797,8 +1797,10 @@ def data_files(paths: Paths) -> list[Path]:
                 f"{path}: passed over {len(others)} files that are not {', '.join(SUFFIXES)}, such as {others[0]}",
                 stacklevel=2,
             )
-        files += data.values()
-    return files
+        if again := [f for f in data if f in files]:
+            warnings.warn(f"{path}: {len(again)} files are named already, and count once: {again[0]}", stacklevel=2)
+        files |= data
+    return list(files.values())
 
 
 def data_suffix(path: Path) -> str:
@@ -2009,7 +2011,8 @@ def _whole(record, messages, remarks):
     history = record.get("history") or []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError('"history" must be a list of pairs [question, answer]')
-    before = as_messages(record.get("system") or record.get("system_prompt") or [], "system", remarks)
+    systems = [record[key] for key in ("system", "system_prompt") if record.get(key)]
+    before = as_messages(systems, "system", remarks)
     for question, reply in history:
         before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
     messages = before + messages
@@ -2039,7 +2042,7 @@ def _chat_messages(record, form, kind, question, remarks):
             messages[i]["trained"] = False
             remarks.append("empty reply, not trained")
     trained = [i for i in replies if messages[i].get("trained", True)]
-    if not trained or record.get("label") is False:  # KTO's mark
+    if not trained or any(record.get(key) is False for key in ("label", *SWITCHES)):  # "label" is KTO's mark
         raise LeftOut("no reply to learn from: empty, or marked as bad")
     return messages[: trained[-1]], [messages[: trained[-1] + 1]]
 
@@ -2266,6 +2269,7 @@ class Reader:
     def __init__(self, paths: Paths, on_bad_record: str = "stop"):
         self.paths, self.files, self.on_bad_record = path_list(paths), data_files(paths), on_bad_record
         self.counts, self.first_places, self.kinds = Counter(), {}, defaultdict(Counter)
+        self.files_used = 0
 
     def key(self, *rules: object) -> str:
         """Return a name for the content of the files and the `rules` that it is read by."""
@@ -2278,8 +2282,8 @@ class Reader:
             raise UserError(f"{where}: {problem} (--on-bad-record skip goes on without such records)")
         self.count("malformed", f"{where}: {problem}")
 
-    def count(self, what: str, where: str) -> None:
-        self.counts[what] += 1
+    def count(self, what: str, where: str, n: int = 1) -> None:
+        self.counts[what] += n
         self.first_places.setdefault(what, where)
 
     def report(self) -> str:
@@ -2413,7 +2417,12 @@ class Reader:
                     yield from text_parts(document, split)
                 else:
                     yield document._replace(split=side(document))
-            if not self.kinds[path][source] and path in self.paths:
+            kinds = self.kinds[path]
+            if kinds[source]:
+                self.files_used += 1
+                for other in sorted(kinds.keys() - {source}):
+                    self.count(f"{other} record, which other stages take", str(path), kinds[other])
+            elif path in self.paths:
                 raise self._nothing(kind, [path], [path])
         if not count:
             raise self._nothing(kind, self.paths, self.files)
@@ -2595,8 +2604,8 @@ def _memory_map(path, dtype):
 
 def encode_data(
     kind: str, paths: Paths, tokenizer: BPETokenizer, split: str, cache_dir: AnyPath, on_bad_record: str = "stop"
-) -> tuple[Batch, str]:
-    """Return the memory-mapped arrays of a split of the records of a kind, and the split's key.
+) -> tuple[Batch, str, str]:
+    """Return the memory-mapped arrays of a split of a kind's records, the split's key, and "2 of 3 files" if not all.
 
     The splits "train" and "val" divide the data; "all" takes them whole. Val is the last tenth of the characters of
     each .txt, and the records whose first question (a text: its content) is among the lowest tenth of hashes.
@@ -2615,7 +2624,9 @@ def encode_data(
                     raise UserError(f"{problem} (--on-bad-record skip goes on without such records)")
                 reader.count("refused by the chat template", problem)
             yield encoded
-        yield {"report": reader.report().encode()}  # later users of the folder read it there
+        used, total = reader.files_used, len(reader.files)
+        files = f"{used} of {total} files" * (used < total)
+        yield {"report": reader.report().encode(), "files": files.encode()}  # later users of the folder read them there
 
     encode_once(folder, parts())
     if report := (folder / "report").read_text(encoding="utf-8"):
@@ -2630,7 +2641,7 @@ def encode_data(
             f"{', '.join(map(str, reader.paths))}: the {part} part is empty: one document, or copies of one, cannot be "
             "divided into train and val: give more documents, or --val-data"
         )
-    return arrays, f"{key}-{split}"
+    return arrays, f"{key}-{split}", (folder / "files").read_text()
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -2695,7 +2706,8 @@ class BatchLoader:
         cache_dir: AnyPath = "out/cache",
         on_bad_record: str = "stop",
     ):
-        self.arrays, self.corpus = encode_data(self.kind, paths, tokenizer, split, cache_dir, on_bad_record)
+        options = split, cache_dir, on_bad_record
+        self.arrays, self.corpus, self.files = encode_data(self.kind, paths, tokenizer, *options)
         self.tokenizer, self.batch_size, self.seq_len, self.seed = tokenizer, batch_size, seq_len, seed
         self.source = Source([str(path.absolute()) for path in path_list(paths)], split)
         # Validation goes through the data in order.
@@ -2884,7 +2896,7 @@ class ConversationDataLoader(RecordDataLoader):
             warnings.warn(
                 f"of {len(full)} conversations {too_long} exceed {self.seq_len} tokens: {too_long - lost} lose turns "
                 f"at their end, {lost} are truncated and lack their end-of-turn, "
-                f"{len(full) - len(items)} of which hold nothing to train on and are left out",
+                f"{len(full) - len(items)} of which hold nothing to train on and are left out{LONGER}",
                 stacklevel=5,
             )
         return items
@@ -6127,7 +6139,8 @@ def add_flags(parser: argparse.ArgumentParser, defaults: object, title: str, ski
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         elif typing.get_origin(kind) is list:
-            options = {"nargs": "+", "metavar": "TEXT", "choices": typing.get_args(*typing.get_args(kind)) or None}
+            choices = typing.get_args(*typing.get_args(kind)) or None
+            options = {"action": "extend", "nargs": "+", "metavar": "TEXT", "choices": choices}  # again: more of them
         else:
             options = {"type": json_object if kind is dict else kind, "metavar": kind.__name__.upper()}
         default = getattr(defaults, name)
@@ -6212,6 +6225,8 @@ RENAMED_FLAGS = {  # people's names, and those of version 0.1
     "--block-size": "--seq-len",
 }
 
+TEXTS = ("prompt", "system", "stop", "explain")  # flags that may be empty
+
 
 def did_you_mean(flag: str, flags: Iterable[str]) -> str:
     """Return the end of a message: what a flag is called now, or the nearest of `flags`, if one is near."""
@@ -6238,6 +6253,9 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]}{hint}")
+        for name, value in vars(namespace).items():  # of a path it would mean the default, or this directory
+            if name not in TEXTS and "" in (value if isinstance(value, list) else [value]):
+                self.error(f"{flag_of(name)} is empty, as an unset variable of the shell is: give a value, or no flag")
         return namespace
 
 

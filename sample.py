@@ -33,11 +33,11 @@ def build_parser() -> m.FlagParser:
     usage = "sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
     parser = m.FlagParser(prog="sample.py", description=__doc__, usage=usage)
     runs = "run directory [the newest under --out]; --web takes several [all under --out]"
-    parser.add_argument("--run", nargs="+", metavar="RUN_DIR", help=runs)
+    parser.add_argument("--run", action="extend", nargs="+", metavar="RUN_DIR", help=runs)
     parser.add_argument("--out", metavar="DIR", help="where to look for runs [out]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
     texts = "texts to continue, also empty ones [one Chinese, one English]"
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help=texts)
+    parser.add_argument("--prompt", action="extend", nargs="+", metavar="TEXT", help=texts)
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
     parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine (.[web])")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
@@ -57,6 +57,7 @@ ONLY_WITH = {  # options that one strategy alone uses
     "sample": ("temperature", "top_k", "top_p", "min_p", "seed"),
     "beam": ("num_beams", "length_penalty", "early_stopping"),
 }
+CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # of --stop: people type '\n' where they mean a newline
 
 
@@ -173,12 +174,17 @@ def pieces(generator: m.TextGenerator, prompt: str | list[dict], config: m.Gener
     return generator.generate([prompt], config) if config.num_beams > 1 else generator.stream(prompt, config)
 
 
+def shown(text: str) -> str:
+    """Return a text as a terminal can show it: without control characters, which would change its colors or charset."""
+    return text.translate(CONTROLS) if sys.stdout.isatty() else text
+
+
 def write(generator: m.TextGenerator, prompt: str, config: m.GenerationConfig) -> None:
     """Print the prompt and its continuation as it comes, then the count of tokens and the speed."""
     start = time.monotonic()
     print(f"\n{prompt}", end="", flush=True)
     for piece in pieces(generator, prompt, config):
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print(f"\n[{generator.written} tokens, {generator.written / (time.monotonic() - start):.0f} tok/s]")
 
 
@@ -220,7 +226,7 @@ def print_reply(generator: m.TextGenerator, messages: list[dict], config: m.Gene
     text = ""
     try:
         for piece in pieces(generator, messages, config):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
             text += piece
     except KeyboardInterrupt:
         print(" …", end="")
@@ -415,6 +421,7 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
     is_text = data.kind == "text"
     sizes = [len(part.tokens if is_text else part.items) for part in (data, trainer.val_data)]
     unit, places = "tokens" if is_text else "records", ", ".join(map(str, data.source.paths))
+    places = f"{data.files} in " * bool(data.files) + places
     print(f"data: {sizes[0]:,} {unit} to train on, {sizes[1]:,} to validate on, from {places}")
     limits = [f"{config.minutes:g} minutes", f"{config.epochs:g} epochs", f"{config.max_steps} steps"]
     limits = " or ".join(text for text in limits if not text.startswith("0 "))

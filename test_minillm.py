@@ -2177,6 +2177,31 @@ def test_a_folder_as_people_have_it(tmp_path, tokenizer):
         encode([data / "empty.json", data / "B.TXT"], tokenizer, "all", tmp_path / "c")
 
 
+def test_a_file_counts_once_however_often_it_is_named(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "data/a.jsonl", [{"text": "one"}])
+    (tmp_path / "b.jsonl").symlink_to(path)
+    for paths in ([path, path], [path.parent, path], [path, path.parent], [path, tmp_path / "b.jsonl"]):
+        with pytest.warns(UserWarning, match=r"1 files are named already, and count once: .*\.jsonl"):
+            assert encode(paths, tokenizer, "all", tmp_path / "cache") == "<|bos|>one<|eos|>"
+
+
+def test_records_and_files_for_other_stages_are_counted(tmp_path, tokenizer):
+    """On a start from the cache as well. A folder of whole files a stage is usual, and no warning."""
+    data = tmp_path / "data"
+    write_jsonl(data / "a.jsonl", [{"text": "one"}, {"text": "two"}, CHATS[0], pairs()[0]])
+    write_jsonl(data / "b.jsonl", CHATS)
+    for _ in range(2):
+        with pytest.warns(UserWarning) as said:
+            loader = m.PretrainDataLoader(data, tokenizer, 1, 2, "all", cache_dir=tmp_path / "cache")
+        (text,) = (str(warning.message) for warning in said)
+        for kind in ("chat", "preference"):
+            assert f"1 × {kind} record, which other stages take, the first at {data}/a.jsonl" in text
+        assert loader.files == "1 of 2 files"
+    with warnings.catch_warnings(action="error"):
+        loader = m.ConversationDataLoader(data / "b.jsonl", tokenizer, 1, 500, "all", cache_dir=tmp_path / "cache")
+    assert loader.files == ""
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 @pytest.mark.parametrize(
     "content",
@@ -2713,7 +2738,9 @@ def test_long_conversations_lose_whole_turns(tmp_path, tokenizer):
         assert (batch["labels"][0, -1] == tokenizer.im_end_id) == (not cut)
         assert batch["labels"][0].max() >= 0
         assert loader.lengths[0] == kept and loader.truncated[0] == cut and not loader.truncated[1]
-    with pytest.warns(UserWarning, match="1 are truncated .* 1 of which hold nothing to train on"):
+    with pytest.warns(
+        UserWarning, match="1 are truncated .* 1 of which hold nothing .* left out: --seq-len takes longer"
+    ):
         loader = load(m.ConversationDataLoader, tmp_path, tokenizer, records, seq_len=head - 1)
     assert loader.items == [1] and loader.truncated[0]
     with pytest.raises(m.UserError, match="none of .* chat records fits 5 tokens"), pytest.warns(UserWarning):
@@ -2843,6 +2870,8 @@ TOOL = {
         ({"messages": PLAIN["messages"], "system": "你是助手。"}, WITH_SYSTEM),
         ({"question": "小猫吃什么？", "response": "吃鱼。", "system_prompt": "你是助手。"}, WITH_SYSTEM),
         ({"messages": [{"role": "developer", "content": "你是助手。"}, *PLAIN["messages"]]}, WITH_SYSTEM),
+        ({"messages": PLAIN["messages"], "system": "a", "system_prompt": "b"},
+         {"messages": [{"role": "system", "content": "a\n\nb"}, *PLAIN["messages"]]}),
         ({"instruction": "小猫吃什么？", "output": "吃鱼。"}, PLAIN),
         ({"instruction": "小猫吃什么？", "input": "", "output": "吃鱼。", "system": "", "history": []}, PLAIN),
         ({"instruction": "小猫吃什么？", "input": None, "output": "吃鱼。", "system": "你是助手。"}, WITH_SYSTEM),
@@ -3148,6 +3177,7 @@ def test_tools_stand_in_the_system_prompt(tmp_path, tokenizer):
         (m.ConversationDataLoader, {"messages": [USER, CHOSEN | {"weight": 0}]}, "no reply to learn from"),
         (m.ConversationDataLoader, {"messages": [USER, REPLY_OFF | {"weight": 0}, CHOSEN]}, "no reply to learn from"),
         (m.ConversationDataLoader, {"prompt": "a", "completion": "b", "label": False}, "no reply to learn from"),
+        (m.ConversationDataLoader, {"messages": [USER, CHOSEN], "train": False}, "no reply to learn from"),
         (m.DPODataLoader, {"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, "both sides alike"),
         (m.DPODataLoader, {"prompt": ASK, "chosen": "a  b", "rejected": " a b\n"}, "both sides alike"),
         (m.DPODataLoader, {"chosen": [USER, CHOSEN], "rejected": [USER, CHOSEN]}, "both sides alike"),
@@ -7282,6 +7312,7 @@ def test_a_field_becomes_a_flag():
         ("--shade 3 --no-is-loud", {"shade": 3.0, "is_loud": False}),
         ("--is-loud --layers=4 --kind cold", {"is_loud": True, "layers": 4, "kind": "cold"}),
         ('--names red blue --mixed {"red":2}', {"names": ["red", "blue"], "mixed": {"red": 2}}),
+        ("--names red blue --layers 1 --names pink", {"names": ["red", "blue", "pink"], "layers": 1}),
     ],
 )
 def test_only_given_flags_are_returned_in_their_types(argv, given):
@@ -7304,6 +7335,7 @@ def test_only_given_flags_are_returned_in_their_types(argv, given):
         (["--mixed", "yarn"], "--mixed"),
         (["--mixed", "3"], "--mixed"),
         (["--mixed", "{"], "--mixed"),
+        (["--kind", ""], "invalid choice: ''"),
     ],
 )
 def test_a_mistyped_flag_is_a_user_error(argv, message):
@@ -8042,7 +8074,7 @@ def test_what_people_type_at_sample(pretraining, capsys, monkeypatch):
     greedy = shown_by(capsys, *run, "--prompt", "The", "--strategy", "greedy")
     assert shown_by(capsys, *run, "--prompt", "The", "--temperature", "0") == greedy
     assert shown_by(capsys, *run, "--prompt", "-abc", "--3").startswith("\n-abc")  # texts, not flags
-    assert "\n\n--3" in shown_by(capsys, *run, "--prompt", "-abc", "--3")
+    assert "\n\n--3" in shown_by(capsys, *run, "--prompt", "-abc", "--prompt", "--3")
     assert "tokens]" in shown_by(capsys, *run, "--prompt", "")
     undecoded = "小".encode().decode("ascii", "surrogateescape")  # as Python gives it in a locale without Chinese
     assert shown_by(capsys, *run, "--prompt", undecoded, "--seed", "1").startswith("\n小")
@@ -8050,6 +8082,16 @@ def test_what_people_type_at_sample(pretraining, capsys, monkeypatch):
     monkeypatch.setattr(m.TextGenerator, "stream", lambda _, prompt, config: seen.append((prompt, config.stop)) or [])
     shown_by(capsys, *run, "--prompt", "a\\n", "--stop", r"\n", r"\t\t", r"\\n", undecoded, "-")
     assert seen == [("a\\n", ["\n", "\t\t", r"\n", "小", "-"])]
+
+
+def test_a_terminal_gets_no_control_characters(tokenizer, capsys, monkeypatch):
+    """A model of bytes may write any; into a file or a pipe they go as they are."""
+    text = "a\x1b[31m\x0e\x9b\tb\n小"
+    for on_terminal, expected in ((True, "a�[31m��\tb\n小"), (False, text)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda on_terminal=on_terminal: on_terminal)
+        sample.write(scripted(tokenizer, text), "x", settings(do_sample=False, max_new_tokens=30))
+        sample.print_reply(scripted(tokenizer, text), "x", settings(do_sample=False, max_new_tokens=30))
+        assert capsys.readouterr().out.count(expected) == 2
 
 
 def test_sample_counts_what_was_written(tokenizer, capsys):
@@ -8274,14 +8316,17 @@ def test_a_newcomers_folder_trains(out_with_a_run, tmp_path, capsys):
     write_jsonl(data / ".ipynb_checkpoints/a-copy.jsonl", CHATS[:2])
     (data / "c.json").write_text(json.dumps([CHATS[3], {"messages": turns("5?", "five")}], indent=2))
     (data / "empty.json").touch()
+    write_jsonl(data / "pairs.jsonl", pairs())
     for name in ("README.md", "table.csv"):
         (data / name).write_text("no data")
     flags = ["--stage", "sft", "--init", str(out_with_a_run / "tiny/pretrain"), "--data", str(data), "--max-steps", "1"]
     assert train.main([*flags, "--out", str(tmp_path / "out"), *QUICK]) == 0
     out, err = capsys.readouterr()
-    assert "data: 4 records to train on, 1 to validate on" in out
+    assert f"data: 4 records to train on, 1 to validate on, from 3 of 5 files in {data}\n" in out
     assert err.count("passed over 2 files that are not .txt, .json") == 1
     assert err.count("1 × file without records, the first at ") == 1
+    assert train.main([*flags, "--val-data", str(data / "a.jsonl"), "--out", str(tmp_path / "other"), *QUICK]) == 0
+    assert f"{data}/a.jsonl is in --data and in --val-data: a model is scored on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", STAGE_FLAGS)
@@ -8994,6 +9039,9 @@ def test_a_stopped_rlhf_does_not_mix_old_stages_with_new_ones(rlhf, tmp_path, mo
         (["--rope-scaling", '{"rope_type": "yarn", "factor": "4"}'], "rope_scaling="),
         (["--num-attention-heads", "5"], "num_attention_heads=5"),
         (["--dtype", "fp8"], "invalid choice"),
+        (["--data", ""], "--data is empty, as an unset variable of the shell is"),
+        (["--data", "a.txt", ""], "--data is empty"),
+        (["--init="], "--init is empty"),
     ],
 )
 def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
@@ -9019,6 +9067,7 @@ def test_train_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
         (["--explain", "x", "--layer", "1"], "--layer has no effect without --png"),
         (["--run", "a", "b"], "--run names 2 directories: only --web takes several"),
         (["--run", "{tmp}"], "no run directory"),
+        (["--run", "", "--prompt", ""], "--run is empty"),
     ],
 )
 def test_sample_reports_mistakes(tmp_path, capsys, argv, message):

@@ -115,6 +115,9 @@ def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
         return {part: m.Source(**source) for part, source in saved.items()}
     ours = Path(__file__).parent / "data"
     data, val = args.data or [ours / "train"], args.val_data or ([ours / "val"] if args.data is None else None)
+    files, val_files = ({file.resolve() for file in m.data_files(paths or [])} for paths in (data, val))
+    if both := sorted(files & val_files):
+        warnings.warn(f"{both[0]} is in --data and in --val-data: a model is scored on what it learns", stacklevel=1)
     return {"train": m.Source(data, "all" if val else "train"), "val": m.Source(val or data, "all" if val else "val")}
 
 
