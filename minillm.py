@@ -5953,13 +5953,16 @@ class ImportedTokenizer(BPETokenizer):
                         f"the special token {token.content!r} is not supported: ordinary text can become it"
                     )
         self._special_pattern = "|".join(patterns)
+        # 3 a normalizer or a pre-tokenizer may lose blanks or case of all that is trained on
+        if (back := self.decode(self.encode(text := "A b\n c"))) != text:
+            warnings.warn(f"this tokenizer changes texts: {text!r} comes back as {back!r}", stacklevel=5)
 
     def _read_chat_template(self):
         """Take the chat template, or ChatML where its tokens exist, and find the tokens that end a text or a turn."""
         ends = self._ends
         if not all(i in range(self.vocab_size) for i in ends):
             raise UserError(f"generation_config.json: eos_token_id={ends} is outside the vocabulary")
-        template, self._template = self._config.get("chat_template"), None
+        template, self._template = self._config.get("chat_template") or None, None
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template is None and None not in (self.im_start_id, self.im_end_id):

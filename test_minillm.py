@@ -6689,6 +6689,8 @@ def test_only_tokenizers_with_chatml_hold_conversations_without_a_template(tmp_p
         ids = ours.apply_chat_template(chat, add_generation_prompt=True)
         assert ours.decode(ids, skip_special_tokens=False).endswith("<|im_end|><|im_end|>\n<|im_start|>assistant\n")
         assert ids.count(ours.im_end_id) == 1 and ours.stop_ids == (ours.eos_id, ours.im_end_id)
+        change_json(tmp_path, "tokenizer_config.json", chat_template="")  # the same as none
+        assert load_imported(tmp_path).apply_chat_template(chat, add_generation_prompt=True) == ids
     else:
         for ask in (ours.apply_chat_template, ours.encode_chat):
             with pytest.raises(m.UserError, match="cannot hold conversations"):
@@ -6847,6 +6849,20 @@ def test_what_tokenizers_can_read_can_be_read(tmp_path, fields):
     for text in [*HF_TEXTS, *nasty_texts()[:500], "xAbX 中文a x<|new|>"]:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert ours.vocab_size == theirs.get_vocab_size() and ours.eos_id == theirs.token_to_id("<|endoftext|>") == 0
+
+
+def test_a_tokenizer_that_changes_texts_is_named(tmp_path, recwarn):
+    huggingface_tokenizer("smollm", tmp_path)
+    load_imported(tmp_path)
+    assert not recwarn.list
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    for fields, back in (
+        ({"normalizer": {"type": "Lowercase"}}, r"a b\\n c"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, byte_level]}}, "ab"),
+    ):
+        change_json(tmp_path, **fields)
+        with pytest.warns(UserWarning, match=f"this tokenizer changes texts: 'A b.* comes back as '{back}"):
+            load_imported(tmp_path)
 
 
 def test_broken_files_and_missing_packages_are_named(tmp_path, monkeypatch):
