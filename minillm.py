@@ -1883,7 +1883,7 @@ FORMS = (  # the first one whose keys a record has
 )
 MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
 # Further keys of records and of messages. Others cause a warning that names them; those in NO_TEXT are an error.
-RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category", "label")
+RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
 SWITCHES = ("trained", "train", "loss", "weight")  # keys of a message: 0 or false if it is not learned from
 MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls", *SWITCHES)
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")

@@ -33,7 +33,7 @@ def build_parser() -> m.FlagParser:
     usage = "sample.py [--run RUN_DIR] [--prompt TEXT ...] [any flag below]"
     parser = m.FlagParser(prog="sample.py", description=__doc__, usage=usage)
     runs = "run directory [the newest under --out]; --web takes several [all under --out]"
-    parser.add_argument("--run", action="extend", nargs="+", metavar="RUN_DIR", help=runs)
+    parser.add_argument("--run", nargs="+", metavar="RUN_DIR", help=runs)
     parser.add_argument("--out", metavar="DIR", help="where to look for runs [out]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="weights of the best evaluation, or last [best]")
     texts = "texts to continue, also empty ones [one Chinese, one English]"
