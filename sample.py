@@ -268,11 +268,15 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
             turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
             turns.append({"role": "user", "content": text})
             answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
-            turns = m.as_messages([*answered, turns[-1]], "user", [])
-            messages = start + [turn | {"content": html.unescape(turn["content"])} for turn in turns]
+            messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
             for so_far in texts_so_far(messages, [run], *controls):
-                cards[run] = gr.ChatMessage(html.escape(so_far), metadata={"title": run})
+                cards[run] = gr.ChatMessage(so_far, metadata={"title": run})
                 yield [*cards.values()]
+
+    def with_texts(value, change):
+        for part in itertools.chain.from_iterable(message.content for message in value.root if value):
+            part.text = change(part.text)
+        return value
 
     def pages(chosen):
         is_text = all(map(only_continues, chosen or runs[:1]))
@@ -292,9 +296,10 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
         with chat_page:
             system = gr.Textbox(system, label="系统提示 System prompt")
             chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
+            read, shown = chatbot.preprocess, chatbot.postprocess  # it takes texts for HTML: they travel escaped
+            chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
+            chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
             chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
-            chat.textbox.preprocess = html.escape  # the conversation takes texts for HTML
-            chat.textbox.postprocess = lambda text: html.unescape(text or "")
             chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
         with text_page:
             text = gr.Textbox(label="文本 Text", lines=6, submit_btn=True, stop_btn=True)

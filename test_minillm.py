@@ -8619,12 +8619,13 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             # 4 a second tab at the same time, in English
             other = browser_page(browser, address, "en-US", requests)
             other.get_by_text("Temperature").wait_for()
-            send(page, "小狗呢？")
+            send(page, also := "<i>小狗</i>呢？&lt;")
             send(other, "hi")
             other.get_by_test_id("bot").wait_for()
             for tab in (other, page, other, page):
                 growing(tab.get_by_test_id("bot").last.inner_text)
-            assert said(other, "bot")[0].startswith("[1] ") and said(page, "bot")[1].startswith("[")
+            assert said(other, "bot")[0].startswith("[1] ") and said(page, "bot")[1].startswith("[3] ")
+            assert said(page, "user") == [typed, also]
             # 5 a new conversation while a reply is written; of a message beyond the context the next knows nothing
             page.get_by_label("清空对话").click()
             wait(lambda: not said(page, "user"))
@@ -8640,12 +8641,14 @@ def test_the_page_in_a_browser(trained_runs, tokenizer, tmp_path):
             # 6 two runs reply to one message, each to its own conversation
             page.get_by_label("模型 Runs").click()
             page.get_by_role("option", name=runs[1]).click()
-            send(page, "quick!")
+            send(page, "quick <b> &amp;")
             wait(lambda: page.get_by_text(runs[1]).count() == 2)  # among the chosen, and above the reply
             page.get_by_test_id("submit-button").wait_for()
             replies = page.get_by_test_id("bot").all_inner_texts()[-2:]
             for reply, start in zip(replies, (f"{runs[0]}\n[3] ", f"{runs[1]}\n[1] "), strict=True):
                 assert reply.startswith(start)
+            page.get_by_label("撤销").click()  # what was typed returns to the box
+            wait(lambda: page.locator("textarea:visible").last.input_value() == "quick <b> &amp;")
             # 7 a run that only continues texts
             other.get_by_title("Remove").first.click()
             other.get_by_label("模型 Runs").click()
