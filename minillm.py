@@ -1027,7 +1027,7 @@ class TrainConfig(MemoryConfig):
     reply_tokens: int = 48  # SFT, DPO, PPO, GRPO: longest reply in evaluations and rollouts
     sample_tokens: int = 48  # length of the samples shown during training; 0 is none
     seed: int = 0  # seed of initialisation, data order and dropout, below 2 ** 32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: long runs on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile each block; auto: where a run is long enough
     on_bad_record: Literal["stop", "skip"] = "stop"  # stop at a malformed line of data, or count it and go on
     tensorboard: bool = False  # also write the metrics for TensorBoard into the run directory
 
@@ -3933,9 +3933,11 @@ class Trainer:
         if self.config.dtype == "auto" and self.may_round:
             self.config = dataclasses.replace(self.config, dtype=fastest_dtype(self.device))
         self.dtype = pick_dtype(self.config.dtype, self.device)
-        is_long = self.config.minutes >= 10 or not self.config.minutes and self.config.max_steps >= 1000
-        pays = self.config.compile == "auto" and self.device.type == "cuda" and is_long
-        self.compiles = self.config.compile == "on" or pays
+        # compiling takes half a minute; on a CPU it was measured to pay for the equal rows of pretraining
+        mode, minutes, kind = self.config.compile, self.config.minutes, self.device.type
+        many_steps = kind == "cuda" and not minutes and self.config.max_steps >= 1000
+        pays = kind == "cuda" or kind == "cpu" and self.stage == "pretrain"
+        self.compiles = mode == "on" or mode == "auto" and pays and (minutes >= 10 or many_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # what is trained, and with what: {"model": module}, {"model.AdamW": optimizer}
         self.trained, self.optimizers = nn.ModuleDict(), {}

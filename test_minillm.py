@@ -4820,6 +4820,19 @@ def test_compiled_training_learns_the_same(config, tokenizer):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_compile_auto_goes_by_the_length_of_a_run(tokenizer):
+    for trainer, options, compiles in (
+        (m.PreTrainer, {"minutes": 10.0}, True),
+        (m.PreTrainer, {"minutes": 9.9}, False),
+        (m.PreTrainer, {"max_steps": 5000}, False),  # on a CPU nobody knows how long that takes
+        (m.PreTrainer, {"minutes": 10.0, "compile": "off"}, False),
+        (m.PreTrainer, {"max_steps": 1, "compile": "on"}, True),
+        (m.SFTTrainer, {"minutes": 10.0}, False),
+    ):
+        built = trainer(random_model(shape()), tokenizer, "cpu", config=m.TrainConfig(**{"max_steps": 0} | options))
+        assert built.compiles == compiles == bool(built.model.layers[0]._compiled_call_impl)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_what_is_compiled_is_for_training_alone(tokenizer):
@@ -4896,7 +4909,7 @@ def test_the_time_that_is_left_of_minutes_does_not_jump_at_an_evaluation(tmp_pat
     """Steps take ten seconds of ten minutes, an evaluation sixty: what is left falls by as much, or a bit more."""
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    config = m.TrainConfig(minutes=10, log_every=1, eval_every=4, warmup_steps=0, sample_tokens=0)
+    config = m.TrainConfig(minutes=10, compile="off", log_every=1, eval_every=4, warmup_steps=0, sample_tokens=0)
     data = {"train_data": [lm_batch(2, 8)], "val_data": [lm_batch(2, 8)], "run_dir": tmp_path}
     trainer = trainer_for(tokenizer, config, started=1000.0, **data)
     step, evaluate = trainer.step, trainer.evaluate
@@ -7935,7 +7948,7 @@ def test_a_run_that_the_clock_ends_is_finished_for_all(tokenizer, tmp_path):
     """The processes' clocks began at different times: whether a run is over is what the first to be over says."""
 
     def work():
-        config = m.TrainConfig(minutes=10, sample_tokens=0)
+        config = m.TrainConfig(minutes=10, compile="off", sample_tokens=0)
         trainer = trainer_for(tokenizer, config, run_dir=tmp_path)
         trainer.started -= 600 * m.WORLD.rank
         trainer.save_checkpoint(tmp_path / "checkpoint.pt")
