@@ -53,6 +53,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.request
 import warnings
@@ -4457,7 +4458,9 @@ def test_the_time_that_is_left_by_hand(tmp_path, tokenizer, monkeypatch, capsys)
 
         trainer.step = step
         trainer.fit()
-        shown += re.findall(r"step +(\d+) .* eta (\d:\d\d) ", capsys.readouterr().out)
+        out = capsys.readouterr().out
+        shown += re.findall(r"step +(\d+) .* eta (\d:\d\d) ", out)
+        assert out.count(" | 1 tok/s |") == 3  # 2 rows predict 7 tokens each: not 0.0k
     assert shown == [("1", "0:20"), ("2", "0:10"), ("3", "0:00"), ("4", "0:20"), ("5", "0:10"), ("6", "0:00")]
 
 
@@ -6241,12 +6244,13 @@ def test_older_spellings_and_half_precision(tmp_path):
     huggingface_model("Llama", rope="yarn").bfloat16().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     rope = config.pop("rope_parameters")
-    config["rope_theta"], config["eos_token_id"] = rope.pop("rope_theta"), [7, 9]
+    config["rope_theta"], config["eos_token_id"], config["pad_token_id"] = rope.pop("rope_theta"), [7, 9], -1
     config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}  # as releases of 2023 spell it
     config["original_max_position_embeddings"] = config["rope_scaling"].pop("original_max_position_embeddings")
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, ids = m.MiniGPT.from_pretrained(tmp_path), random_ids(2, 60)
-    assert ours.embed_tokens.weight.dtype == torch.float32 and ours.config.eos_token_id == 7
+    assert ours.embed_tokens.weight.dtype == torch.float32
+    assert ours.config.eos_token_id == ours.config.pad_token_id == 7
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -8294,6 +8298,19 @@ def test_closed_streams_and_names_that_the_locale_cannot_spell(tmp_path):
     assert os.path.exists(place + b"/out/tiny/pretrain/checkpoint.pt")
     again = subprocess.run(command, env=env, capture_output=True)
     assert again.returncode == 2 and again.stderr.endswith(b"or another --out\n") and b"holds a run" in again.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="concerns glibc")
+def test_glibc_keeps_freed_memory_within_the_limits_of_its_older_versions(monkeypatch):
+    calls = {}
+    monkeypatch.setattr("os.confstr", lambda name: "glibc 2.28")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: types.SimpleNamespace(mallopt=calls.__setitem__))
+    m.keep_freed_memory()
+    assert 1 << 20 < calls[-3] <= 32 << 20 < calls[-1]  # HEAP_MAX_SIZE / 2: what is above is refused
+    monkeypatch.setattr("os.confstr", lambda name: None)  # musl
+    calls.clear()
+    m.keep_freed_memory()
+    assert not calls
 
 
 def test_importing_has_no_side_effects():
