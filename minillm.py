@@ -610,12 +610,8 @@ class MiniGPT(nn.Module):
             position_ids = slots[None]
             if S > limit:
                 raise UserError(f"{S} tokens exceed the context of max_position_embeddings={limit}")
-        # one bias serves all layers
-        bias = (
-            None
-            if fast
-            else attention_bias(visible_keys(slots, S, attention_mask), compute_dtype(self.embed_tokens.weight))
-        )
+        dtype = compute_dtype(self.embed_tokens.weight)
+        bias = None if fast else attention_bias(visible_keys(slots, S, attention_mask), dtype)  # one for all layers
         cos, sin = self.rope[:, position_ids].unsqueeze(3)  # (B or 1, T, 1, D) each
         x, balances = self.dropout(self.embed_tokens(input_ids)), []
         for block in self.layers:
