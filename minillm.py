@@ -346,7 +346,7 @@ def visible_keys(queries: Tensor, S: int, attention_mask: Tensor | None) -> Tens
 
 
 def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to the scores: 0 for visible keys, -∞ for the others."""
+    """Return what attention adds to its scores: 0 for visible keys, -∞ for the others; in the shape of `visible`."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
@@ -362,7 +362,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return attend_by_products(q, k, v, bias)
     if T == 1:  # the H / K heads of a group become the queries of one kv head: no copies of k and v
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, bias).reshape(B, H, T, D)
-    if bias is not None and q.is_cuda:  # there no fused kernel takes a bias and groups of heads
+    if bias is not None and q.is_cuda and H != K:  # there no fused kernel takes a bias and groups of heads
         k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, enable_gqa=H != k.shape[1])
 
@@ -401,7 +401,7 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, K, T, D) to a layer; return all that it holds, (B, K, length + T, D)."""
         all_k, all_v = self.k[layer], self.v[layer]
-        if self.position is not None:  # and code that reads `length` would be compiled anew for every token
+        if self.position is not None:  # before `length` is read: it changes, and code would be compiled for each value
             return all_k.index_copy_(2, self.position, k), all_v.index_copy_(2, self.position, v)
         start, end = self.length, self.length + k.shape[2]
         all_k[:, :, start:end], all_v[:, :, start:end] = k, v
@@ -1147,7 +1147,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called `name`; auto is CUDA, then Apple's MPS, then the CPU."""
+    """Return the device called `name`, and set CUDA up; auto is CUDA, then Apple's MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
