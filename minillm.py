@@ -6,16 +6,16 @@ and to improve by trial (PPO, GRPO), and lets it write. Sections 1-7 are an even
     1 Config            the shape of a model, and the presets
     2 Model             RMSNorm, RoPE, grouped-query attention, SwiGLU, mixture of experts, KV cache, LoRA, reward head
     3 Losses            pure functions of tensors, from cross-entropy to PPO
-    4 Optimisation      the training options, schedules, Muon and AdamW, precision, memory
+    4 Optimisation      the training options, schedules, Muon and AdamW
     5 Tokenizer         byte-level BPE that is friendly to Chinese
     6 Data              files -> records -> memory-mapped token ids -> batches
     7 Generation        greedy, sampling, beam search, streaming, chat
 
-    8 Runs              checkpoints that survive crashes, run directories, the terminal
+    8 Runs              device and precision, several processes, checkpoints that survive crashes, the terminal
     9 Trainers          one loop: accumulate -> clip -> step -> log -> evaluate -> save; pretraining, SFT, DPO, rewards
    10 Reinforcement     rollouts, PPO and GRPO
    11 Pipeline          the table of stages; SFT -> reward model -> PPO in one resumable go
-   12 Edges             Hugging Face directories, GGUF, foreign tokenizers, command-line flags, reward files
+   12 Edges             files and forms of records, CPU kernels, Hugging Face, GGUF, foreign tokenizers, flags
 
 What it does not do: shard a model over devices, run pipelines of tools, serve requests, quantize.
 Importing it only defines names. What a user can mend raises UserError, whose message says what is wrong and where, what
@@ -180,7 +180,7 @@ class MiniGPTConfig:
         check(self, self.rope_scaling is None or is_rope_scaling(self.rope_scaling), "rope_scaling", forms)
 
 
-ROPE_KEYS = {  # what each way to stretch RoPE needs; rope_tables explains them
+ROPE_KEYS = {  # what each way to stretch RoPE needs; slower_rotations explains them
     "linear": ["factor"],
     "yarn": ["factor", "original_max_position_embeddings"],
     "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"],
@@ -238,7 +238,7 @@ class RMSNorm(nn.Module):
             return self(x.float()).to(x.dtype)
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # the same function with a faster gradient
-            return _RMSNormOnCPU.apply(x, weight, self.eps)
+            return RMSNormOnCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -253,71 +253,21 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-# -- CPU kernels: the arithmetic of F.rms_norm and F.linear, several times faster. Skip them when reading. -------------
-
-
-class _RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm by the kernels of layer norm; torch's own gradient of F.rms_norm takes eight times as long on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        # Layer norm is RMSNorm of x - mean(x). With a mean of 0 its kernel gives RMSNorm's gradient less the mean of
-        # grad · weight · scale, which comes through the mean that RMSNorm does not have. So add that back.
-        x, weight, scale = ctx.saved_tensors
-        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False]
-        )
-        through_mean = (grad @ weight).unsqueeze(-1).mul(scale).div_(len(weight))
-        return d_x.add_(through_mean), d_weight, None
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, in) · weightᵀ -> (…, out)."""
-    rows, (n, width) = x.numel() // x.shape[-1], weight.shape
-    if rows > 16 or n % 2 or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled():
-        return F.linear(x, weight)
-    # A few rows, as in decoding: MKL's matrix-vector product reaches a quarter of the memory's speed, its batched
-    # product nearly all of it. So the weight becomes a batch of two halves, (2, n / 2, width).
-    halves = torch.bmm(weight.view(2, n // 2, width), x.reshape(rows, width).T.expand(2, width, rows))
-    return halves.view(n, rows).T.reshape(*x.shape[:-1], n).contiguous()
+    few_rows_on_cpu = x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled()
+    return linear_of_few_rows(x, weight) if few_rows_on_cpu else F.linear(x, weight)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
 def rope_tables(config: MiniGPTConfig) -> tuple[Tensor, Tensor]:
-    """Return cosines and signed sines of rotary position embedding (arXiv:2104.09864), each (max_positions, D).
-
-    For contexts longer than trained, `rope_scaling` slows the rotations by `factor`. Linear slows all of them. YaRN
-    (arXiv:2309.00071) and Llama 3 slow those that turn seldom within the original context, with a blend between.
-    """
-    D, base = config.head_dim, config.rope_theta
-    inv_freq = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
-    scaling = config.rope_scaling or {"rope_type": "linear", "factor": 1.0}
-    original = scaling.get("original_max_position_embeddings", 1)
-    attention_factor, slow = 1.0, 1.0  # slow: share (D / 2,) of each rotation that is slowed
-    if scaling["rope_type"] == "llama3":
-        turns = original * inv_freq / (2 * math.pi)  # of each rotation within the original context
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        slow = 1 - ((turns - low) / (high - low)).clamp(0, 1)
-    elif scaling["rope_type"] == "yarn":
-        # the dimensions that turn beta_fast and beta_slow times within the original context: a line from 0 to 1 between
-        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
-        attention_factor = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0)
-    inv_freq = inv_freq / scaling["factor"] * slow + inv_freq * (1 - slow)
+    """Return cosines and signed sines of rotary position embedding (arXiv:2104.09864), each (max_positions, D)."""
+    D, attention_factor = config.head_dim, 1.0
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D / 2,)
+    if config.rope_scaling:
+        inv_freq, attention_factor = slower_rotations(inv_freq, config)
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
     angles = torch.outer(positions, inv_freq)  # (max_positions, D / 2)
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
@@ -365,22 +315,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and q.is_cuda and H != K:  # there no fused kernel takes a bias and groups of heads
         k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, enable_gqa=H != k.shape[1])
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the same as `attend`, with all scores (B K, H/K T, S) in memory at once.
-
-    In bfloat16 on a CPU two products are faster than the fused kernel, as long as the scores are small. On MPS several
-    versions of torch have fused kernels that are wrong.
-    """
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if bias is None:
-        bias = attention_bias(visible_keys(torch.arange(S - T, S, device=q.device), S, None), q.dtype)
-    with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
-        scores = bias.to(q.dtype).view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
-        q, k, v = q.reshape(B * K, -1, D), k.to(q.dtype).reshape(B * K, S, D), v.to(q.dtype).reshape(B * K, S, D)
-        scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
-        return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
 
 
 class KVCache:
@@ -804,13 +738,15 @@ class RewardModel(MiniGPT):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2048, compiled: bool = False
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, compiled: bool = False
 ) -> Tensor:
     """Return Σ -log softmax(hidden · weightᵀ)[label], in nats, over the labels that are not -100.
 
     hidden (…, C), weight (V, C), labels (…) int64 aligned with hidden: labels[i] is the token that follows hidden[i].
-    Only `chunk` x V logits exist at a time. `compiled` code makes fewer passes over them.
+    Only `chunk` x V logits exist at a time; by default as many as fit a processor's cache, or keep a GPU busy.
+    `compiled` code makes fewer passes over them.
     """
+    chunk = chunk or max(2048, 2**29 // len(weight) if hidden.is_cuda else 0)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, compiled)
@@ -978,7 +914,7 @@ def grpo_advantages(rewards: Tensor, group_size: int, kind: str = "dr_grpo") -> 
 
 
 # ======================================================================================================================
-# 4 Optimisation: the training options, schedules, Muon and AdamW, precision, memory.
+# 4 Optimisation: the training options, schedules, Muon and AdamW.
 # ======================================================================================================================
 
 
@@ -1141,125 +1077,6 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         groups, half = [{"params": muon[rows], "stacked": list(rows)} for rows in muon], config.dtype == "bfloat16"
         optimizers.append(Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half))
     return optimizers
-
-
-# -- device, precision, memory -----------------------------------------------------------------------------------------
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called `name`, and set CUDA up; auto is CUDA, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # at every new shape it plans for up to half a second
-        torch.set_float32_matmul_precision("high")  # float32 products use the tensor cores, as TF32
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device  # of several, this process's
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`; auto is bfloat16 (float16 on older GPUs) on CUDA, float32 elsewhere."""
-    if name != "auto":
-        return getattr(torch, name.removesuffix("_onednn"))
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def fastest_dtype(device: torch.device) -> str:
-    """Return the name of the dtype whose matrix products are fastest here, measured in a tenth of a second.
-
-    float32_onednn is float32 by oneDNN's kernels instead of MKL's. bfloat16 rounds, so it has to be clearly faster.
-    """
-    if device.type == "cuda":
-        return str(pick_dtype("auto", device)).removeprefix("torch.")
-    return WORLD.first(lambda: _measured_dtype(device))
-
-
-def _measured_dtype(device):
-    names = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
-    speed = defaultdict(float)
-    for name in names * 4:  # in turns, so that what else the machine does slows all of them
-        speed[name] = max(speed[name], matmul_peak(device, name, 512))
-    x = torch.rand(64, 64)
-    with onednn_products(True):
-        is_exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5)  # processors with AMX round
-    best = "float32_onednn" if is_exact and speed["float32_onednn"] > 1.1 * speed["float32"] else "float32"
-    return "bfloat16" if speed["bfloat16"] > 1.5 * speed[best] else best
-
-
-@contextlib.contextmanager
-def onednn_products(enabled: bool) -> Iterator[None]:
-    """Let oneDNN compute float32 products inside the block; for single rows, as in decoding, it is slower than MKL."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if enabled else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
-    """Measure the floating-point operations per second of an n x n matrix product, in a fraction of a second."""
-    a, b = torch.ones(2, n, n, device=device, dtype=pick_dtype(dtype, device))
-    seconds = []
-    with onednn_products(dtype == "float32_onednn"):
-        for _ in range(10):
-            start = time.perf_counter()
-            (a @ b)[0, 0].item()  # waits for the device
-            seconds.append(time.perf_counter() - start)
-            if sum(seconds) > 0.5:  # float16 on a CPU
-                break
-    return 2 * n**3 / min(seconds)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # messages of torch's allocator on a CPU, of MPS, and of cuBLAS and cuDNN
-    words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
-
-
-def compile_error(what: str, error: Exception) -> UserError:
-    """Return the one message that says why torch.compile fails."""
-    reason = str(error).strip().partition("\n")[0]
-    return UserError(f"{what} cannot be compiled here (on a CPU it takes a C++ compiler): {reason}")
-
-
-class MemoryMonitor:
-    """Memory in use, in bytes: that of torch on a CUDA or MPS device, else the process's; 0 is unknown."""
-
-    def __init__(self, device: Device = "cpu"):
-        self.device, self.highest = torch.device(device), 0
-
-    def current_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return torch.mps.driver_allocated_memory() if self.device.type == "mps" else self._of_process("VmRSS")
-
-    def peak_bytes(self) -> int:
-        """Return the most so far; where the system keeps no record, the most at any call of this method."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        recorded = self._of_process("VmHWM") if self.device.type == "cpu" else 0
-        self.highest = max(self.highest, self.current_bytes(), recorded)
-        return self.highest
-
-    def _of_process(self, field):
-        try:
-            with open("/proc/self/status") as file:  # not getrusage: its peak includes the parent's before exec
-                return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 0)
-        except OSError:
-            if sys.platform != "darwin":
-                return 0
-            import resource  # macOS counts in bytes and knows only the peak
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ======================================================================================================================
@@ -1657,197 +1474,7 @@ class BPETokenizer:
 #   9  PreTrainer.loss moves the labels by one, runs MiniGPT.hidden_states and sums the loss in chunked_cross_entropy.
 #  10  _accumulate divides by the count of all and runs backward; clipping and the optimizers' steps follow.
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # data files, in any case
-LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
 TOKENIZER_BYTES = 20_000_000  # a tokenizer learns from about so much text at most
-
-# -- files and processes -----------------------------------------------------------------------------------------------
-
-
-def temporary_beside(path: Path) -> Path:
-    """Return a name beside `path`, so that renaming is atomic; random, as containers have processes of equal ids."""
-    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
-
-
-@contextlib.contextmanager
-def atomic_write(path: AnyPath) -> Iterator[typing.BinaryIO]:
-    """Open a file for writing bytes; it appears under `path` complete and on the disk, or not at all."""
-    path = Path(path)
-    temporary = temporary_beside(path)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk: say which file it concerns
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is on the disk only once the directory is
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-
-
-def write_file(path: AnyPath, text: str):
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def read_json(path: AnyPath) -> dict:
-    """Return the JSON object in a file."""
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: it comes with every run and every model of Hugging Face") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):  # a list, say
-        raise UserError(f"{path}: a JSON object is expected, not {type(data).__name__}")
-    return data
-
-
-def batched(items: Iterable, size: Callable = lambda _: 1, limit: int = 1 << 19) -> Iterator[list]:
-    """Yield lists of consecutive items whose sizes, or else whose number, add up to about `limit`."""
-    batch, total = [], 0
-    for item in items:
-        batch.append(item)
-        total += size(item)
-        if total >= limit:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
-
-
-def parallel_map(fn: Callable, items: Iterable) -> Iterator:
-    """`map(fn, items)` over the machine's cores, in order, with few items in flight: memory stays flat.
-
-    Children are forked: they inherit `fn` and never import the caller's `__main__` again. Where there is no fork
-    (Windows, a daemonic process), with one core, or for fewer than four items, everything runs in this process.
-    """
-    items = iter(items)
-    # Look at a few items first: starting processes costs more than so little work.
-    first = list(itertools.islice(items, 4))
-    items = itertools.chain(first, items)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(first) < 4 or workers < 2 or not hasattr(os, "fork") or current_process().daemon:
-        yield from map(fn, items)
-        return
-    try:
-        start = workers, get_context("fork"), _start_child, (fn, os.getpid())
-        # Fork beside torch's idle threads, of which children use none, is warned of.
-        quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)
-        with quiet, ProcessPoolExecutor(*start) as pool:
-            for wave in batched(items, limit=8 * workers):  # so many are in flight
-                yield from pool.map(_run_child, wave)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that encodes the data was killed, perhaps because memory ran out: start again"
-        ) from error
-
-
-def _start_child(fn, parent):
-    global _child_function  # set in a forked child; a closure could not be sent through the pool's queue
-    _child_function = fn
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-
-    def end_with_parent():  # even if that was killed
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _run_child(item):
-    return _child_function(item)
-
-
-def path_list(paths: Paths) -> list[Path]:
-    return [Path(path) for path in ([paths] if isinstance(paths, AnyPath) else paths)]
-
-
-def files_under(folder: Path, above: tuple = ()) -> Iterator[Path]:
-    """Yield all files below a folder. Hidden ones are passed over; links are followed, unless they form a cycle."""
-    above = (*above, folder.resolve())
-    for path in sorted(folder.iterdir()):  # the order does not depend on the machine
-        if not path.name.startswith(".") and path.resolve() not in above:
-            yield from files_under(path, above) if path.is_dir() else [path]
-
-
-def data_files(paths: Paths) -> list[Path]:
-    """Return the data files that `paths` name, each once: a file as it is, of a directory those with a known suffix."""
-    files = {}
-    for path in path_list(paths):
-        inside = list(files_under(path)) if path.is_dir() else [path]
-        data = {f.resolve(): f for f in inside if f.is_file() and data_suffix(f)}
-        if not data:
-            problem = "no data file" if path.exists() else "no such file or directory"
-            raise UserError(f"{path}: {problem}: data are {', '.join(SUFFIXES)} files, or directories with some")
-        if others := [f for f in inside if f.resolve() not in data]:
-            warnings.warn(
-                f"{path}: passed over {len(others)} files that are not {', '.join(SUFFIXES)}, such as {others[0]}",
-                stacklevel=2,
-            )
-        if again := [f for f in data if f in files]:
-            warnings.warn(f"{path}: {len(again)} files are named already, and count once: {again[0]}", stacklevel=2)
-        files |= data
-    return list(files.values())
-
-
-def data_suffix(path: Path) -> str:
-    """Return the suffix that says how a file is read, in lower case and without .gz; "" if it is no data file."""
-    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return suffix.removesuffix(".gz")
-
-
-def hash_file(path: AnyPath) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.cache  # the file is read once
-def code_hash() -> str:
-    """Return the hash of this source file. It is part of the caches' keys: after an edit, data are encoded anew."""
-    return hash_file(__file__)[:24]
-
-
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[typing.TextIO]:
-    """Open UTF-8 text, .gz or not, without BOM and with \\n line ends; a UserError names the line that is not UTF-8."""
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        # Read again as bytes, up to the line that changes when what cannot be decoded is left out.
-        with opener(path, "rb") as file:
-            line = next(n for n, line in enumerate(file, 1) if line.decode("utf-8", "ignore").encode() != line)
-        raise UserError(
-            f"{path}:{line}: not UTF-8 ({error.reason}): convert the file, for example with iconv"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged .gz file ({error})") from error
-
-
-def read_text(path: Path, chunk_chars: int = 1 << 20) -> Iterator[str]:
-    """Yield a text file in parts of about `chunk_chars` characters that end where a word of the tokenizer ends."""
-    rest = ""
-    with open_text(path) as file:
-        while chunk := file.read(chunk_chars):
-            rest += chunk  # what has not been given out yet
-            # Millions of characters without a blank are cut anywhere: memory matters more than one word.
-            anywhere = len(rest) if len(rest) >= 4 * chunk_chars else 0
-            cut = max((match.start() for match in SAFE_CUT.finditer(rest, len(rest) - 1000)), default=anywhere)
-            if cut:
-                yield rest[:cut]
-                rest = rest[cut:]
-    if rest:  # the end of the file
-        yield rest
 
 
 # -- records: what people have in their files --------------------------------------------------------------------------
@@ -1877,12 +1504,6 @@ FORMS = (  # the first one whose keys a record has
     Form("prompt", "prompt"),
     Form("text", "text"),
 )
-MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
-# Further keys of records and of messages. Others cause a warning that names them; those in NO_TEXT are an error.
-RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
-SWITCHES = ("trained", "train", "loss", "weight")  # keys of a message: 0 or false if it is not learned from
-MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls", *SWITCHES)
-NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
 
 # Descriptions of what a stage takes, for error messages.
 KINDS = {
@@ -1893,235 +1514,12 @@ KINDS = {
 }
 
 Messages = list[dict]  # each {"role", "content"}, and "trained": False if it is not to be learned from
-# How speakers are spelled, and the template's name for each.
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "developer": "system",
-}
-# Qwen's system prompt for tools; each is one line of JSON.
-TOOLS_PROMPT = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
 
 
 def form_of(record: object) -> Form | None:
     """Return the form of a record, by its content; None if it has none of the FORMS."""
     forms = FORMS if isinstance(record, dict) else ()
     return next((form for form in forms if record.keys() >= {form.first, form.second or form.first}), None)
-
-
-def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
-    """Return a text said by `role`, a message, or a list of them, as [{"role", "content"}, …].
-
-    A message is {role, content} or {from, value}. Two of a user or an assistant in a row are joined by a blank line.
-    That is noted in `remarks`, as are keys that are not read. Raises ValueError for anything else.
-    """
-    messages = []
-    for item in value if isinstance(value, list) else [value]:
-        item = {"role": role, "content": item} if isinstance(item, str) else item
-        try:
-            message = {"role": ROLES[item.get("role", item.get("from"))], "content": _content(item)}
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"a message must be an object with a role (or from), one of {', '.join(ROLES)}, and a content (or "
-                "value) of type string or of parts with a text; tools and tool_calls are objects with a name and "
-                f"arguments: found {str(item)[:200]}"
-            ) from error
-        remarks += [f"unknown key {key!r} of a message" for key in _unknown_keys(item, MESSAGE_KEYS)]
-        for key in SWITCHES:
-            if item.get(key) not in (None, 0, 1):
-                raise ValueError(f'"{key}" of a message must be 0 (false) or 1 (true), not {item[key]!r}')
-            if item.get(key) == 0:
-                message["trained"] = False
-        speaker = message["role"]
-        if messages and messages[-1]["role"] == speaker != "tool":  # several tools may answer one message
-            before = messages.pop()
-            message = before | message | {"content": f"{before['content']}\n\n{message['content']}"}
-            if speaker != "system":
-                remarks.append(f"two {speaker} messages in a row, joined")
-        if messages and speaker == "system":
-            raise ValueError("a system message may only come first")
-        messages.append(message)
-    return messages
-
-
-def _unknown_keys(item, known):
-    """Return the keys that are not read; raises ValueError for one that means more than text."""
-    unknown = [key for key, value in item.items() if key not in known and value not in (None, "", [], {})]
-    for key in unknown:
-        if key in NO_TEXT:
-            raise ValueError(f'"{key}" is not supported: a model reads and writes text only')
-    return unknown
-
-
-def _content(message):
-    """Return the content of a message with its thoughts, tool calls and tools, spelled as in Qwen's templates."""
-    content, thought = message.get("content", message.get("value")), message.get("reasoning_content")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    calls, tools = (_parsed(message.get(key) or []) for key in ("tool_calls", "tools"))
-    blocks = [content] if content or not (calls or tools) else []
-    for call in calls:
-        call = call.get("function", call)
-        call = {"name": call["name"], "arguments": _parsed(call["arguments"])}
-        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
-    if tools:
-        lines = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
-        blocks.append("\n" * bool(content) + TOOLS_PROMPT.format(lines))
-    return f"<think>\n{thought}\n</think>\n\n" * bool(thought) + "\n".join(blocks)
-
-
-def _parsed(value):
-    return json.loads(value) if isinstance(value, str) else value  # some write JSON into texts
-
-
-def _question(record, keys):
-    """Return what the user says under the first of these keys, with the texts under the others that it refers to."""
-    question, *more = [record.get(key) for key in keys] or [[]]
-    if not any(more):
-        return question
-    try:
-        return "\n".join(filter(None, [question, *more]))
-    except TypeError:
-        raise ValueError(f"{', '.join(keys)} must be strings") from None
-
-
-def _whole(record, messages, remarks):
-    """Put the record's system prompt, tools and history before its messages."""
-    history = record.get("history") or []
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError('"history" must be a list of pairs [question, answer]')
-    systems = [record[key] for key in ("system", "system_prompt") if record.get(key)]
-    before = as_messages(systems, "system", remarks)
-    for question, reply in history:
-        before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
-    messages = before + messages
-    if tools := record.get("tools"):  # they follow the system prompt
-        place = sum(message["role"] == "system" for message in messages)
-        messages.insert(place, {"role": "system", "content": "", "tools": tools})
-    return as_messages(messages, "", remarks)
-
-
-def _chat_messages(record, form, kind, question, remarks):
-    """Return (prompt, conversations) of a chat or prompt record: what comes before the last reply, and the whole."""
-    messages = as_messages(question, "user", remarks)
-    if form.second:  # an answer may be a number, or one of several
-        reply = _answers(record)[:1] if form.second == "answer" else record[form.second]
-        messages += as_messages(reply, "assistant", remarks)
-    messages = _whole(record, messages, remarks)
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if form.kind == "chat" and not replies:
-        raise ValueError("a conversation without an assistant message holds nothing to train on")
-    if kind == "prompt":
-        prompt = messages[: replies[-1]] if form.kind == "chat" else messages
-        if not prompt or prompt[-1]["role"] == "assistant":
-            raise ValueError("a prompt must end with a message to reply to")
-        return prompt, [prompt]
-    for i in replies:
-        if not messages[i]["content"].strip():  # it would teach to end at once
-            messages[i]["trained"] = False
-            remarks.append("empty reply, not trained")
-    trained = [i for i in replies if messages[i].get("trained", True)]
-    if not trained or any(record.get(key) is False for key in ("label", *SWITCHES)):  # "label" is KTO's mark
-        raise LeftOut("no reply to learn from: empty, or marked as bad")
-    return messages[: trained[-1]], [messages[: trained[-1] + 1]]
-
-
-def _preference_messages(record, question, remarks):
-    """Return (prompt, conversations) of a pair: the chosen and the rejected one begin with the prompt."""
-    sides = [record["chosen"], record["rejected"]]
-    # 1. Texts may repeat the prompt, or be whole transcripts, as Anthropic's are.
-    if all(isinstance(side, str) for side in sides):
-        if isinstance(question, str) and all(side.startswith(question) and side != question for side in sides):
-            sides = [side.removeprefix(question) for side in sides]
-        elif not question and all(re.match(r"\s*Human: ", side) for side in sides):
-            sides = map(_transcript_messages, sides)
-    prompt = as_messages(question, "user", remarks)
-    chosen, rejected = (as_messages(side, "assistant", remarks) for side in sides)
-    # 2. Messages that both sides begin with belong to the prompt, or are its repetition.
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    shared = chosen[:n]
-    prompt = _whole(record, shared if shared[: len(prompt)] == prompt else prompt + shared, remarks)
-    # 3. What is left is compared, so each side needs a reply of its own.
-    completions = {"chosen": chosen[n:], "rejected": rejected[n:]}
-    said = [[message["content"].split() for message in side] for side in completions.values()]
-    if said[0] == said[1]:
-        raise LeftOut("both sides alike")
-    for name, side in completions.items():
-        if not side or side[-1]["role"] != "assistant" or prompt and side[0]["role"] in ("system", prompt[-1]["role"]):
-            raise ValueError(
-                f'"{name}" must end with a reply of the assistant that the other side does not share, and go on where '
-                "the prompt ends"
-            )
-        if not side[-1]["content"].strip() or not side[-1].get("trained", True):
-            raise LeftOut("no reply to learn from: empty, or marked as bad")
-    return prompt, [prompt + side for side in completions.values()]
-
-
-def _transcript_messages(text):
-    # A turn lasts up to the blank line before the next speaker.
-    turns = re.findall(r"(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)
-    return [{"role": speaker.lower(), "content": content.strip()} for speaker, content in turns]
-
-
-def _answers(record):
-    """Return the record's "answer" or "gt" as a list of texts, each of which is right; empty without one."""
-    answer = record.get("answer", record.get("gt"))
-    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
-    if not all(type(one) in (str, int, float) for one in answers):  # a bool is an int, but no answer
-        raise ValueError(f'"answer" must be a text, a number or a list of them, not {str(answer)[:80]}')
-    return list(map(str, answers))
-
-
-# Full-width characters and the minus sign as ASCII
-_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0xFFE5: "¥", 0x2212: "-"}
-_NUMBER = re.compile(r"([+-]?)[$¥€£]? ?(?=\.?\d)((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:e[+-]?\d{1,3})?)(.*)")
-
-
-def _number(text):
-    """Return the value and the unit of a text that is a number; None for another."""
-    match = _NUMBER.fullmatch(text)
-    return match and (Decimal(match[1] + match[2].replace(",", "")), match[3].strip())
-
-
-def answer_matches(reply: str, answer: str) -> bool:
-    """Return whether the reply's first sentence is the answer (one of the lines of `answer`), in any case.
-
-    Numbers are compared by their values. A unit or % must be that of the answer; a leading currency counts for nothing.
-
-    >>> answer_matches("Tom. I hope that helps!", "tom"), answer_matches("是小明。", "小明"), answer_matches("3.5", "3")
-    (True, False, False)
-    >>> answer_matches("$1,000.", "1000.0"), answer_matches("18 apples", "18"), answer_matches("18.0 kg", "18 kg")
-    (True, False, True)
-    """
-    reply = "\n".join(" ".join(line.split()) for line in reply.strip().lower().split("\n"))
-    number = _number(re.split(r"[。!?\n]|\.(?!\d)", reply.translate(_PLAIN))[0])
-    for line in answer.lower().split("\n"):
-        line = " ".join(line.split()).rstrip("。！？!?.")
-        # The sentence ends there; a point before a digit is a decimal one.
-        if line and re.match(re.escape(line) + r"([。！？!?\n]|\.(?!\d)|$)", reply):
-            return True
-        if number and number == _number(line.translate(_PLAIN)):
-            return True
-    return False
 
 
 class TextPart(NamedTuple):
@@ -2194,7 +1592,7 @@ def read_document(kind: str, where: str, record: dict, form: Form, remarks: list
     """
     text = record.get("text")
     if kind != "text":
-        document = _read_example(kind, where, record, form, remarks)
+        document = read_example(kind, where, record, form, remarks)
     elif isinstance(text, Path):
         return text
     elif isinstance(text, str):
@@ -2207,48 +1605,6 @@ def read_document(kind: str, where: str, record: dict, form: Form, remarks: list
     if re.search("[\ud800-\udfff]", "".join(document.texts())):
         raise ValueError("an escape \\ud800 … \\udfff without its other half is no character")
     return document
-
-
-def _read_example(kind, where, record, form, remarks):
-    """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
-    key = form.first
-    if kind == "preference":  # its question is under a key of any chat
-        key = next((other.first for other in FORMS if other.kind == "chat" and record.get(other.first)), "")
-    asked = dict.fromkeys((key, *MORE_KEYS)) if key else {}
-    unknown = _unknown_keys(record, (*RECORD_KEYS, *form[1:], *asked))
-    remarks += [f"unknown key {key!r}" for key in unknown]
-    question = _question(record, asked)
-    if kind == "preference":
-        prompt, conversations = _preference_messages(record, question, remarks)
-        if not any(message["role"] == "user" for message in conversations[0]):
-            for key in unknown:
-                if isinstance(record[key], (str, list)) and key != "id":
-                    raise ValueError(
-                        f'"{key}" may be the question, but is not read: put it into "prompt", or remove it'
-                    )
-    else:
-        prompt, conversations = _chat_messages(record, form, kind, question, remarks)
-    category = record.get("category")
-    note = {
-        "messages": prompt,
-        "answer": "\n".join(_answers(record)) if kind != "preference" else "",
-        "category": "" if category is None else str(category),
-    }
-    return Example("train", conversations, 0 if kind == "chat" else len(prompt), note, where)
-
-
-def json_values(text: str) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) for every JSON value in a text, lines from 0; ValueError for what is none.
-
-    >>> list(json_values('{"a": 1}\\n[2,\\n3] 4'))
-    [(0, {'a': 1}), (1, [2, 3]), (2, 4)]
-    """
-    line, start, end, decode = 0, 0, 0, json.JSONDecoder().raw_decode
-    while match := re.compile(r"\S").search(text, end):
-        line += text.count("\n", start, match.start())
-        start = match.start()
-        value, end = decode(text, start)
-        yield line, value
 
 
 def hash_share(text: str) -> float:
@@ -2641,6 +1997,19 @@ def encode_data(
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def batched(items: Iterable, size: Callable = lambda _: 1, limit: int = 1 << 19) -> Iterator[list]:
+    """Yield lists of consecutive items whose sizes, or else whose number, add up to about `limit`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def _shuffled(items, random):
@@ -3368,12 +2737,140 @@ def length_of_stop_prefix(text: str, stops: list[str] | None) -> int:
 
 
 # ======================================================================================================================
-# 8 Runs: a run directory holds checkpoint.pt, config.json, tokenizer.json and metrics.jsonl.
+# 8 Runs: where and on how many processes they run; checkpoints and run directories; the terminal.
 # ======================================================================================================================
 
-# signals that ask for an end; Windows has fewer
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-FORMAT = 3  # the checkpoints' format; those of older ones can be used, but not resumed
+# -- devices, precision, memory ----------------------------------------------------------------------------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`, and set CUDA up; auto is CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # but where cudnn_attention says so
+        torch.set_float32_matmul_precision("high")  # float32 products use the tensor cores, as TF32
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device  # of several, this process's
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype called `name`; auto is bfloat16 (float16 on older GPUs) on CUDA, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name.removesuffix("_onednn"))
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def fastest_dtype(device: torch.device) -> str:
+    """Return the name of the dtype whose matrix products are fastest here, measured in a tenth of a second.
+
+    float32_onednn is float32 by oneDNN's kernels instead of MKL's. bfloat16 rounds, so it has to be clearly faster.
+    """
+    if device.type == "cuda":
+        return str(pick_dtype("auto", device)).removeprefix("torch.")
+    return WORLD.first(lambda: _measured_dtype(device))
+
+
+def _measured_dtype(device):
+    names = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
+    speed = defaultdict(float)
+    for name in names * 4:  # in turns, so that what else the machine does slows all of them
+        speed[name] = max(speed[name], matmul_peak(device, name, 512))
+    x = torch.rand(64, 64)
+    with onednn_products(True):
+        is_exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5)  # processors with AMX round
+    best = "float32_onednn" if is_exact and speed["float32_onednn"] > 1.1 * speed["float32"] else "float32"
+    return "bfloat16" if speed["bfloat16"] > 1.5 * speed[best] else best
+
+
+@contextlib.contextmanager
+def onednn_products(enabled: bool) -> Iterator[None]:
+    """Let oneDNN compute float32 products inside the block; for single rows, as in decoding, it is slower than MKL."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if enabled else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def cudnn_attention(enabled: bool) -> Iterator[None]:
+    """Let cuDNN compute attention on CUDA inside the block: the fastest, but it plans for every new shape, 0.5 s."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
+    """Measure the floating-point operations per second of an n x n matrix product, in a fraction of a second."""
+    a, b = torch.ones(2, n, n, device=device, dtype=pick_dtype(dtype, device))
+    seconds = []
+    with onednn_products(dtype == "float32_onednn"):
+        for _ in range(10):
+            start = time.perf_counter()
+            (a @ b)[0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+            if sum(seconds) > 0.5:  # float16 on a CPU
+                break
+    return 2 * n**3 / min(seconds)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # messages of torch's allocator on a CPU, of MPS, and of cuBLAS and cuDNN
+    words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
+
+
+def compile_error(what: str, error: Exception) -> UserError:
+    """Return the one message that says why torch.compile fails."""
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(f"{what} cannot be compiled here (on a CPU it takes a C++ compiler): {reason}")
+
+
+class MemoryMonitor:
+    """Memory in use, in bytes: that of torch on a CUDA or MPS device, else the process's; 0 is unknown."""
+
+    def __init__(self, device: Device = "cpu"):
+        self.device, self.highest = torch.device(device), 0
+
+    def current_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return torch.mps.driver_allocated_memory() if self.device.type == "mps" else self._of_process("VmRSS")
+
+    def peak_bytes(self) -> int:
+        """Return the most so far; where the system keeps no record, the most at any call of this method."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        recorded = self._of_process("VmHWM") if self.device.type == "cpu" else 0
+        self.highest = max(self.highest, self.current_bytes(), recorded)
+        return self.highest
+
+    def _of_process(self, field):
+        try:
+            with open("/proc/self/status") as file:  # not getrusage: its peak includes the parent's before exec
+                return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 0)
+        except OSError:
+            if sys.platform != "darwin":
+                return 0
+            import resource  # macOS counts in bytes and knows only the peak
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
 
 
 class World:
@@ -3529,6 +3026,13 @@ class World:
 
 
 WORLD = World()
+
+
+# -- run directories: checkpoint.pt, config.json, tokenizer.json and metrics.jsonl -------------------------------------
+
+# signals that ask for an end; Windows has fewer
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+FORMAT = 3  # the checkpoints' format; those of older ones can be used, but not resumed
 
 
 def save_checkpoint(path: AnyPath, state: dict) -> None:
@@ -4012,7 +3516,8 @@ class Trainer:
         def accumulate(parts):
             return self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count)
 
-        with onednn_products(self.config.dtype == "float32_onednn"):
+        # the rows of pretraining are of equal length
+        with onednn_products(self.config.dtype == "float32_onednn"), cudnn_attention(self.stage == "pretrain"):
             figures = self.in_memory(accumulate, max((len(batch["input_ids"]) for batch in mine), default=1))
         WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
         metrics = average(figures)
@@ -4841,6 +4346,39 @@ Reward = RewardModel | Callable[[list[dict], str, str], float]  # what scores (m
 Rollout = tuple[Batch, Figures]  # the experience, and what to log
 
 
+# Full-width characters and the minus sign as ASCII
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0xFFE5: "¥", 0x2212: "-"}
+_NUMBER = re.compile(r"([+-]?)[$¥€£]? ?(?=\.?\d)((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:e[+-]?\d{1,3})?)(.*)")
+
+
+def _number(text):
+    """Return the value and the unit of a text that is a number; None for another."""
+    match = _NUMBER.fullmatch(text)
+    return match and (Decimal(match[1] + match[2].replace(",", "")), match[3].strip())
+
+
+def answer_matches(reply: str, answer: str) -> bool:
+    """Return whether the reply's first sentence is the answer (one of the lines of `answer`), in any case.
+
+    Numbers are compared by their values. A unit or % must be that of the answer; a leading currency counts for nothing.
+
+    >>> answer_matches("Tom. I hope that helps!", "tom"), answer_matches("是小明。", "小明"), answer_matches("3.5", "3")
+    (True, False, False)
+    >>> answer_matches("$1,000.", "1000.0"), answer_matches("18 apples", "18"), answer_matches("18.0 kg", "18 kg")
+    (True, False, True)
+    """
+    reply = "\n".join(" ".join(line.split()) for line in reply.strip().lower().split("\n"))
+    number = _number(re.split(r"[。!?\n]|\.(?!\d)", reply.translate(_PLAIN))[0])
+    for line in answer.lower().split("\n"):
+        line = " ".join(line.split()).rstrip("。！？!?.")
+        # The sentence ends there; a point before a digit is a decimal one.
+        if line and re.match(re.escape(line) + r"([。！？!?\n]|\.(?!\d)|$)", reply):
+            return True
+        if number and number == _number(line.translate(_PLAIN)):
+            return True
+    return False
+
+
 def answer_reward(messages: list[dict], reply: str, answer: str) -> float:
     """Return 1 for a reply whose first sentence is the prompt's answer, else 0."""
     if not answer:
@@ -5486,8 +5024,512 @@ class RLHFPipeline:
 
 
 # ======================================================================================================================
-# 12 Edges: Hugging Face directories, GGUF, foreign tokenizers and chat templates, command-line flags, reward files.
+# 12 Edges: files, forms of records, CPU kernels, long contexts, Hugging Face, GGUF, foreign tokenizers, flags.
 # ======================================================================================================================
+
+# -- data files, and files that appear whole or not at all -------------------------------------------------------------
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".txt.gz", ".json.gz", ".jsonl.gz")  # data files, in any case
+LONGEST_RECORD = 1 << 26  # characters of a line of JSON; a longer line is a mistake, not a record
+
+
+def path_list(paths: Paths) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, AnyPath) else paths)]
+
+
+def files_under(folder: Path, above: tuple = ()) -> Iterator[Path]:
+    """Yield all files below a folder. Hidden ones are passed over; links are followed, unless they form a cycle."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):  # the order does not depend on the machine
+        if not path.name.startswith(".") and path.resolve() not in above:
+            yield from files_under(path, above) if path.is_dir() else [path]
+
+
+def data_files(paths: Paths) -> list[Path]:
+    """Return the data files that `paths` name, each once: a file as it is, of a directory those with a known suffix."""
+    files = {}
+    for path in path_list(paths):
+        inside = list(files_under(path)) if path.is_dir() else [path]
+        data = {f.resolve(): f for f in inside if f.is_file() and data_suffix(f)}
+        if not data:
+            problem = "no data file" if path.exists() else "no such file or directory"
+            raise UserError(f"{path}: {problem}: data are {', '.join(SUFFIXES)} files, or directories with some")
+        if others := [f for f in inside if f.resolve() not in data]:
+            warnings.warn(
+                f"{path}: passed over {len(others)} files that are not {', '.join(SUFFIXES)}, such as {others[0]}",
+                stacklevel=2,
+            )
+        if again := [f for f in data if f in files]:
+            warnings.warn(f"{path}: {len(again)} files are named already, and count once: {again[0]}", stacklevel=2)
+        files |= data
+    return list(files.values())
+
+
+def data_suffix(path: Path) -> str:
+    """Return the suffix that says how a file is read, in lower case and without .gz; "" if it is no data file."""
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+    return suffix.removesuffix(".gz")
+
+
+def hash_file(path: AnyPath) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache  # the file is read once
+def code_hash() -> str:
+    """Return the hash of this source file. It is part of the caches' keys: after an edit, data are encoded anew."""
+    return hash_file(__file__)[:24]
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[typing.TextIO]:
+    """Open UTF-8 text, .gz or not, without BOM and with \\n line ends; a UserError names the line that is not UTF-8."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        # Read again as bytes, up to the line that changes when what cannot be decoded is left out.
+        with opener(path, "rb") as file:
+            line = next(n for n, line in enumerate(file, 1) if line.decode("utf-8", "ignore").encode() != line)
+        raise UserError(
+            f"{path}:{line}: not UTF-8 ({error.reason}): convert the file, for example with iconv"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged .gz file ({error})") from error
+
+
+def read_text(path: Path, chunk_chars: int = 1 << 20) -> Iterator[str]:
+    """Yield a text file in parts of about `chunk_chars` characters that end where a word of the tokenizer ends."""
+    rest = ""
+    with open_text(path) as file:
+        while chunk := file.read(chunk_chars):
+            rest += chunk  # what has not been given out yet
+            # Millions of characters without a blank are cut anywhere: memory matters more than one word.
+            anywhere = len(rest) if len(rest) >= 4 * chunk_chars else 0
+            cut = max((match.start() for match in SAFE_CUT.finditer(rest, len(rest) - 1000)), default=anywhere)
+            if cut:
+                yield rest[:cut]
+                rest = rest[cut:]
+    if rest:  # the end of the file
+        yield rest
+
+
+def json_values(text: str) -> Iterator[tuple[int, object]]:
+    """Yield (line, value) for every JSON value in a text, lines from 0; ValueError for what is none.
+
+    >>> list(json_values('{"a": 1}\\n[2,\\n3] 4'))
+    [(0, {'a': 1}), (1, [2, 3]), (2, 4)]
+    """
+    line, start, end, decode = 0, 0, 0, json.JSONDecoder().raw_decode
+    while match := re.compile(r"\S").search(text, end):
+        line += text.count("\n", start, match.start())
+        start = match.start()
+        value, end = decode(text, start)
+        yield line, value
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name beside `path`, so that renaming is atomic; random, as containers have processes of equal ids."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_write(path: AnyPath) -> Iterator[typing.BinaryIO]:
+    """Open a file for writing bytes; it appears under `path` complete and on the disk, or not at all."""
+    path = Path(path)
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk: say which file it concerns
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is on the disk only once the directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def write_file(path: AnyPath, text: str):
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def read_json(path: AnyPath) -> dict:
+    """Return the JSON object in a file."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: it comes with every run and every model of Hugging Face") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):  # a list, say
+        raise UserError(f"{path}: a JSON object is expected, not {type(data).__name__}")
+    return data
+
+
+def parallel_map(fn: Callable, items: Iterable) -> Iterator:
+    """`map(fn, items)` over the machine's cores, in order, with few items in flight: memory stays flat.
+
+    Children are forked: they inherit `fn` and never import the caller's `__main__` again. Where there is no fork
+    (Windows, a daemonic process), with one core, or for fewer than four items, everything runs in this process.
+    """
+    items = iter(items)
+    # Look at a few items first: starting processes costs more than so little work.
+    first = list(itertools.islice(items, 4))
+    items = itertools.chain(first, items)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(first) < 4 or workers < 2 or not hasattr(os, "fork") or current_process().daemon:
+        yield from map(fn, items)
+        return
+    try:
+        start = workers, get_context("fork"), _start_child, (fn, os.getpid())
+        # Fork beside torch's idle threads, of which children use none, is warned of.
+        quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+        with quiet, ProcessPoolExecutor(*start) as pool:
+            for wave in batched(items, limit=8 * workers):  # so many are in flight
+                yield from pool.map(_run_child, wave)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that encodes the data was killed, perhaps because memory ran out: start again"
+        ) from error
+
+
+def _start_child(fn, parent):
+    global _child_function  # set in a forked child; a closure could not be sent through the pool's queue
+    _child_function = fn
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+
+    def end_with_parent():  # even if that was killed
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _run_child(item):
+    return _child_function(item)
+
+
+# -- records in the forms that people have -----------------------------------------------------------------------------
+
+MORE_KEYS = ("input", "context")  # what a question refers to: it becomes part of the user's text
+# Further keys of records and of messages. Others cause a warning that names them; those in NO_TEXT are an error.
+RECORD_KEYS = ("system", "system_prompt", "history", "tools", "answer", "gt", "category")
+SWITCHES = ("trained", "train", "loss", "weight")  # keys of a message: 0 or false if it is not learned from
+MESSAGE_KEYS = ("role", "from", "content", "value", "reasoning_content", "tools", "tool_calls", *SWITCHES)
+NO_TEXT = ("image", "images", "audio", "audios", "video", "videos", "function_call", "functions")
+# How speakers are spelled, and the template's name for each.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "developer": "system",
+}
+# Qwen's system prompt for tools; each is one line of JSON.
+TOOLS_PROMPT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def as_messages(value: object, role: str, remarks: list[str]) -> Messages:
+    """Return a text said by `role`, a message, or a list of them, as [{"role", "content"}, …].
+
+    A message is {role, content} or {from, value}. Two of a user or an assistant in a row are joined by a blank line.
+    That is noted in `remarks`, as are keys that are not read. Raises ValueError for anything else.
+    """
+    messages = []
+    for item in value if isinstance(value, list) else [value]:
+        item = {"role": role, "content": item} if isinstance(item, str) else item
+        try:
+            message = {"role": ROLES[item.get("role", item.get("from"))], "content": _content(item)}
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"a message must be an object with a role (or from), one of {', '.join(ROLES)}, and a content (or "
+                "value) of type string or of parts with a text; tools and tool_calls are objects with a name and "
+                f"arguments: found {str(item)[:200]}"
+            ) from error
+        remarks += [f"unknown key {key!r} of a message" for key in _unknown_keys(item, MESSAGE_KEYS)]
+        for key in SWITCHES:
+            if item.get(key) not in (None, 0, 1):
+                raise ValueError(f'"{key}" of a message must be 0 (false) or 1 (true), not {item[key]!r}')
+            if item.get(key) == 0:
+                message["trained"] = False
+        speaker = message["role"]
+        if messages and messages[-1]["role"] == speaker != "tool":  # several tools may answer one message
+            before = messages.pop()
+            message = before | message | {"content": f"{before['content']}\n\n{message['content']}"}
+            if speaker != "system":
+                remarks.append(f"two {speaker} messages in a row, joined")
+        if messages and speaker == "system":
+            raise ValueError("a system message may only come first")
+        messages.append(message)
+    return messages
+
+
+def _unknown_keys(item, known):
+    """Return the keys that are not read; raises ValueError for one that means more than text."""
+    unknown = [key for key, value in item.items() if key not in known and value not in (None, "", [], {})]
+    for key in unknown:
+        if key in NO_TEXT:
+            raise ValueError(f'"{key}" is not supported: a model reads and writes text only')
+    return unknown
+
+
+def _content(message):
+    """Return the content of a message with its thoughts, tool calls and tools, spelled as in Qwen's templates."""
+    content, thought = message.get("content", message.get("value")), message.get("reasoning_content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    calls, tools = (_parsed(message.get(key) or []) for key in ("tool_calls", "tools"))
+    blocks = [content] if content or not (calls or tools) else []
+    for call in calls:
+        call = call.get("function", call)
+        call = {"name": call["name"], "arguments": _parsed(call["arguments"])}
+        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+    if tools:
+        lines = "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools)
+        blocks.append("\n" * bool(content) + TOOLS_PROMPT.format(lines))
+    return f"<think>\n{thought}\n</think>\n\n" * bool(thought) + "\n".join(blocks)
+
+
+def _parsed(value):
+    return json.loads(value) if isinstance(value, str) else value  # some write JSON into texts
+
+
+def read_example(kind, where, record, form, remarks):
+    """Return a record as an Example of a kind; raises ValueError for what is wrong with it."""
+    key = form.first
+    if kind == "preference":  # its question is under a key of any chat
+        key = next((other.first for other in FORMS if other.kind == "chat" and record.get(other.first)), "")
+    asked = dict.fromkeys((key, *MORE_KEYS)) if key else {}
+    unknown = _unknown_keys(record, (*RECORD_KEYS, *form[1:], *asked))
+    remarks += [f"unknown key {key!r}" for key in unknown]
+    question = _question(record, asked)
+    if kind == "preference":
+        prompt, conversations = _preference_messages(record, question, remarks)
+        if not any(message["role"] == "user" for message in conversations[0]):
+            for key in unknown:
+                if isinstance(record[key], (str, list)) and key != "id":
+                    raise ValueError(
+                        f'"{key}" may be the question, but is not read: put it into "prompt", or remove it'
+                    )
+    else:
+        prompt, conversations = _chat_messages(record, form, kind, question, remarks)
+    category = record.get("category")
+    note = {
+        "messages": prompt,
+        "answer": "\n".join(_answers(record)) if kind != "preference" else "",
+        "category": "" if category is None else str(category),
+    }
+    return Example("train", conversations, 0 if kind == "chat" else len(prompt), note, where)
+
+
+def _question(record, keys):
+    """Return what the user says under the first of these keys, with the texts under the others that it refers to."""
+    question, *more = [record.get(key) for key in keys] or [[]]
+    if not any(more):
+        return question
+    try:
+        return "\n".join(filter(None, [question, *more]))
+    except TypeError:
+        raise ValueError(f"{', '.join(keys)} must be strings") from None
+
+
+def _whole(record, messages, remarks):
+    """Put the record's system prompt, tools and history before its messages."""
+    history = record.get("history") or []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError('"history" must be a list of pairs [question, answer]')
+    systems = [record[key] for key in ("system", "system_prompt") if record.get(key)]
+    before = as_messages(systems, "system", remarks)
+    for question, reply in history:
+        before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
+    messages = before + messages
+    if tools := record.get("tools"):  # they follow the system prompt
+        place = sum(message["role"] == "system" for message in messages)
+        messages.insert(place, {"role": "system", "content": "", "tools": tools})
+    return as_messages(messages, "", remarks)
+
+
+def _chat_messages(record, form, kind, question, remarks):
+    """Return (prompt, conversations) of a chat or prompt record: what comes before the last reply, and the whole."""
+    messages = as_messages(question, "user", remarks)
+    if form.second:  # an answer may be a number, or one of several
+        reply = _answers(record)[:1] if form.second == "answer" else record[form.second]
+        messages += as_messages(reply, "assistant", remarks)
+    messages = _whole(record, messages, remarks)
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if form.kind == "chat" and not replies:
+        raise ValueError("a conversation without an assistant message holds nothing to train on")
+    if kind == "prompt":
+        prompt = messages[: replies[-1]] if form.kind == "chat" else messages
+        if not prompt or prompt[-1]["role"] == "assistant":
+            raise ValueError("a prompt must end with a message to reply to")
+        return prompt, [prompt]
+    for i in replies:
+        if not messages[i]["content"].strip():  # it would teach to end at once
+            messages[i]["trained"] = False
+            remarks.append("empty reply, not trained")
+    trained = [i for i in replies if messages[i].get("trained", True)]
+    if not trained or any(record.get(key) is False for key in ("label", *SWITCHES)):  # "label" is KTO's mark
+        raise LeftOut("no reply to learn from: empty, or marked as bad")
+    return messages[: trained[-1]], [messages[: trained[-1] + 1]]
+
+
+def _preference_messages(record, question, remarks):
+    """Return (prompt, conversations) of a pair: the chosen and the rejected one begin with the prompt."""
+    sides = [record["chosen"], record["rejected"]]
+    # 1. Texts may repeat the prompt, or be whole transcripts, as Anthropic's are.
+    if all(isinstance(side, str) for side in sides):
+        if isinstance(question, str) and all(side.startswith(question) and side != question for side in sides):
+            sides = [side.removeprefix(question) for side in sides]
+        elif not question and all(re.match(r"\s*Human: ", side) for side in sides):
+            sides = map(_transcript_messages, sides)
+    prompt = as_messages(question, "user", remarks)
+    chosen, rejected = (as_messages(side, "assistant", remarks) for side in sides)
+    # 2. Messages that both sides begin with belong to the prompt, or are its repetition.
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    shared = chosen[:n]
+    prompt = _whole(record, shared if shared[: len(prompt)] == prompt else prompt + shared, remarks)
+    # 3. What is left is compared, so each side needs a reply of its own.
+    completions = {"chosen": chosen[n:], "rejected": rejected[n:]}
+    said = [[message["content"].split() for message in side] for side in completions.values()]
+    if said[0] == said[1]:
+        raise LeftOut("both sides alike")
+    for name, side in completions.items():
+        if not side or side[-1]["role"] != "assistant" or prompt and side[0]["role"] in ("system", prompt[-1]["role"]):
+            raise ValueError(
+                f'"{name}" must end with a reply of the assistant that the other side does not share, and go on where '
+                "the prompt ends"
+            )
+        if not side[-1]["content"].strip() or not side[-1].get("trained", True):
+            raise LeftOut("no reply to learn from: empty, or marked as bad")
+    return prompt, [prompt + side for side in completions.values()]
+
+
+def _transcript_messages(text):
+    # A turn lasts up to the blank line before the next speaker.
+    turns = re.findall(r"(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)
+    return [{"role": speaker.lower(), "content": content.strip()} for speaker, content in turns]
+
+
+def _answers(record):
+    """Return the record's "answer" or "gt" as a list of texts, each of which is right; empty without one."""
+    answer = record.get("answer", record.get("gt"))
+    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
+    if not all(type(one) in (str, int, float) for one in answers):  # a bool is an int, but no answer
+        raise ValueError(f'"answer" must be a text, a number or a list of them, not {str(answer)[:80]}')
+    return list(map(str, answers))
+
+
+# -- kernels for CPUs and MPS: the same arithmetic, several times faster -----------------------------------------------
+
+
+class RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm by the kernels of layer norm; torch's own gradient of F.rms_norm takes eight times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # Layer norm is RMSNorm of x - mean(x). With a mean of 0 its kernel gives RMSNorm's gradient less the mean of
+        # grad · weight · scale, which comes through the mean that RMSNorm does not have. So add that back.
+        x, weight, scale = ctx.saved_tensors
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False]
+        )
+        through_mean = (grad @ weight).unsqueeze(-1).mul(scale).div_(len(weight))
+        return d_x.add_(through_mean), d_weight, None
+
+
+def linear_of_few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the same as F.linear for the few rows of decoding.
+
+    There MKL's matrix-vector product reaches a quarter of the memory's speed, its batched product nearly all of it. So
+    the weight becomes a batch of two halves, (2, n / 2, width).
+    """
+    rows, (n, width) = x.numel() // x.shape[-1], weight.shape
+    if n % 2 or x.dtype != weight.dtype:
+        return F.linear(x, weight)
+    halves = torch.bmm(weight.view(2, n // 2, width), x.reshape(rows, width).T.expand(2, width, rows))
+    return halves.view(n, rows).T.reshape(*x.shape[:-1], n).contiguous()
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the same as `attend`, with all scores (B K, H/K T, S) in memory at once.
+
+    In bfloat16 on a CPU two products are faster than the fused kernel, as long as the scores are small. On MPS several
+    versions of torch have fused kernels that are wrong.
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if bias is None:
+        bias = attention_bias(visible_keys(torch.arange(S - T, S, device=q.device), S, None), q.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
+        scores = bias.to(q.dtype).view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
+        q, k, v = q.reshape(B * K, -1, D), k.to(q.dtype).reshape(B * K, S, D), v.to(q.dtype).reshape(B * K, S, D)
+        scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
+
+
+# -- RoPE for longer contexts than trained -----------------------------------------------------------------------------
+
+
+def slower_rotations(inv_freq: Tensor, config: MiniGPTConfig) -> tuple[Tensor, float]:
+    """Return inv_freq (D / 2,) slowed as `rope_scaling` says, and a factor for cosines and sines.
+
+    Linear slows all rotations by `factor`. YaRN (arXiv:2309.00071) and Llama 3 slow those that turn seldom within the
+    original context, with a blend between.
+    """
+    scaling, D = config.rope_scaling, config.head_dim
+    original = scaling.get("original_max_position_embeddings", 1)
+    attention_factor, slow = 1.0, 1.0  # slow: share (D / 2,) of each rotation that is slowed
+    if scaling["rope_type"] == "llama3":
+        turns = original * inv_freq / (2 * math.pi)  # of each rotation within the original context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        slow = 1 - ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling["rope_type"] == "yarn":
+        # the dimensions that turn beta_fast and beta_slow times within the original context: a line from 0 to 1 between
+        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta)) for n in turns)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        slow = ((torch.arange(D // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+        attention_factor = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0)
+    return inv_freq / scaling["factor"] * slow + inv_freq * (1 - slow), attention_factor
+
 
 # -- Hugging Face directories ------------------------------------------------------------------------------------------
 
