@@ -1568,16 +1568,13 @@ class Example(NamedTuple):
     def encode(self, tokenizer: BPETokenizer) -> dict:
         ids, trained, lengths = [], [], []
         for messages in self.conversations:
-            try:
-                if self.first == len(messages):  # a prompt
-                    row = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-                    flags = [False] * len(row)
-                else:
-                    row, flags = tokenizer.encode_chat(messages, self.first)
-                    while flags and not flags[-1]:  # what follows the last reply teaches nothing
-                        del row[-1], flags[-1]
-            except UserError as error:  # an imported chat template may refuse it
-                raise UserError(f"{self.where}: {error}") from error
+            if self.first == len(messages):  # a prompt
+                row = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+                flags = [False] * len(row)
+            else:
+                row, flags = tokenizer.encode_chat(messages, self.first)
+                while flags and not flags[-1]:  # what follows the last reply teaches nothing
+                    del row[-1], flags[-1]
             ids += row
             trained += flags
             lengths.append(len(row))
@@ -1590,18 +1587,18 @@ def read_document(kind: str, where: str, record: dict, form: Form, remarks: list
 
     What of the record is not read, or is changed, is noted in `remarks`.
     """
-    text = record.get("text")
     if kind != "text":
         document = read_example(kind, where, record, form, remarks)
-    elif isinstance(text, Path):
-        return text
-    elif isinstance(text, str):
+    else:
+        text = record["text"]
+        if isinstance(text, Path):
+            return text
+        if not isinstance(text, str):
+            raise ValueError(f'"text" must be a string, not {type(text).__name__}')
+        if not text:
+            raise LeftOut("empty text")
         document = TextPart("train", text)
         remarks += [f"unknown key {key!r}" for key in record if key != "text"]
-    else:
-        raise ValueError(f'"text" must be a string, not {type(text).__name__}')
-    if text == "":
-        raise LeftOut("empty text")
     if re.search("[\ud800-\udfff]", "".join(document.texts())):
         raise ValueError("an escape \\ud800 … \\udfff without its other half is no character")
     return document
@@ -1629,10 +1626,11 @@ class Reader:
         content = [(data_suffix(path), path in self.paths, hash_file(path)) for path in self.files]
         return hashlib.sha256(repr((content, self.on_bad_record, rules)).encode()).hexdigest()[:24]
 
-    def _skip(self, where, problem):
+    def skip(self, where: str, problem: object, what: str = "malformed") -> None:
+        """Count a record that cannot be used, or stop with a UserError."""
         if self.on_bad_record == "stop":
             raise UserError(f"{where}: {problem} (--on-bad-record skip goes on without such records)")
-        self.count("malformed", f"{where}: {problem}")
+        self.count(what, f"{where}: {problem}")
 
     def count(self, what: str, where: str, n: int = 1) -> None:
         self.counts[what] += n
@@ -1672,7 +1670,7 @@ class Reader:
                             yield where, value
                 except (ValueError, RecursionError) as error:  # not JSON, or brackets thousands deep
                     line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
-                    self._skip(f"{path}:{number + line - 1}:{column}", f"not JSON: {error}")
+                    self.skip(f"{path}:{number + line - 1}:{column}", f"not JSON: {error}")
 
     def _rows(self, path):
         """Yield (file:row, record) for every row of a .parquet file; what is null is left out."""
@@ -1710,7 +1708,7 @@ class Reader:
                 forms = "; ".join("+".join(filter(None, form[1:])) for form in FORMS)
                 unknown = where, f"unknown form of record ({keys}): allowed are objects with {forms}"
             if unknown and (kinds or path in self.paths or self.on_bad_record == "skip"):
-                self._skip(*unknown)
+                self.skip(*unknown)
                 unknown = None
             if form:
                 yield where, record, form
@@ -1720,17 +1718,17 @@ class Reader:
     def documents(self, path: Path, kind: str, source: str) -> Iterator[Path | TextPart | Example]:
         """Yield a document of a `kind` for every record of the kind `source` in a file."""
         for where, record, form in self.records(path):
+            if form.kind != source:
+                continue
             remarks = []
             try:
-                if form.kind == source:
-                    yield read_document(kind, where, record, form, remarks)
+                yield read_document(kind, where, record, form, remarks)
+                for remark in dict.fromkeys(remarks):
+                    self.count(remark, where)
             except LeftOut as error:
-                remarks = [str(error)]
+                self.count(str(error), where)
             except (ValueError, TypeError) as error:  # a key holds something of another type
-                self._skip(where, error)
-                remarks = []
-            for remark in dict.fromkeys(remarks):
-                self.count(remark, where)
+                self.skip(where, error)
 
     def division(self, kind: str, source: str) -> Callable:
         """Return the function that says on which side a document is, "train" or "val", whatever the documents' order.
@@ -1775,15 +1773,13 @@ class Reader:
                 for other in sorted(kinds.keys() - {source}):
                     self.count(f"{other} record, which other stages take", str(path), kinds[other])
             elif path in self.paths:
-                raise self._nothing(kind, [path], [path])
+                raise self._nothing(kind, [path], kinds)
         if not count:
-            raise self._nothing(kind, self.paths, self.files)
+            raise self._nothing(kind, self.paths, sum(self.kinds.values(), Counter()))
 
-    def _nothing(self, kind, paths, files):
-        kinds = ", ".join(sum((self.kinds[path] for path in files), Counter())) or "no"
-        problem = f"nothing for this stage, which takes {KINDS[kind]}: it holds {kinds} records"
-        report = f" ({self.report()})" * bool(self.counts)
-        return UserError(f"{', '.join(map(str, paths))}: {problem}{report}")
+    def _nothing(self, kind, paths, kinds):
+        found = f"it holds {', '.join(kinds) or 'no'} records" + f" ({self.report()})" * bool(self.counts)
+        return UserError(f"{', '.join(map(str, paths))}: nothing for this stage, which takes {KINDS[kind]}: {found}")
 
 
 def _without_nulls(value):
@@ -1927,7 +1923,7 @@ def _array_types(tokenizer):
 
 
 def _encode_items(items, tokenizer):
-    """Return the arrays of both splits as {"train.ids": bytes, "val.ids": …, …}, and what a chat template refuses."""
+    """Return the arrays of both splits, {"train.ids": bytes, …}, and (file:line, problem) where a template refuses."""
     arrays = {
         f"{split}.{name}": array.array(typecode)
         for split in ("train", "val")
@@ -1938,7 +1934,7 @@ def _encode_items(items, tokenizer):
         try:
             encoded = item.encode(tokenizer)
         except UserError as error:  # by an imported chat template
-            refused.append(str(error))
+            refused.append((item.where, str(error)))
             continue
         for name, values in encoded.items():
             part = arrays[f"{item.split}.{name}"]
@@ -1971,10 +1967,8 @@ def encode_data(
     def parts():
         lists = batched(reader.items(kind, split), lambda item: len(str(item[1])))
         for encoded, refused in parallel_map(functools.partial(_encode_items, tokenizer=tokenizer), lists):
-            for problem in refused:
-                if on_bad_record == "stop":
-                    raise UserError(f"{problem} (--on-bad-record skip goes on without such records)")
-                reader.count("refused by the chat template", problem)
+            for where, problem in refused:
+                reader.skip(where, problem, "refused by the chat template")
             yield encoded
         used, total = reader.files_used, len(reader.files)
         files = f"{used} of {total} files" * (used < total)
@@ -2071,8 +2065,7 @@ class BatchLoader:
         cache_dir: AnyPath = "out/cache",
         on_bad_record: str = "stop",
     ):
-        options = split, cache_dir, on_bad_record
-        self.arrays, self.corpus, self.files = encode_data(self.kind, paths, tokenizer, *options)
+        self.arrays, self.corpus, self.files = encode_data(self.kind, paths, tokenizer, split, cache_dir, on_bad_record)
         self.tokenizer, self.batch_size, self.seq_len, self.seed = tokenizer, batch_size, seq_len, seed
         self.source = Source([str(path.absolute()) for path in path_list(paths)], split)
         # Validation goes through the data in order.
@@ -2098,7 +2091,7 @@ class BatchLoader:
 
     def __iter__(self):
         order = self.order()  # the whole epoch's; the cursor may stand in its middle
-        self.size = max(1, len(order))
+        self.size = len(order)
         while self.index < len(order):
             yield self.collate(self._take(order))
         self.epoch, self.index = self.epoch + 1, 0
@@ -2211,7 +2204,7 @@ class RecordDataLoader(BatchLoader):
 
     def note(self, i: int) -> dict:
         """Return what is kept of record i as it was: "messages" (the prompt), "answer", "category"."""
-        start, end = self.note_ends[i], self.note_ends[i + 1]
+        start, end = self.note_ends[i : i + 2]
         return json.loads(ctypes.string_at(self.arrays["notes"].data_ptr() + start, end - start))  # no copy by number
 
     def prompt_ids(self, i: int) -> list[int]:
@@ -5361,13 +5354,12 @@ def _question(record, keys):
 
 def _whole(record, messages, remarks):
     """Put the record's system prompt, tools and history before its messages."""
-    history = record.get("history") or []
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError('"history" must be a list of pairs [question, answer]')
     systems = [record[key] for key in ("system", "system_prompt") if record.get(key)]
     before = as_messages(systems, "system", remarks)
-    for question, reply in history:
-        before += as_messages(question, "user", remarks) + as_messages(reply, "assistant", remarks)
+    for pair in record.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError('"history" must be a list of pairs [question, answer]')
+        before += as_messages(pair[0], "user", remarks) + as_messages(pair[1], "assistant", remarks)
     messages = before + messages
     if tools := record.get("tools"):  # they follow the system prompt
         place = sum(message["role"] == "system" for message in messages)
@@ -5412,13 +5404,13 @@ def _preference_messages(record, question, remarks):
     prompt = as_messages(question, "user", remarks)
     chosen, rejected = (as_messages(side, "assistant", remarks) for side in sides)
     # 2. Messages that both sides begin with belong to the prompt, or are its repetition.
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    shared = chosen[:n]
+    shared = []
+    while chosen and rejected and chosen[0] == rejected[0]:
+        shared.append(chosen.pop(0))
+        rejected.pop(0)
     prompt = _whole(record, shared if shared[: len(prompt)] == prompt else prompt + shared, remarks)
     # 3. What is left is compared, so each side needs a reply of its own.
-    completions = {"chosen": chosen[n:], "rejected": rejected[n:]}
+    completions = {"chosen": chosen, "rejected": rejected}
     said = [[message["content"].split() for message in side] for side in completions.values()]
     if said[0] == said[1]:
         raise LeftOut("both sides alike")

@@ -2890,6 +2890,7 @@ TOOL = {
         ({"question": "回答", "input": "小猫？", "context": "猫", "response": "鱼"},
          {"messages": turns("回答\n小猫？\n猫", "鱼")}),
         ({"messages": PLAIN["messages"], "history": [["你好", "你好！"]], "system": "你是助手。"}, LONG),
+        ({"messages": PLAIN["messages"], "text": ""}, PLAIN),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "小猫吃"}, {"text": "什么？"}]},
                        PLAIN["messages"][1] | {"weight": 1, "tool_calls": None, "images": []}]}, PLAIN),
     ],
