@@ -427,7 +427,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> the mixture (B, T, C) and the balance loss; `token_mask` (B, T) is 0 for padding."""
-        flat = x.reshape(-1, x.shape[-1])  # (N, C)
+        flat = x.flatten(0, 1)  # (N, C)
         weights, experts, balance = self.route(flat, token_mask)
         order = experts.flatten().argsort(stable=True)  # the N · k visits, sorted by expert
         tokens = order // self.k  # the token of each
@@ -745,7 +745,7 @@ def chunked_cross_entropy(
     `compiled` code makes fewer passes over them.
     """
     chunk = chunk or max(2048, 2**29 // len(weight) if hidden.is_cuda else 0)
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, compiled)
     return -token_logprobs(hidden, weight, labels, chunk=chunk).sum()
@@ -4706,6 +4706,9 @@ class GRPOTrainer(RLTrainer):
 # ======================================================================================================================
 
 
+Sources = dict[str, Source]  # "train", "val", or both
+
+
 class Stage(NamedTuple):
     """A stage of a model's life. A new one needs a row in STAGES, and defaults in RECIPES: steps, epochs or minutes."""
 
@@ -4755,7 +4758,7 @@ _TINY_RL = _RL | {
     "reply_tokens": 32,
 }
 RECIPE_FIELDS = ("minutes", "max_steps", "batch_size", "learning_rate", "eval_every")
-RECIPES: dict[str, dict[str, tuple]] = {  # the training options of a preset and a stage, where not TrainConfig's
+RECIPES = {  # the training options of a preset and a stage, where not TrainConfig's
     # minutes, steps, batch, learning rate, steps between evaluations (and checkpoints), and what else is special
     "tiny": {
         "pretrain": (3, 0, 8, 1e-2, 250, _WSD | {"decay_fraction": 0.6}),
@@ -4822,20 +4825,15 @@ def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
 
 
 def make_loaders(
-    stage: str,
-    tokenizer: BPETokenizer,
-    shape: MiniGPTConfig,
-    config: TrainConfig,
-    sources: dict[str, Source],
-    cache_dir: AnyPath,
+    stage: str, tokenizer: BPETokenizer, shape: MiniGPTConfig, config: TrainConfig, sources: Sources, cache_dir: AnyPath
 ) -> dict[str, BatchLoader]:
     """Return "train_data" and "val_data" of a stage, from the `sources` "train" and "val". The first is shuffled."""
-    loader, seq_len, options = STAGES[stage].loader, config.seq_len or shape.max_position_embeddings, {}
+    loader, seq_len = STAGES[stage].loader, config.seq_len or shape.max_position_embeddings
+    options = {"seed": config.seed, "cache_dir": cache_dir, "on_bad_record": config.on_bad_record}
     if loader is PromptDataLoader:  # what a prompt leaves is for the reply
         seq_len -= config.reply_tokens
     if loader is ConversationDataLoader:
         options["packing"] = config.packing
-    options |= {"seed": config.seed, "cache_dir": cache_dir, "on_bad_record": config.on_bad_record}
     return {
         f"{part}_data": loader(
             source.paths, tokenizer, config.batch_size, seq_len, source.split, shuffle=part == "train", **options
@@ -4848,7 +4846,7 @@ def make_trainer(
     stage: str,
     model: MiniGPT,
     tokenizer: BPETokenizer,
-    sources: dict[str, Source],
+    sources: Sources,
     config: TrainConfig,
     rl: RLHFConfig | None = None,
     *,
@@ -4866,17 +4864,17 @@ def make_trainer(
     # 1 data
     torch.manual_seed(config.seed)  # for LoRA's factors and dropout
     loaders = make_loaders(stage, tokenizer, model.config, config, sources, cache_dir)
-    for loader in loaders.values():
-        without = sum(not loader.note(i)["answer"] for i in loader.items) if loader.kind == "prompt" else 0
-        if without and reward is answer_reward:
-            raise UserError(
-                f'{", ".join(loader.source.paths)}: --reward answer needs prompts with an "answer" (or '
-                f'"gt"): {without} of {len(loader.items)} have none'
-            )
-    # 2 only reinforcement learning takes a reward; a reward model begins as the language model with a head
+    # 2 only reinforcement learning takes a reward
     cls = STAGES[stage].trainer
     if issubclass(cls, RLTrainer):
         options["reward"] = reward
+        for loader in loaders.values() if reward is answer_reward else ():
+            if without := sum(not loader.note(i)["answer"] for i in loader.items):
+                raise UserError(
+                    f'{", ".join(loader.source.paths)}: --reward answer needs prompts with an "answer" (or '
+                    f'"gt"): {without} of {len(loader.items)} have none'
+                )
+    # 3 a reward model begins as the language model with a head
     if stage == "reward" and not isinstance(model, RewardModel):
         model = RewardModel(model)
     return cls(model, tokenizer, config=config, rl_config=rl, **loaders, **options)
@@ -4896,7 +4894,7 @@ class RLHFPipeline:
         config: RLHFConfig,
         base: AnyPath = "out/tiny/pretrain",
         out: AnyPath = "out/tiny",
-        sources: dict[str, Source] | None = None,
+        sources: Sources | None = None,
         train: dict[str, TrainConfig] | None = None,
         *,
         device: Device = "cpu",
@@ -4939,7 +4937,7 @@ class RLHFPipeline:
         self.messages = prompts.note(prompts.items[0])["messages"]
         self.prompt = last_content(self.messages)
 
-    def sources_of(self, stage: str) -> dict[str, Source]:
+    def sources_of(self, stage: str) -> Sources:
         """Return the sources without the files that have nothing for this stage, but something for another."""
         sources = {}
         for part, source in self.sources.items():
