@@ -117,11 +117,10 @@ def check_fields(owner: object, ranges: dict[str, str]) -> None:
             check(owner, type(value) in kinds, field, f"of type {names}")  # not isinstance: True is an int
     for interval, fields in ranges.items():
         low, high = map(float, interval[1:-1].split(", "))
-        includes_low, includes_high = "[" in interval, "]" in interval
-        allowed = f"in {interval}" if high < math.inf else f"{low:g} or more" if includes_low else f"above {low:g}"
+        allowed = f"in {interval}" if high < math.inf else f"{low:g} or more" if "[" in interval else f"above {low:g}"
         for field in fields.split():
             value = getattr(owner, field)
-            at_limit = includes_low and value == low or includes_high and value == high
+            at_limit = value == low and "[" in interval or value == high and "]" in interval
             check(owner, value is None or at_limit or low < value < high, field, allowed)
 
 
@@ -170,11 +169,11 @@ class MiniGPTConfig:
             self.head_dim = C // H
         self.intermediate_size = self.intermediate_size or -(-8 * C // 3 // 32) * 32  # 8/3 C, rounded up
         if E:
+            check(self, self.num_experts_per_tok <= E, "num_experts_per_tok", f"at most num_experts={E}")
             share = self.intermediate_size // (self.num_experts_per_tok + self.num_shared_experts)
             self.moe_intermediate_size = self.moe_intermediate_size or max(32, share // 32 * 32)
         check(self, H % self.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={H}")
         check(self, self.head_dim % 2 == 0, "head_dim", "even, as RoPE turns pairs")
-        check(self, not E or self.num_experts_per_tok <= E, "num_experts_per_tok", f"at most num_experts={E}")
         check_fields(self, {f"[0, {self.vocab_size - 1}]": "bos_token_id eos_token_id pad_token_id"})
         forms = f"none, or one of these rope_types and its numbers: {ROPE_KEYS}; yarn may have {YARN_OPTIONS} too"
         check(self, self.rope_scaling is None or is_rope_scaling(self.rope_scaling), "rope_scaling", forms)
@@ -297,7 +296,7 @@ def visible_keys(queries: Tensor, S: int, attention_mask: Tensor | None) -> Tens
 
 def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what attention adds to its scores: 0 for visible keys, -∞ for the others; in the shape of `visible`."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -math.inf)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -428,7 +427,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> the mixture (B, T, C) and the balance loss; `token_mask` (B, T) is 0 for padding."""
-        flat = x.reshape(-1, x.shape[-1])  # (N, C)
+        flat = x.flatten(0, 1)  # (N, C)
         weights, experts, balance = self.route(flat, token_mask)
         order = experts.flatten().argsort(stable=True)  # the N · k visits, sorted by expert
         tokens = order // self.k  # the token of each
@@ -457,7 +456,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(C, eps)
         self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGLU(C, config.intermediate_size)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -685,8 +684,7 @@ def add_lora(model: MiniGPT, rank: int, alpha: float) -> None:
 
 def trained_weights(module: nn.Module) -> Batch:
     """Return the part of a module's state dict that is trained."""
-    weights = module.state_dict()
-    return {name: weights[name] for name, p in module.named_parameters() if p.requires_grad}
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def merge_lora(model: MiniGPT) -> None:
@@ -747,7 +745,7 @@ def chunked_cross_entropy(
     `compiled` code makes fewer passes over them.
     """
     chunk = chunk or max(2048, 2**29 // len(weight) if hidden.is_cuda else 0)
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, compiled)
     return -token_logprobs(hidden, weight, labels, chunk=chunk).sum()
@@ -1014,8 +1012,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, half: bool = False) -> Tenso
 
 def unstack(weight: Tensor, rows: list[int]) -> list[Tensor]:
     """Return the matrices, as views, of a weight (sum(rows), cols), or (E, sum(rows), cols) of experts."""
-    parts = weight.split(rows, dim=-2)
-    return [matrix for part in parts for matrix in (part if weight.dim() == 3 else [part])]
+    return [matrix for part in weight.split(rows, dim=-2) for matrix in part.view(-1, *part.shape[-2:])]
 
 
 class Muon(torch.optim.Optimizer):
@@ -1071,10 +1068,10 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
             else:
                 (decayed if of_a_block else plain).append(p)
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}]
-    groups, betas = [group for group in groups if group["params"]], (config.beta1, config.beta2)
-    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=True)]
     if muon:
-        groups, half = [{"params": muon[rows], "stacked": list(rows)} for rows in muon], config.dtype == "bfloat16"
+        groups = [{"params": params, "stacked": list(rows)} for rows, params in muon.items()]
+        half = config.dtype == "bfloat16"
         optimizers.append(Muon(groups, config.learning_rate, config.momentum, config.weight_decay, half))
     return optimizers
 
@@ -4346,7 +4343,7 @@ _NUMBER = re.compile(r"([+-]?)[$¥€£]? ?(?=\.?\d)((?:\d{1,3}(?:,\d{3})+|\d*)(
 
 def _number(text):
     """Return the value and the unit of a text that is a number; None for another."""
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text.translate(_PLAIN))
     return match and (Decimal(match[1] + match[2].replace(",", "")), match[3].strip())
 
 
@@ -4361,13 +4358,13 @@ def answer_matches(reply: str, answer: str) -> bool:
     (True, False, True)
     """
     reply = "\n".join(" ".join(line.split()) for line in reply.strip().lower().split("\n"))
-    number = _number(re.split(r"[。!?\n]|\.(?!\d)", reply.translate(_PLAIN))[0])
+    number = _number(re.split(r"[。！？!?\n]|[.．](?!\d)", reply)[0])
     for line in answer.lower().split("\n"):
         line = " ".join(line.split()).rstrip("。！？!?.")
         # The sentence ends there; a point before a digit is a decimal one.
         if line and re.match(re.escape(line) + r"([。！？!?\n]|\.(?!\d)|$)", reply):
             return True
-        if number and number == _number(line.translate(_PLAIN)):
+        if number and number == _number(line):
             return True
     return False
 
@@ -4412,7 +4409,8 @@ class RLTrainer(Trainer):
     A step takes a batch of a PromptDataLoader. `reward`: a RewardModel, or a function of (messages, reply, answer) that
     returns a number. `reference`: the model to stay near (default: a copy of `model`).
 
-    A subclass adds `advantages` to the experience, which has one row a reply. Column j of every (N, T - 1) tensor
+    A subclass defines `collect`, the rollout of one process's prompts; `advantages`, which adds them to the experience
+    of all; and `policy_loss`. The experience has one row a reply. Column j of every (N, T - 1) tensor
     (log-probabilities, values, rewards) is about token j + 1.
     """
 
@@ -4519,7 +4517,7 @@ class RLTrainer(Trainer):
         except (Exception, SystemExit) as error:
             raise UserError(f"the reward function failed: {place_and_error(error)}") from error
         for value in scores:
-            if not hasattr(value, "__float__") or not math.isfinite(float(value)):
+            if not hasattr(value, "__float__") or not math.isfinite(value):
                 raise UserError(f"the reward function gave {value!r}: it must give a finite number")
         return torch.tensor(list(map(float, scores)), device=self.device)
 
@@ -4532,19 +4530,16 @@ class RLTrainer(Trainer):
         batch, stats = self.advantages(self._gathered(batch))
         return batch, average([figures]) | stats
 
-    def collect(self, prompts: dict) -> Rollout:
-        """Return the rollout of one process's prompts."""
-        return self.rollout(prompts)
-
     def _gathered(self, batch):
         """Return the rows of all processes, padded to the longest."""
         if WORLD.size == 1:
             return batch
-        parts, fill = WORLD.gather(batch), {"input_ids": self.tokenizer.pad_id, "labels": -100}
-        pad, gathered = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True), {}
+        parts, gathered = WORLD.gather(batch), {}
+        fill = {"input_ids": self.tokenizer.pad_id, "labels": -100}
         for name, value in batch.items():
             rows = [row for part in parts for row in part[name]]
-            gathered[name] = pad(rows, padding_value=fill.get(name, 0)) if value.dim() > 1 else torch.stack(rows)
+            is_wide = value.dim() > 1
+            gathered[name] = nn.utils.rnn.pad_sequence(rows, True, fill.get(name, 0)) if is_wide else torch.stack(rows)
         return self._to_device(gathered)
 
     # -- the update ----------------------------------------------------------------------------------------------------
@@ -4569,18 +4564,15 @@ class RLTrainer(Trainer):
             if results[-1]["moved"] > (self.rl.stop_kl or math.inf):
                 break
         self.step_count += 1
-        updates = len(results)
+        stats |= {
+            "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
+            "updates": len(results),
+            "count": max(1, N),
+            "flops": stats["tokens"] * self.model.flops_per_token(T),  # tokens: those of the whole rollout
+        }
         results = results or [dict.fromkeys(("loss", "grad_norm", "lr", "moved"), 0.0)]
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-        stats |= {
-            "moved": results[-1]["moved"],
-            "rollout_share": stats.pop("rollout_s") / (time.monotonic() - start),  # of the step's time
-            "updates": updates,
-            "count": max(1, N),
-            "tokens": int(stats["tokens"]),  # of the whole rollout
-            "flops": stats["tokens"] * self.model.flops_per_token(T),
-        }
-        return means | stats
+        return means | stats | {"moved": results[-1]["moved"]}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Figures]:
         """Return the subclass's loss with a named part: how far the policy has moved from the one that wrote.
@@ -4707,6 +4699,9 @@ class GRPOTrainer(RLTrainer):
 # ======================================================================================================================
 
 
+Sources = dict[str, Source]  # "train", "val", or both
+
+
 class Stage(NamedTuple):
     """A stage of a model's life. A new one needs a row in STAGES, and defaults in RECIPES: steps, epochs or minutes."""
 
@@ -4730,10 +4725,12 @@ STAGES = {
 def changed_options(saved: dict, now: dict) -> str:
     """Return in words what differs between the options of a saved run, and where it comes from, and those of now."""
     before, after = ({**config, **config["train"], **config.get("rl", {})} for config in (saved, now))
-    names = [
-        name for name in before if not isinstance(before[name], dict) and after.get(name) not in (before[name], "auto")
+    changes = [
+        f"{name} {value} -> {after.get(name)}"
+        for name, value in before.items()
+        if not isinstance(value, dict) and after.get(name) not in (value, "auto")
     ]
-    return ", ".join(f"{name} {before[name]} -> {after.get(name)}" for name in names)
+    return ", ".join(changes)
 
 
 def headline(stage: str, figures: Metrics) -> str:
@@ -4754,7 +4751,7 @@ _TINY_RL = _RL | {
     "reply_tokens": 32,
 }
 RECIPE_FIELDS = ("minutes", "max_steps", "batch_size", "learning_rate", "eval_every")
-RECIPES: dict[str, dict[str, tuple]] = {  # the training options of a preset and a stage, where not TrainConfig's
+RECIPES = {  # the training options of a preset and a stage, where not TrainConfig's
     # minutes, steps, batch, learning rate, steps between evaluations (and checkpoints), and what else is special
     "tiny": {
         "pretrain": (3, 0, 8, 1e-2, 250, _WSD | {"decay_fraction": 0.6}),
@@ -4773,8 +4770,7 @@ RECIPES: dict[str, dict[str, tuple]] = {  # the training options of a preset and
         "grpo": (0, 300, 16, 1e-5, 25, _LONG | _RL),
     },
 }
-for _preset, _steps in (("medium", 20_000), ("large", 50_000), ("moe", 10_000)):  # as small, but longer
-    RECIPES[_preset] = RECIPES["small"] | {"pretrain": (0, _steps, *RECIPES["small"]["pretrain"][2:])}
+PRETRAINING_STEPS = {"medium": 20_000, "large": 50_000}  # otherwise the larger presets are trained like small
 
 
 def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConfig:
@@ -4782,9 +4778,11 @@ def get_train_config(preset: str = "tiny", stage: str = "pretrain") -> TrainConf
     get_config(preset)  # checks its name
     if stage not in STAGES:
         raise UserError(f"stage {stage!r} has no training defaults: choose from {', '.join(STAGES)}")
-    *values, more = RECIPES[preset].get(stage, ({},))
+    *values, more = RECIPES.get(preset, RECIPES["small"]).get(stage, ({},))
     config = TrainConfig(**dict(zip(RECIPE_FIELDS, values, strict=False)) | more)
     config.save_every = config.eval_every
+    if stage == "pretrain":
+        config.max_steps = PRETRAINING_STEPS.get(preset, config.max_steps)
     return config
 
 
@@ -4820,20 +4818,15 @@ def get_rlhf_config(preset: str = "tiny") -> RLHFConfig:
 
 
 def make_loaders(
-    stage: str,
-    tokenizer: BPETokenizer,
-    shape: MiniGPTConfig,
-    config: TrainConfig,
-    sources: dict[str, Source],
-    cache_dir: AnyPath,
+    stage: str, tokenizer: BPETokenizer, shape: MiniGPTConfig, config: TrainConfig, sources: Sources, cache_dir: AnyPath
 ) -> dict[str, BatchLoader]:
     """Return "train_data" and "val_data" of a stage, from the `sources` "train" and "val". The first is shuffled."""
-    loader, seq_len, options = STAGES[stage].loader, config.seq_len or shape.max_position_embeddings, {}
+    loader, seq_len = STAGES[stage].loader, config.seq_len or shape.max_position_embeddings
+    options = {"seed": config.seed, "cache_dir": cache_dir, "on_bad_record": config.on_bad_record}
     if loader is PromptDataLoader:  # what a prompt leaves is for the reply
-        seq_len = min(seq_len, shape.max_position_embeddings) - config.reply_tokens
+        seq_len -= config.reply_tokens
     if loader is ConversationDataLoader:
         options["packing"] = config.packing
-    options |= {"seed": config.seed, "cache_dir": cache_dir, "on_bad_record": config.on_bad_record}
     return {
         f"{part}_data": loader(
             source.paths, tokenizer, config.batch_size, seq_len, source.split, shuffle=part == "train", **options
@@ -4846,19 +4839,17 @@ def make_trainer(
     stage: str,
     model: MiniGPT,
     tokenizer: BPETokenizer,
-    sources: dict[str, Source],
+    sources: Sources,
     config: TrainConfig,
     rl: RLHFConfig | None = None,
     *,
-    reward: RewardModel | Callable | None = None,
-    reference: MiniGPT | None = None,
+    reward: Reward | None = None,
     cache_dir: AnyPath = "out/cache",
     **options,
 ) -> Trainer:
     """Return the trainer of a stage, with loaders of `sources`: "train", "val", or both.
 
-    `reward` is what PPO and GRPO maximise; `reference` the model that they and DPO stay near. `options` are those of
-    every trainer.
+    `reward` is what PPO and GRPO maximise. `options` are the trainer's, like the `reference` of theirs and of DPO.
     """
     if isinstance(model, RewardModel) and stage != "reward":
         raise UserError(f"a reward model cannot be the beginning of stage {stage}: it scores and does not write")
@@ -4866,24 +4857,20 @@ def make_trainer(
     # 1 data
     torch.manual_seed(config.seed)  # for LoRA's factors and dropout
     loaders = make_loaders(stage, tokenizer, model.config, config, sources, cache_dir)
-    for loader in loaders.values():
-        without = sum(not loader.note(i)["answer"] for i in loader.items) if loader.kind == "prompt" else 0
-        if without and reward is answer_reward:
-            raise UserError(
-                f'{", ".join(loader.source.paths)}: --reward answer needs prompts with an "answer" (or '
-                f'"gt"): {without} of {len(loader.items)} have none'
-            )
-    options |= loaders
-    # 2 what only some trainers take
+    # 2 only reinforcement learning takes a reward
     cls = STAGES[stage].trainer
-    if issubclass(cls, (DPOTrainer, RLTrainer)):
-        options["reference"] = reference
     if issubclass(cls, RLTrainer):
         options["reward"] = reward
+        for loader in loaders.values() if reward is answer_reward else ():
+            if without := sum(not loader.note(i)["answer"] for i in loader.items):
+                raise UserError(
+                    f'{", ".join(loader.source.paths)}: --reward answer needs prompts with an "answer" (or '
+                    f'"gt"): {without} of {len(loader.items)} have none'
+                )
     # 3 a reward model begins as the language model with a head
     if stage == "reward" and not isinstance(model, RewardModel):
         model = RewardModel(model)
-    return cls(model, tokenizer, config=config, rl_config=rl, **options)
+    return cls(model, tokenizer, config=config, rl_config=rl, **loaders, **options)
 
 
 class RLHFPipeline:
@@ -4900,7 +4887,7 @@ class RLHFPipeline:
         config: RLHFConfig,
         base: AnyPath = "out/tiny/pretrain",
         out: AnyPath = "out/tiny",
-        sources: dict[str, Source] | None = None,
+        sources: Sources | None = None,
         train: dict[str, TrainConfig] | None = None,
         *,
         device: Device = "cpu",
@@ -4943,7 +4930,7 @@ class RLHFPipeline:
         self.messages = prompts.note(prompts.items[0])["messages"]
         self.prompt = last_content(self.messages)
 
-    def sources_of(self, stage: str) -> dict[str, Source]:
+    def sources_of(self, stage: str) -> Sources:
         """Return the sources without the files that have nothing for this stage, but something for another."""
         sources = {}
         for part, source in self.sources.items():
@@ -4955,10 +4942,10 @@ class RLHFPipeline:
 
     def origin(self, stage: str) -> dict[str, str]:
         """Return where a stage starts from, as config.json says it."""
-        runs = {"parent": self.base if stage == "sft" else self.out / "sft"}
-        runs |= {"reward": self.out / "reward"} if stage == "ppo" else {}
+        parent = self.base if stage == "sft" else self.out / "sft"
+        reward = {"reward": str((self.out / "reward").absolute())} if stage == "ppo" else {}
         imported = run_config(self.base).get("imported")
-        return {name: str(run.absolute()) for name, run in runs.items()} | {"checkpoint": "best", "imported": imported}
+        return {"parent": str(parent.absolute()), **reward, "checkpoint": "best", "imported": imported}
 
     def trainer(self, stage: str) -> Trainer:
         """Return the trainer of a stage, where it stopped if it has begun."""
