@@ -5497,8 +5497,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     if bias is None:
         bias = attention_bias(visible_keys(torch.arange(S - T, S, device=q.device), S, None), q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
-        scores = bias.to(q.dtype).view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
-        q, k, v = q.reshape(B * K, -1, D), k.to(q.dtype).reshape(B * K, S, D), v.to(q.dtype).reshape(B * K, S, D)
+        scores = q.new_empty(B, K, H // K, T, S).copy_(bias.view(-1, 1, 1, T, S)).view(B * K, -1, S)
+        q, k, v = (x.to(q.dtype).reshape(B * K, -1, D) for x in (q, k, v))
         scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
 
