@@ -1142,11 +1142,11 @@ EMPTY_TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "ad
   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
   "vocab": {}, "merges": []}}"""
 # Further fields for transformers: put BOS before every text; the names of the special tokens.
-ADD_BOS = """{"type": "TemplateProcessing",
+ADD_BOS = """{"post_processor": {"type": "TemplateProcessing",
  "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
  "pair": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
           {"Sequence": {"id": "B", "type_id": 0}}],
- "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [1], "tokens": ["<|bos|>"]}}}"""
+ "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [1], "tokens": ["<|bos|>"]}}}}"""
 TOKENIZER_CONFIG = """{"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false,
  "bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}"""
 
@@ -1156,7 +1156,8 @@ TEXT, REPLY, TRAINED = "\ud800", "\ud801", "\ud802"
 
 # GPT-2's table, which tokenizer.json uses: bytes that print stand for themselves, the others for U+0100 and up.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_TO_CHAR = {b: chr(b) if b in _PRINTABLE else chr(256 + b - sum(p < b for p in _PRINTABLE)) for b in range(256)}
+_OTHERS = itertools.count(256)
+BYTE_TO_CHAR = {b: chr(b if b in _PRINTABLE else next(_OTHERS)) for b in range(256)}
 CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 
 
@@ -1184,9 +1185,8 @@ def learn_merges(word_counts: dict[str, int], count: int) -> list[tuple[bytes, b
         for char in word:
             char_counts[char] += n
     unused = (chr(i) for i in range(0xF0000, sys.maxunicode) if chr(i) not in char_counts)
-    byte_symbols = [chr(b) if b < 128 else next(unused) for b in range(256)]
-    spelled = {"".join(byte_symbols[b] for b in char.encode()): n for char, n in char_counts.items()}
-    in_characters = _merges_of(spelled, {symbol: bytes([b]) for b, symbol in enumerate(byte_symbols)}, unused, 1)
+    spelled = {char.encode().decode("latin-1"): n for char, n in char_counts.items()}  # byte b is the symbol chr(b)
+    in_characters = _merges_of(spelled, {chr(b): bytes([b]) for b in range(256)}, unused, 1)
     of_characters = _merges_of(word_counts, {char: char.encode() for char in char_counts}, unused, None)
     merges = heapq.merge(in_characters, of_characters, key=lambda merge: -merge[0])  # the most frequent first
     return [pair for _, pair in itertools.islice(merges, count)]
@@ -1263,12 +1263,9 @@ class BPETokenizer:
     '你好 world'
     """
 
-    special_tokens: dict[int, str] = dict(enumerate(SPECIAL_TOKENS))
-    pad_id: int = 0
-    bos_id: int | None = 1  # an imported tokenizer may have none
-    eos_id: int = 2
-    im_start_id, im_end_id = 3, 4
-    stop_ids: tuple[int, ...] = (2, 4)  # the tokens that end a text or a turn
+    special_tokens = dict(enumerate(SPECIAL_TOKENS))
+    pad_id, bos_id, eos_id, im_start_id, im_end_id = special_tokens  # an imported tokenizer's BOS may be None
+    stop_ids = (eos_id, im_end_id)  # the tokens that end a text or a turn
 
     def __init__(self, vocab_size: int = 4096):
         self.requested_size = vocab_size
@@ -1308,9 +1305,7 @@ class BPETokenizer:
         self.merges, self.pattern = merges, pattern or WORD_PATTERN
         self.token_bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
         symbols = {token: chr(i) for i, token in enumerate(self.token_bytes)}
-        joined = [(symbols[a] + symbols[b], symbols[a + b]) for a, b in merges]
-        self._joined = dict(joined)
-        self._ranks = {pair: rank for rank, (pair, _) in enumerate(joined)}
+        self._joined = {symbols[a] + symbols[b]: symbols[a + b] for a, b in merges}
         self._find_words = re.compile(self.pattern).findall
         # No merge joins parts of two characters, so a character's own merges can run first, once for each character.
         self._encode_char = _Cache(self._merge_bytes).__getitem__
@@ -1324,10 +1319,10 @@ class BPETokenizer:
 
     def _merge(self, symbols):
         """Apply the merges to a word: always the one that was learned first, wherever it occurs."""
-        ranks = self._ranks
-        while pairs := [pair for pair in map(str.__add__, symbols, symbols[1:]) if pair in ranks]:
-            first = min(pairs, key=ranks.__getitem__)
-            symbols = symbols.replace(first, self._joined[first])
+        joined = self._joined
+        while pairs := [pair for pair in map(str.__add__, symbols, symbols[1:]) if pair in joined]:
+            first = min(pairs, key=joined.__getitem__)  # the smallest id was learned first
+            symbols = symbols.replace(first, joined[first])
         return symbols
 
     def encode(self, text: str | bytes, add_special_tokens: bool = False) -> list[int]:
@@ -1371,9 +1366,8 @@ class BPETokenizer:
         pieces = self._chat_pieces(messages, kinds, add_generation_prompt)
         for kind, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
             new = [kind] if isinstance(kind, int) else self.encode("".join(text for _, text in run))
-            ends_turn = awaits_end and kind in self.stop_ids
             ids += new
-            trained += [kind == TRAINED or ends_turn] * len(new)
+            trained += [kind == TRAINED or awaits_end and kind in self.stop_ids] * len(new)
             awaits_end = kind == TRAINED or (awaits_end and not new)  # a template may put an empty text before it
         return ids, trained
 
@@ -1382,13 +1376,11 @@ class BPETokenizer:
 
         These are its contents and the token that ends the turn. Generation starts at a reply, so it is encoded apart.
         """
-
-        def kind_of(i, message):
-            if message["role"] != "assistant":
-                return TEXT
-            return TRAINED if i >= first and message.get("trained", True) else REPLY
-
-        return self._encode_messages(messages, list(itertools.starmap(kind_of, enumerate(messages))))
+        kinds = []
+        for i, message in enumerate(messages):
+            reply = TRAINED if i >= first and message.get("trained", True) else REPLY
+            kinds.append(reply if message["role"] == "assistant" else TEXT)
+        return self._encode_messages(messages, kinds)
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
         """Return the ids that transformers gives, save that contents never become special tokens.
@@ -1422,10 +1414,12 @@ class BPETokenizer:
 
         There, text that looks like a special token becomes one, as in every tokenizer of transformers.
         """
-        tokenizer = json.loads(self.to_json()) | {"post_processor": json.loads(ADD_BOS)}
-        config = json.loads(TOKENIZER_CONFIG) | {"chat_template": CHAT_TEMPLATE}
+        files = {
+            "tokenizer.json": json.loads(self.to_json()) | json.loads(ADD_BOS),
+            "tokenizer_config.json": json.loads(TOKENIZER_CONFIG) | {"chat_template": CHAT_TEMPLATE},
+        }
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        for name, content in files.items():
             write_file(Path(folder) / name, json.dumps(content, ensure_ascii=False, indent=1))
 
     @classmethod
@@ -1433,26 +1427,23 @@ class BPETokenizer:
         """Read a tokenizer.json: one of `save`, or of another family of byte-level BPE, such as Llama 3's or Qwen's."""
         data = read_json(path)
         try:
-            if [token["content"] for token in data["added_tokens"]][:FIRST_BYTE] != list(SPECIAL_TOKENS):
-                return ImportedTokenizer(path)
-            merges = [
-                tuple(bytes(map(CHAR_TO_BYTE.__getitem__, half)) for half in pair) for pair in data["model"]["merges"]
-            ]
-            tokenizer = cls(FIRST_MERGE + len(merges))
-            # an older file has an older word pattern, which its ids depend on
-            tokenizer._set_merges(merges, data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
-            # transformers adds how it padded and truncated last, and tokens that it was given
-            if json.loads(tokenizer.to_json()) != data | dict.fromkeys(("post_processor", "padding", "truncation")):
-                if Path(path).with_name("tokenizer_config.json").exists():
-                    return ImportedTokenizer(path)
-                raise UserError(
-                    f"{path} is not a tokenizer.json that MiniLLM wrote: its special tokens, words or vocabulary differ"
-                )
-        except UserError:
-            raise
+            is_ours = [token["content"] for token in data["added_tokens"]][:FIRST_BYTE] == list(SPECIAL_TOKENS)
+            if is_ours:
+                spelled = data["model"]["merges"]
+                merges = [tuple(bytes(map(CHAR_TO_BYTE.__getitem__, half)) for half in pair) for pair in spelled]
+                tokenizer = cls(FIRST_MERGE + len(merges))
+                # an older file has an older word pattern, which its ids depend on
+                tokenizer._set_merges(merges, data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
+                # transformers adds how it padded and truncated last
+                if json.loads(tokenizer.to_json()) == data | dict.fromkeys(("post_processor", "padding", "truncation")):
+                    return tokenizer
         except (LookupError, TypeError, ValueError, re.error) as error:
             raise UserError(f"{path} is not a tokenizer.json of byte-level BPE: {error!r}") from error
-        return tokenizer
+        if is_ours and not Path(path).with_name("tokenizer_config.json").exists():  # transformers may add tokens, too
+            raise UserError(
+                f"{path} is not a tokenizer.json that MiniLLM wrote: its special tokens, words or vocabulary differ"
+            )
+        return ImportedTokenizer(path)
 
 
 # ======================================================================================================================
@@ -2399,15 +2390,14 @@ def sampling_probs(logits: Tensor, config: GenerationConfig) -> Tensor:
     if not config.top_k and config.top_p == 1 and not config.min_p:
         return probs
     V = probs.shape[-1]
-    candidates = min(config.top_k, V)
-    if not config.top_k:
+    if config.top_k:
+        top, ids = probs.topk(min(config.top_k, V))  # likeliest first
+        top = top / top.sum(dim=-1, keepdim=True)  # top-p and min-p look at what top-k leaves
+    else:
         # Sorting all V tokens would take longer than the model. Tokens below (1 - p) / V hold less than 1 - p together,
         # so they are not among those that reach p: only the others need to be sorted.
         least = (config.min_p * probs.amax(dim=-1, keepdim=True)).clamp(min=(1 - config.top_p) / V)
-        candidates = int((probs >= least).sum(dim=-1).max())
-    top, ids = probs.topk(candidates, dim=-1)  # likeliest first
-    if config.top_k:
-        top = top / top.sum(dim=-1, keepdim=True)  # top-p and min-p look at what top-k leaves
+        top, ids = probs.topk(int((probs >= least).sum(dim=-1).max()))
     likelier = top.cumsum(dim=-1) - top  # probability of all the tokens before each
     top = top * ((likelier < config.top_p) & (top >= config.min_p * top[:, :1]))
     top = top / top.sum(dim=-1, keepdim=True)
@@ -2595,9 +2585,8 @@ class TextGenerator:
         return "".join(self.stream(messages, config))
 
     def _prompt_ids(self, prompt):
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-            return ids or [self.tokenizer.eos_id]  # without text and BOS, what stands between documents
+        if isinstance(prompt, str):  # without text and BOS, what stands between documents
+            return self.tokenizer.encode(prompt, add_special_tokens=True) or [self.tokenizer.eos_id]
         if prompt and isinstance(prompt[0], int):
             return prompt
         return self.tokenizer.apply_chat_template(as_messages(prompt, "user", []), add_generation_prompt=True)
@@ -2652,10 +2641,7 @@ class TextGenerator:
             ids = input_ids.to(state.device, torch.long)  # (rows, T): the beams of all prompts, at first one each
             logits = state.feed(ids)  # (rows, V)
             (B, V), logprobs = logits.shape, logits.new_zeros(len(ids), 1)  # (B, beams)
-            best, num_ends = (
-                [(-math.inf, row) for row in ids],
-                [0] * B,
-            )  # each prompt's best hypothesis; its ends so far
+            best, num_ends = [(-math.inf, row) for row in ids], [0] * B  # best hypothesis of each prompt; ends so far
             for length in range(1, state.new_tokens + 1):
                 # 1 extend: enough candidates that k unfinished ones remain even if all stop tokens are among them
                 totals = (logprobs.view(-1, 1) + logits.log_softmax(dim=-1)).view(B, -1)  # (B, beams V)
@@ -5459,11 +5445,12 @@ def linear_of_few_rows(x: Tensor, weight: Tensor) -> Tensor:
     There MKL's matrix-vector product reaches a quarter of the memory's speed, its batched product nearly all of it. So
     the weight becomes a batch of two halves, (2, n / 2, width).
     """
-    rows, (n, width) = x.numel() // x.shape[-1], weight.shape
+    n, width = weight.shape
     if n % 2 or x.dtype != weight.dtype:
         return F.linear(x, weight)
-    halves = torch.bmm(weight.view(2, n // 2, width), x.reshape(rows, width).T.expand(2, width, rows))
-    return halves.view(n, rows).T.reshape(*x.shape[:-1], n).contiguous()
+    columns = x.reshape(-1, width).T.expand(2, -1, -1)  # (2, width, rows)
+    product = torch.bmm(weight.view(2, -1, width), columns).flatten(0, 1)  # (n, rows)
+    return product.T.reshape(*x.shape[:-1], n).contiguous()
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -5476,8 +5463,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     if bias is None:
         bias = attention_bias(visible_keys(torch.arange(S - T, S, device=q.device), S, None), q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
-        scores = bias.to(q.dtype).view(-1, 1, 1, T, S).expand(B, K, H // K, T, S).reshape(B * K, -1, S).contiguous()
-        q, k, v = q.reshape(B * K, -1, D), k.to(q.dtype).reshape(B * K, S, D), v.to(q.dtype).reshape(B * K, S, D)
+        scores = q.new_empty(B, K, H // K, T, S).copy_(bias.view(-1, 1, 1, T, S)).view(B * K, -1, S)
+        q, k, v = (x.to(q.dtype).reshape(B * K, -1, D) for x in (q, k, v))
         scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
 
@@ -5512,14 +5499,9 @@ def slower_rotations(inv_freq: Tensor, config: MiniGPTConfig) -> tuple[Tensor, f
 
 # -- Hugging Face directories ------------------------------------------------------------------------------------------
 
-HF_LLAMA = {  # fields of a config.json, and what transformers takes for those left out; None: no default
-    "vocab_size": None,
-    "hidden_size": None,
-    "num_hidden_layers": None,
-    "num_attention_heads": None,
-    "intermediate_size": None,
-    "num_key_value_heads": None,
-    "head_dim": None,
+# Fields of a config.json, and what transformers takes for those left out; None: no default.
+HF_SIZES = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size num_key_value_heads head_dim"
+HF_LLAMA = dict.fromkeys(HF_SIZES.split()) | {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -5579,9 +5561,7 @@ def read_hf_config(folder: AnyPath) -> MiniGPTConfig:
     ids = {name: eos if data.get(name) in (None, -1) else data[name] for name in TOKEN_IDS}
     try:
         config = MiniGPTConfig(**fields, **ids, **read_hf_rope(data, fields), qk_norm=kind != "llama")
-        # a damaged file must not fill the memory
-        for field in HF_LLAMA:
-            check(config, getattr(config, field) < 1 << 24, field, f"below {1 << 24}")
+        check_fields(config, {"[0, 16777216)": " ".join(HF_LLAMA)})  # a damaged file must not fill the memory
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config
@@ -5766,19 +5746,16 @@ GGUF_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
 def gguf_architecture(config: MiniGPTConfig) -> str:
     """Return llama.cpp's name of the architecture that computes the same; a UserError names what none does."""
-    kind, rope = hf_kind(config), config.rope_scaling or {"rope_type": "default"}
-    name = {"qwen3_moe": "bailingmoe2" if config.num_shared_experts else "qwen3moe"}.get(kind, kind)
-    betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-    problems = {
-        "norm_topk_prob": name == "qwen3moe" and not config.norm_topk_prob,
-        "head_dim": name == "bailingmoe2" and config.num_attention_heads * config.head_dim != config.hidden_size,
-        "rope_scaling": rope["rope_type"] == "llama3"
-        and name != "llama"
-        or rope["rope_type"] == "yarn"
-        and (betas != (32, 1) or not rope.get("truncate", True)),
+    kind, rope = hf_kind(config), config.rope_scaling or {}
+    name = "bailingmoe2" if kind == "qwen3_moe" and config.num_shared_experts else kind.replace("_", "")
+    yarn = [rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)]
+    possible = {
+        "norm_topk_prob": name != "qwen3moe" or config.norm_topk_prob,
+        "head_dim": name != "bailingmoe2" or config.num_attention_heads * config.head_dim == config.hidden_size,
+        "rope_scaling": yarn == [32, 1, True] and (name == "llama" or rope.get("rope_type") != "llama3"),
     }
-    for field, is_problem in problems.items():
-        check(config, not is_problem, field, "another one for GGUF: llama.cpp computes this model differently")
+    for field, ok in possible.items():
+        check(config, ok, field, "another one for GGUF: llama.cpp computes this model differently")
     return name
 
 
@@ -5788,7 +5765,8 @@ def gguf_metadata(model: MiniGPT, tokenizer: BPETokenizer, add_bos: bool) -> dic
     names = GGUF_FIELDS | (GGUF_EXPERT_FIELDS if c.num_experts else {})
     fields = {there: getattr(c, here) for there, here in names.items()}
     fields |= {"attention.layer_norm_rms_epsilon": float(c.rms_norm_eps), "rope.freq_base": float(c.rope_theta)}
-    fields |= {"expert_gating_func": 1} if c.num_experts else {}  # softmax
+    if c.num_experts:
+        fields["expert_gating_func"] = 1  # softmax
     kind = rope.get("rope_type")
     if kind in ("linear", "yarn"):
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -5927,26 +5905,25 @@ class ImportedTokenizer(BPETokenizer):
         """Find BOS, EOS and padding, and make special what the file has as ordinary, such as an EOS."""
         ids, added = self._backend.get_vocab(), self._backend.get_added_tokens_decoder()
         is_special = {token.content: token.special for token in added.values()}
-        tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in self._config.items()
-            if name.endswith("_token")
-        }
-        tokens = {name: text for name, text in tokens.items() if text in ids}
+        tokens = {}
+        for name, token in self._config.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and text in ids:
+                tokens[name] = text
         eos = tokens.get("eos_token") or next((text for text in USUAL_EOS if text in is_special), None)
         if eos is None:
             raise UserError("no token ends a text: name an eos_token in tokenizer_config.json, beside tokenizer.json")
         self._template_tokens = {"pad_token": eos} | tokens | {"eos_token": eos}
         self._config |= {"tokenizer_class": "PreTrainedTokenizerFast"} | self._config | {"eos_token": eos}
-        self.eos_id, self.pad_id = ids[eos], ids[self._template_tokens["pad_token"]]
-        self.im_start_id, self.im_end_id = ids.get("<|im_start|>"), ids.get("<|im_end|>")
+        names = [eos, self._template_tokens["pad_token"], "<|im_start|>", "<|im_end|>"]
+        self.eos_id, self.pad_id, self.im_start_id, self.im_end_id = map(ids.get, names)
         # BOS is what the file puts before every text
         self.bos_id = next((i for i in self._backend.encode("a").ids[:1] if i in added), None)
         ends = self._generation.get("eos_token_id")
         self._ends = [ends] if isinstance(ends, int) else list(ends or [])
         # tokens that are special already are left out: to add them again would reset their flags
-        ends = [token.content for i, token in added.items() if i in self._ends]
-        names = (*self._template_tokens.values(), *ends, "<|im_start|>", "<|im_end|>")
+        names += self._template_tokens.values()
+        names += (token.content for i, token in added.items() if i in self._ends)
         self._backend.add_special_tokens([text for text in names if text in ids and not is_special.get(text)])
 
     def _read_vocabulary(self):
@@ -5981,16 +5958,16 @@ class ImportedTokenizer(BPETokenizer):
         ends = self._ends
         if not all(i in range(self.vocab_size) for i in ends):
             raise UserError(f"generation_config.json: eos_token_id={ends} is outside the vocabulary")
-        template, self._template = self._config.get("chat_template") or None, None
+        template, self._template = self._config.get("chat_template"), None
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is None and None not in (self.im_start_id, self.im_end_id):
+        if not template and None not in (self.im_start_id, self.im_end_id):
             template = CHAT_TEMPLATE
-        if template is not None:
+        if template:
             self._config["chat_template"], self._template = template, compile_chat_template(template)
             # the special token after a reply ends a turn: try it
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            with contextlib.suppress(UserError, ValueError):  # a template may want more than such a conversation
+            with contextlib.suppress(ValueError):  # a template may want more than such a conversation
                 ids, trained = self.encode_chat(chat)
                 after = [i for i in ids[trained.index(True) :] if i in self.special_tokens]
                 if not after:
@@ -6100,7 +6077,7 @@ def compile_chat_template(source: str) -> typing.Any:
     """Compile a chat template in a sandbox, with the settings and functions that transformers gives it."""
     jinja2, sandbox = import_extra("jinja2", "hf"), import_extra("jinja2.sandbox", "hf")
 
-    def raise_exception(message: str) -> None:
+    def raise_exception(message):
         raise UserError(message)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
@@ -6201,8 +6178,11 @@ NEEDS = {  # an option, the option it depends on, and the values of that which i
     "decay_fraction": "schedule wsd",
     "min_learning_rate": "schedule cosine wsd",
     "momentum": "optimizer muon",
-    **dict.fromkeys(("num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"), "num_experts"),
-    **dict.fromkeys(("norm_topk_prob", "router_aux_loss_coef"), "num_experts"),
+    "num_experts_per_tok": "num_experts",
+    "num_shared_experts": "num_experts",
+    "moe_intermediate_size": "num_experts",
+    "norm_topk_prob": "num_experts",
+    "router_aux_loss_coef": "num_experts",
 }
 
 
@@ -6222,7 +6202,7 @@ def check_use(mode: str, stages: Iterable[str], given: Iterable[str], classes: I
     named = set(itertools.chain(*users.values()))
     used = [name for name, names in users.items() if not names or any(x in names or x not in named for x in stages)]
     if mode in USES:
-        used = ["config", "stage", "out", *USES[mode].split()]
+        used = f"config stage out {USES[mode]}".split()
     # 3 the first that it does not
     for name in given:
         if name in users and name not in used:
@@ -6270,8 +6250,8 @@ class FlagParser(argparse.ArgumentParser):
         is_flag = re.match("--[a-z]|-h$", arg_string) or f"-{arg_string}" in self._option_string_actions
         return super()._parse_optional(arg_string) if is_flag else None
 
-    def parse_args(self, args=None, namespace=None):
-        namespace, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args=None):
+        namespace, unknown = self.parse_known_args(args)
         if unknown:
             hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]}{hint}")

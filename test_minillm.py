@@ -738,6 +738,14 @@ def test_attention_by_products_is_attention(sizes, dtype, tolerance):
         assert (exact - near).abs().max() <= tolerance * exact.abs().max()
 
 
+def test_attention_by_products_leaves_its_bias_alone():
+    """All layers share it; with one head it has the shape of the scores."""
+    q, k, v = (torch.randn(3, 1, 5, 8) for _ in range(3))
+    bias = m.attention_bias(torch.ones(3, 1, 5, 5).tril().bool(), q.dtype)
+    first = m.attend_by_products(q, k, v, bias)
+    assert torch.equal(m.attend_by_products(q, k, v, bias), first) and set(bias.unique().tolist()) == {-math.inf, 0}
+
+
 def test_bfloat16_attention_on_a_cpu_sees_no_later_token():
     q, k, v = (torch.randn(1, 2, 6, 8).bfloat16() for _ in range(3))
     before = m.attend(q, k, v, None)
