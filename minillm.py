@@ -35,7 +35,6 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import errno
 import functools
 import gzip
 import hashlib
@@ -62,7 +61,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -2755,7 +2754,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # but where cudnn_attention says so
+        torch.backends.cuda.enable_cudnn_sdp(False)  # but where training_kernels says so
         torch.set_float32_matmul_precision("high")  # float32 products use the tensor cores, as TF32
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device  # of several, this process's
 
@@ -2785,31 +2784,26 @@ def _measured_dtype(device):
     for name in names * 4:  # in turns, so that what else the machine does slows all of them
         speed[name] = max(speed[name], matmul_peak(device, name, 512))
     x = torch.rand(64, 64)
-    with onednn_products(True):
+    with training_kernels(onednn=True):
         is_exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5)  # processors with AMX round
     best = "float32_onednn" if is_exact and speed["float32_onednn"] > 1.1 * speed["float32"] else "float32"
     return "bfloat16" if speed["bfloat16"] > 1.5 * speed[best] else best
 
 
 @contextlib.contextmanager
-def onednn_products(enabled: bool) -> Iterator[None]:
-    """Let oneDNN compute float32 products inside the block; for single rows, as in decoding, it is slower than MKL."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if enabled else before)
+def training_kernels(onednn: bool, cudnn: bool = False) -> Iterator[None]:
+    """Let oneDNN compute float32 products, and cuDNN attention on CUDA, inside the block.
+
+    oneDNN is slower than MKL for single rows, as in decoding. cuDNN is the fastest, but it plans for every new shape,
+    0.5 s.
+    """
+    precision, before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("medium" if onednn else precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def cudnn_attention(enabled: bool) -> Iterator[None]:
-    """Let cuDNN compute attention on CUDA inside the block: the fastest, but it plans for every new shape, 0.5 s."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(enabled)
-    try:
-        yield
-    finally:
+        torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
@@ -2817,13 +2811,11 @@ def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
     """Measure the floating-point operations per second of an n x n matrix product, in a fraction of a second."""
     a, b = torch.ones(2, n, n, device=device, dtype=pick_dtype(dtype, device))
     seconds = []
-    with onednn_products(dtype == "float32_onednn"):
-        for _ in range(10):
+    with training_kernels(onednn=dtype == "float32_onednn"):
+        while len(seconds) < 10 and sum(seconds) < 0.5:  # float16 on a CPU takes long
             start = time.perf_counter()
             (a @ b)[0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - start)
-            if sum(seconds) > 0.5:  # float16 on a CPU
-                break
     return 2 * n**3 / min(seconds)
 
 
@@ -2940,8 +2932,9 @@ class World:
 
     def _all_gather(self, tensor):
         """Return the tensors of all processes, which have one shape."""
-        gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        self._communicate(dist.all_gather, gathered, tensor.contiguous())
+        tensor = tensor.contiguous()
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._communicate(dist.all_gather, gathered, tensor)
         return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -2965,23 +2958,21 @@ class World:
         buffer = io.BytesIO()
         torch.save(value, buffer)
         mine = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)  # (n,)
-        sizes = torch.zeros(self.size, dtype=torch.long)
-        sizes[self.rank] = len(mine)
-        longest = int(self.sum(sizes).max())
-        gathered = self._all_gather(F.pad(mine, (0, longest - len(mine))))
-        parts = [ctypes.string_at(part.data_ptr(), size) for part, size in zip(gathered, sizes.tolist(), strict=True)]
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(mine)]))]
+        gathered = self._all_gather(F.pad(mine, (0, max(sizes) - len(mine))))
+        parts = [ctypes.string_at(part.data_ptr(), size) for part, size in zip(gathered, sizes, strict=True)]
         return [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True) for part in parts]
 
     def first(self, fn: Callable) -> typing.Any:
         """Return fn() as the first process computes it; the others wait."""
         return self.gather(fn() if self.is_first else None)[0]
 
-    def add(self, figures: Metrics) -> Metrics:
+    def add(self, figures: Metrics) -> Counter:
         """Return the sum of each figure over all processes; one that lacks it counts as 0."""
         total = Counter()
-        for part in self.gather({name: float(value) for name, value in figures.items()}):
+        for part in self.gather(figures):
             total.update(part)
-        return dict(total)
+        return total
 
     def mine(self, batch: typing.Any) -> typing.Any:
         """Return this process's rows of a batch, or its items of a list."""
@@ -2999,13 +2990,15 @@ class World:
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up gradients over the processes. A parameter that has one in no process keeps none."""
-        for group in batched(parameters if self.size > 1 else (), torch.numel, 1 << 24):  # flat buffers of 64 MB
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        has_gradient = self.max(*(p.grad is not None for p in parameters))  # in any process
+        for group in batched(itertools.compress(parameters, has_gradient), torch.numel, 1 << 24):  # buffers of 64 MB
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-            counts = group[0].new_tensor([p.grad is not None for p in group])
-            flat = self.sum(torch.cat([tensor.flatten() for tensor in (*gradients, counts)]))
-            *gradients, counts = flat.split([*map(torch.numel, group), len(group)])
-            for p, gradient, count in zip(group, gradients, counts.tolist(), strict=True):
-                p.grad = gradient.view_as(p) if count else None
+            flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for p, gradient in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                p.grad = gradient.view_as(p)
 
     def barrier(self) -> None:
         """Wait for the others, however long they encode data: torchrun ends all if one of them dies."""
@@ -3109,10 +3102,10 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             for dead in folder.glob(".*.tmp"):
                 shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
+        except BlockingIOError:
+            problem = f"{folder} is in use by another process: wait for it, or take another --out"
+            raise UserError(problem) from None
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
-                problem = f"{folder} is in use by another process: wait for it, or take another --out"
-                raise UserError(problem) from None
             warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
     finally:
@@ -3266,8 +3259,9 @@ def replacing(overwrite: bool, *run_dirs: Path) -> Iterator[None]:
 
     Of several, those that were not reached stay aside: beside new parents they would pass for finished.
     """
-    for old in (old for run_dir in run_dirs for old in run_dir.parent.glob(f"{run_dir.name}.old-*")):
-        print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
+    for run_dir in run_dirs:
+        for old in run_dir.parent.glob(f"{run_dir.name}.old-*"):
+            print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
     aside = {}
     WORLD.barrier()  # no process reads the old ones any more
     try:
@@ -3370,19 +3364,20 @@ FIXED_OPTIONS = ("lora_rank", "lora_alpha", "optimizer", "dpo_beta", "dpo_kind",
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
-    """Return a batch in so many parts, or fewer where it has too few rows."""
+    """Return a batch in so many parts, or fewer where it has too few rows: none without any."""
     B = len(batch["input_ids"])
-    rows = -(-B // parts)  # rounded up
+    rows = max(1, -(-B // parts))  # rounded up
     return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, B, rows)]
 
 
 def average(parts: Iterable[Figures]) -> Metrics:
     """Return Σ sum / Σ count of each figure over the parts, and over all processes; of a total the sum."""
     sums, counts = Counter(), Counter()
-    for name, figure in itertools.chain(*(figures.items() for figures in parts)):
-        value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
-        sums[name] += float(value)
-        counts[name] += count
+    for figures in parts:
+        for name, figure in figures.items():
+            value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
+            sums[name] += float(value)
+            counts[name] += float(count)
     sums, counts = WORLD.add(sums), WORLD.add(counts)
     return {name: total / counts[name] if counts[name] else int(total) for name, total in sums.items()}
 
@@ -3442,9 +3437,7 @@ class Trainer:
         # what is trained, and with what: {"model": module}, {"model.AdamW": optimizer}
         self.trained, self.optimizers = nn.ModuleDict(), {}
         self.train_module("model", model)
-        # go into config.json and checkpoints
-        self.configs = {"model": model.config, "train": self.config, "rl": self.rl}
-        self.origin: dict[str, str] = {}  # the runs that this one starts from, likewise
+        self.origin: dict[str, str] = {}  # the runs that this one starts from; goes into config.json and checkpoints
         self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
         self.started = started or time.monotonic()
 
@@ -3510,35 +3503,29 @@ class Trainer:
         count = sum(map(self.count, batches))  # of all rows, before any backward
         if not count:
             raise UserError("a batch holds nothing to train on: all of its labels are -100")
-        mine = [batch for batch in map(WORLD.mine, batches) if len(batch["input_ids"])]
+        mine = list(map(WORLD.mine, batches))
+        accumulate = functools.partial(self._accumulate, mine, count)
         self.trained.train()
-
-        def accumulate(parts):
-            return self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count)
-
         # the rows of pretraining are of equal length
-        with onednn_products(self.config.dtype == "float32_onednn"), cudnn_attention(self.stage == "pretrain"):
-            figures = self.in_memory(accumulate, max((len(batch["input_ids"]) for batch in mine), default=1))
+        with training_kernels(self.config.dtype == "float32_onednn", cudnn=self.stage == "pretrain"):
+            figures = self.in_memory(accumulate, max(len(batch["input_ids"]) for batch in mine))
         WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
         metrics = average(figures)
         self.part_names = dict.fromkeys(metrics)
-        # 2 clip; an optimizer whose module has no gradient yet (PPO's policy in the critic's warm-up) stays out
-        optimizers = [
-            optimizer
-            for optimizer in self.optimizers.values()
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        ]
-        for optimizer in optimizers:
+        # 2 clip
+        for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)  # float16: the gradients are those of a scaled loss
         limit = self.config.grad_clip or math.inf
         norms = [nn.utils.clip_grad_norm_(module.parameters(), limit).item() for module in self.trained.values()]
         # 3 step, unless something is not finite: then weights and moments stay as they are
         rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)
         is_finite = all(map(math.isfinite, [metrics["loss"], *norms]))  # the same for all optimizers
-        for optimizer in optimizers:
+        for optimizer in self.optimizers.values():
+            gradients = []
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            if is_finite:
+                gradients += [p.grad for p in group["params"] if p.grad is not None]
+            if is_finite and gradients:  # PPO's policy has none in the critic's warm-up
                 self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale if unscaling met an infinity
         self.trained.zero_grad(set_to_none=True)
@@ -3602,14 +3589,14 @@ class Trainer:
             module._compiled_call_impl = None
         return True
 
-    def _accumulate(self, micro_batches, count):
-        """Sum the gradients of Σ loss / `count` over the micro-batches; return the figures of each."""
+    def _accumulate(self, batches, count, parts):
+        """Sum the gradients of Σ loss / `count` over the batches, each in so many parts; return the figures of each."""
         figures = []
-        for batch in micro_batches:
+        for micro in itertools.chain(*(split_rows(batch, parts) for batch in batches)):
             with self.autocast():
-                losses = self._named_loss(self._to_device(batch))
+                losses = self._named_loss(self._to_device(micro))
             self.scaler.scale(losses["loss"] / count).backward()  # gradients add up in p.grad
-            terms = self.count(batch)
+            terms = self.count(micro)
             figures.append(
                 {name: value if isinstance(value, tuple) else (value.detach(), terms) for name, value in losses.items()}
             )
@@ -3650,7 +3637,9 @@ class Trainer:
         """
         self._check_can_fit()
         config, window, evaluation = self.config, [], {}
-        with self._held_run_dir(), catch_signals() as caught, self._saved_on_error():
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        hold = locked(self.run_dir) if WORLD.is_first else contextlib.nullcontext()  # the first one for all processes
+        with hold, catch_signals() as caught, self._saved_on_error():
             self._start_run()
             if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
                 evaluation = self._evaluate_and_save()  # what the parent's model can do already
@@ -3681,16 +3670,6 @@ class Trainer:
         """Return whether the run is over, and the signal that ends it early (0: none), as any process knows."""
         progress, number = WORLD.max(self.progress(), caught[0] if caught else 0)
         return progress >= 1, int(number)
-
-    @contextlib.contextmanager
-    def _held_run_dir(self):
-        """Hold the run directory: the first process for all of them."""
-        if not WORLD.is_first:
-            yield
-            return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.run_dir):
-            yield
 
     @contextlib.contextmanager
     def _saved_on_error(self):
@@ -3735,11 +3714,7 @@ class Trainer:
         limits = self.config.max_steps or self.config.minutes or self.config.epochs
         if self.train_data is None or self.run_dir is None or not limits:
             raise UserError("fit() needs train_data and run_dir, and an end of the run: max_steps, epochs or minutes")
-        if (
-            self.config.epochs
-            and not isinstance(self.train_data, BatchLoader)
-            and not hasattr(self.train_data, "__len__")
-        ):
+        if self.config.epochs and not isinstance(self.train_data, BatchLoader | Sized):
             raise UserError("epochs need train_data with a length: give max_steps or minutes instead")
         if self.progress() >= 1:  # a resumed run that is over
             raise UserError(
@@ -3768,7 +3743,7 @@ class Trainer:
         """Return how often the data have been gone through."""
         if isinstance(self.train_data, BatchLoader):
             return self.train_data.passes
-        batches = len(self.train_data) if hasattr(self.train_data, "__len__") else math.inf
+        batches = len(self.train_data) if isinstance(self.train_data, Sized) else math.inf
         return self.step_count * self.config.accumulation_steps / batches
 
     def work_done(self) -> float:
@@ -3796,7 +3771,7 @@ class Trainer:
         figures = []
         with eval_mode(self.trained), self.autocast():
             for batch in map(WORLD.mine, self.held_out(max_tokens)):
-                figures += self.map_in_memory(self.measure, batch) if len(batch["input_ids"]) else []
+                figures += self.map_in_memory(self.measure, batch)
             matches = self.exact_match()
         result = average(figures)
         if not any(result.values()):
@@ -3826,9 +3801,7 @@ class Trainer:
         # those without room are counted before they are dropped: then the prompts do not depend on the model
         checkable = (i for i in data.items if data.note(i)["answer"])
         answered = self._answered(WORLD.mine(list(itertools.islice(checkable, self.config.eval_prompts))))
-        right = [answer_matches(reply, note["answer"]) for note, reply in answered]
-        sums = WORLD.add({"right": sum(right), "replies": len(right)})
-        return {"exact_match": sums["right"] / sums["replies"]} if sums["replies"] else {}
+        return average({"exact_match": (answer_matches(reply, note["answer"]), 1)} for note, reply in answered)
 
     def samples(self) -> str:
         """Return text to show beside an evaluation: replies to a few held-out prompts."""
@@ -3881,13 +3854,8 @@ class Trainer:
     def _log_window(self, window, evaluation):
         """Log and show the means of the steps since the last time."""
         # 1 the row: a figure's mean is over the steps that have it, and where it is finite
-        sums, steps = Counter(), Counter()
-        for metrics in window:
-            for name, value in metrics.items():
-                is_finite = math.isfinite(value)
-                sums[name] += value if is_finite else 0
-                steps[name] += is_finite
-        row = {name: total / steps[name] if steps[name] else math.nan for name, total in sums.items()}
+        finite = [{name: (x, 1) for name, x in metrics.items() if math.isfinite(x)} for metrics in window]
+        row = dict.fromkeys(window[0], math.nan) | average(finite)
         del row["count"]
         step_s = row.pop("seconds")
         # the last learning rate; speeds are sums over sums
@@ -3962,12 +3930,10 @@ class Trainer:
 
     def config_dict(self) -> dict:
         """Return what config.json and a checkpoint say of a run."""
-        configs = {name: dataclasses.asdict(config) for name, config in self.configs.items()}
-        data = {
-            name: loader.source._asdict()
-            for name, loader in (("train", self.train_data), ("val", self.val_data))
-            if isinstance(loader, BatchLoader)
-        }
+        configs = {"model": self.model.config, "train": self.config, "rl": self.rl}
+        configs = {name: dataclasses.asdict(config) for name, config in configs.items()}
+        loaders = {"train": self.train_data, "val": self.val_data}
+        data = {name: loader.source._asdict() for name, loader in loaders.items() if isinstance(loader, BatchLoader)}
         # "stage", "parent", "reward", "model", "train", "rl", "data": as far as there are such
         return {"stage": self.stage, **self.origin, **configs, "data": data}
 
@@ -4126,12 +4092,12 @@ class SFTTrainer(Trainer):
     stage = "sft"
 
     def loss(self, batch: Batch) -> Tensor:
-        segments, positions = batch["segments"][:, :-1], batch["position_ids"][:, :-1]
+        segments = batch["segments"][:, :-1]
         # tokens of a packed row see their own conversation only
         same_conversation = segments[:, :, None] == segments[:, None]  # (B, T, T)
         hidden, balance = self.model.hidden_states(
             batch["input_ids"][:, :-1],
-            position_ids=positions,
+            position_ids=batch["position_ids"][:, :-1],
             attention_mask=same_conversation,
             token_mask=segments > 0,
         )
