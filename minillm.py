@@ -2911,14 +2911,15 @@ class World:
             return name
         others = range(1, self.size)
         while not store.check([f"{name}/{rank}" for rank in others]):
-            for rank in others:
-                if store.check([f"question/{rank}"]):
-                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
+            for rank in others:  # its question may still be that of an earlier start: then it is asked again
+                store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
             time.sleep(0.02)
         return name
 
     def _communicate(self, operation, *args, **options):
         """Call an operation of torch.distributed; if it fails, the error names the processes that did not answer."""
+        if self.size == 1:
+            return
         try:
             operation(*args, **options)
         except RuntimeError as error:
@@ -2939,14 +2940,11 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over the processes, in place."""
-        if self.size > 1:
-            self._communicate(dist.all_reduce, tensor)
+        self._communicate(dist.all_reduce, tensor)
         return tensor
 
     def max(self, *numbers: float) -> list[float]:
         """Return the largest of each number over the processes."""
-        if self.size == 1:
-            return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
         self._communicate(dist.all_reduce, tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
@@ -2957,7 +2955,7 @@ class World:
             return [value]
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        mine = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)  # (n,)
+        mine = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)  # (n,)
         sizes = [int(size) for size in self._all_gather(torch.tensor([len(mine)]))]
         gathered = self._all_gather(F.pad(mine, (0, max(sizes) - len(mine))))
         parts = [ctypes.string_at(part.data_ptr(), size) for part, size in zip(gathered, sizes, strict=True)]
@@ -2967,10 +2965,10 @@ class World:
         """Return fn() as the first process computes it; the others wait."""
         return self.gather(fn() if self.is_first else None)[0]
 
-    def add(self, figures: Metrics) -> Counter:
+    def add(self, figures: Metrics) -> Metrics:
         """Return the sum of each figure over all processes; one that lacks it counts as 0."""
         total = Counter()
-        for part in self.gather(figures):
+        for part in self.gather(dict(figures)):
             total.update(part)
         return total
 
@@ -2984,9 +2982,9 @@ class World:
         """Return fn(rows), which treats rows one by one; each process computes an equal part of them."""
         if self.size == 1:
             return fn(rows)
-        n = -(-len(rows) // self.size)  # rounded up
-        padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n * self.size - len(rows)))
-        return torch.cat(self._all_gather(fn(padded[n * self.rank : n * (self.rank + 1)])))[: len(rows)]
+        n = -(-len(rows) // self.size)  # rounded up: behind the last row come the first ones again
+        mine = torch.arange(n * self.rank, n * (self.rank + 1), device=rows.device) % len(rows)
+        return torch.cat(self._all_gather(fn(rows[mine])))[: len(rows)]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up gradients over the processes. A parameter that has one in no process keeps none."""
@@ -3103,8 +3101,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             for dead in folder.glob(".*.tmp"):
                 shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
         except BlockingIOError:
-            problem = f"{folder} is in use by another process: wait for it, or take another --out"
-            raise UserError(problem) from None
+            raise UserError(f"{folder} is in use by another process: wait for it, or take another --out") from None
         except OSError as error:
             warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
@@ -3228,13 +3225,12 @@ def _best_state(run_dir, config, tokenizer):
     try:
         state = load_checkpoint(path)
         saved = state["config"]["stage"], state["config"]["model"], state["tokenizer_hash"]
-        if saved == (config["stage"], config["model"], tokenizer.content_hash()):
-            return state
-        problem = f"{path} is not of this run"
+        if saved != (config["stage"], config["model"], tokenizer.content_hash()):
+            raise UserError(f"{path} is not of this run")
+        return state
     except (UserError, KeyError, TypeError) as error:
-        problem = str(error)
-    warnings.warn(f"{problem}: taking the last weights, in checkpoint.pt, instead", stacklevel=3)
-    return None
+        warnings.warn(f"{error}: taking the last weights, in checkpoint.pt, instead", stacklevel=3)
+        return None
 
 
 def _base_weights(path, config, expected, trained):
@@ -3344,7 +3340,7 @@ FIGURES = {
 }
 
 
-def describe(result: dict[str, float], names: Iterable[str] = tuple(FIGURES)) -> str:
+def describe(result: dict[str, float], names: Iterable[str] = FIGURES) -> str:
     """Return the figures of `result` among `names`, in words; one that is not in FIGURES by its name."""
     return ", ".join(
         FIGURES.get(name, f"{name.replace('_', ' ')} {{:.4g}}").format(result[name]) for name in names if name in result
@@ -3405,6 +3401,7 @@ class Trainer:
     epochs_done = 0.0  # passes over the data
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
     part_names: dict = {}  # names of the loss and its parts
+    peak_flops = math.nan  # what `mfu` is a share of, measured by the process that logs
 
     def __init__(
         self,
@@ -3473,7 +3470,7 @@ class Trainer:
 
     def measure(self, batch: Batch) -> Figures:
         """Return the figures of a validation batch: means as (sum, count), totals as numbers."""
-        return self.text_figures(self._named_loss(batch)["loss"], batch["labels"][:, 1:])
+        return self.text_figures(self._loss_and_parts(batch)[0], batch["labels"][:, 1:])
 
     def quality(self, result: Metrics) -> float:
         """Return how good an evaluation is, higher is better: the best one's weights are kept in best.pt."""
@@ -3594,18 +3591,15 @@ class Trainer:
         figures = []
         for micro in itertools.chain(*(split_rows(batch, parts) for batch in batches)):
             with self.autocast():
-                losses = self._named_loss(self._to_device(micro))
-            self.scaler.scale(losses["loss"] / count).backward()  # gradients add up in p.grad
-            terms = self.count(micro)
-            figures.append(
-                {name: value if isinstance(value, tuple) else (value.detach(), terms) for name, value in losses.items()}
-            )
+                loss, parts_of_loss = self._loss_and_parts(self._to_device(micro))
+            self.scaler.scale(loss / count).backward()  # gradients add up in p.grad
+            terms, sums = self.count(micro), {"loss": loss, **parts_of_loss}
+            figures.append({name: x if isinstance(x, tuple) else (x.detach(), terms) for name, x in sums.items()})
         return figures
 
-    def _named_loss(self, batch):
+    def _loss_and_parts(self, batch):
         loss = self.loss(batch)
-        loss, parts = loss if isinstance(loss, tuple) else (loss, {})
-        return {"loss": loss, **parts}
+        return loss if isinstance(loss, tuple) else (loss, {})
 
     def _to_device(self, batch):
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -3692,18 +3686,20 @@ class Trainer:
 
     def _say_best(self, last):
         """Say which evaluation was the best if it is not the last, and warn where training has gone on for too long."""
-        best = self.best_figures
+        best, first = self.best_figures, self.first_figures
+        if not best:
+            return
         text = (
-            f"best: the evaluation of step {best.get('step')} ({describe(best)}); "
+            f"best: the evaluation of step {best['step']} ({describe(best)}); "
             "later stages, sample.py, eval and export take its weights, best.pt"
         )
-        if best and self._is_worse(last, best):
+        if self._is_worse(last, best):
             warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=4)
-        elif best and best["step"] < self.step_count:
+        elif best["step"] < self.step_count:
             self.line.say(text)
-        if best and self.first_figures and self._is_worse(best, self.first_figures):
-            problem = f"before the first step held-out figures were better: {describe(self.first_figures)}"
-            warnings.warn(f"{problem}: try a smaller --learning-rate", stacklevel=4)
+        if first and self._is_worse(best, first):
+            text = f"before the first step held-out figures were better: {describe(first)}"
+            warnings.warn(f"{text}: try a smaller --learning-rate", stacklevel=4)
 
     def _is_worse(self, figures, others):
         """Return whether an evaluation is clearly worse than another; a NaN is."""
@@ -3904,11 +3900,9 @@ class Trainer:
 
     def _start_run(self):
         """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will repeat."""
-        self.peak_flops = math.nan
-        if WORLD.size > 1:
-            self._check_equal()
-            if self.step_count == 0:  # dropout and sampling differ
-                torch.manual_seed(WORLD.seed(self.config.seed))
+        self._check_equal()
+        if WORLD.size > 1 and self.step_count == 0:  # dropout and sampling differ
+            torch.manual_seed(WORLD.seed(self.config.seed))
         if not WORLD.is_first:
             return
         # 1 nothing on disk is harmed
@@ -3925,17 +3919,20 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step_count + 1)
-        # 3 what `mfu` is a share of
         self.peak_flops = matmul_peak(self.device, self.config.dtype, 8192 if self.device.type == "cuda" else 1024)
 
     def config_dict(self) -> dict:
         """Return what config.json and a checkpoint say of a run."""
-        configs = {"model": self.model.config, "train": self.config, "rl": self.rl}
-        configs = {name: dataclasses.asdict(config) for name, config in configs.items()}
         loaders = {"train": self.train_data, "val": self.val_data}
         data = {name: loader.source._asdict() for name, loader in loaders.items() if isinstance(loader, BatchLoader)}
-        # "stage", "parent", "reward", "model", "train", "rl", "data": as far as there are such
-        return {"stage": self.stage, **self.origin, **configs, "data": data}
+        return {
+            "stage": self.stage,
+            **self.origin,  # "parent", "checkpoint", "reward", "imported": as far as there are such
+            "model": dataclasses.asdict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "rl": dataclasses.asdict(self.rl),
+            "data": data,
+        }
 
     def _parts(self):
         """Return what is saved by its state_dict, if it has one, by the name in a checkpoint."""
@@ -3989,8 +3986,8 @@ class Trainer:
 
     def _check_equal(self):
         """Raise UserError unless all processes have the same weights."""
-        if WORLD.size > 1 and len(set(marks := WORLD.gather(fingerprint(self.trained)))) > 1:
-            odd = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        marks = WORLD.gather(fingerprint(self.trained) if WORLD.size > 1 else "")
+        if odd := [rank for rank, mark in enumerate(marks) if mark != marks[0]]:
             raise UserError(f"processes {odd} have other weights than the first: are machines and versions the same?")
 
     def load_checkpoint(self, path: AnyPath) -> None:
@@ -4163,10 +4160,10 @@ def remove_dropout(model: nn.Module) -> None:
 
 
 def completion_logprobs(model: MiniGPT, batch: Batch) -> Tensor:
-    """Return log-probabilities of completions, summed over tokens: (B, 2) for pairs (B, 2, T), (B,) for rows (B, T)."""
-    ids, labels, mask = (batch[name].flatten(0, -2) for name in ("input_ids", "labels", "attention_mask"))  # (2 B, T)
+    """Return the log-probabilities of the completions of pairs (B, 2, T), summed over tokens, (B, 2)."""
+    ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))  # (2 B, T)
     hidden, _ = model.hidden_states(ids[:, :-1], token_mask=mask[:, :-1])
-    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(batch["labels"].shape[:-1])
+    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(-1, 2)
 
 
 def pair_figures(scores: Tensor, batch: Batch) -> Figures:
