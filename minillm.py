@@ -3205,7 +3205,7 @@ def load_run(
             add_lora(model, rank, config["train"]["lora_alpha"])
         weights = state["model"]
         if base := state.get("base", {}).get("model"):
-            weights = _base_weights(path, config, base, weights) | weights
+            weights = _base_weights(path, config["parent"], base, weights) | weights
         model.load_state_dict(weights)
         if state["tokenizer_hash"] != tokenizer.content_hash():
             raise UserError(f"{run_dir / 'tokenizer.json'} is not the tokenizer that the checkpoint was trained with")
@@ -3233,18 +3233,14 @@ def _best_state(run_dir, config, tokenizer):
         return None
 
 
-def _base_weights(path, config, expected, trained):
+def _base_weights(path, parent, expected, trained):
     """Return the weights that LoRA left as they were, from the run that it started from."""
-    parent = config["parent"]
     for which in ("best", "last"):  # whichever it started from
         try:
             model = load_run(parent, which=which)[0]
         except UserError as error:
             raise UserError(f"{path} holds only what LoRA trained, and its base cannot be read: {error}") from error
-        if config["stage"] == "reward" and not isinstance(model, RewardModel):
-            model = RewardModel(model)
-        add_lora(model, config["train"]["lora_rank"], config["train"]["lora_alpha"])
-        if fingerprint(model, trained) == expected:
+        if fingerprint(model, trained) == expected:  # the names of its weights are the same with LoRA
             return model.state_dict()
     raise UserError(f"{path} holds only what LoRA trained, and its base {parent} has changed since: restore that")
 
@@ -3396,8 +3392,8 @@ class Trainer:
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation
-    first_figures: Metrics = {}  # the figures of the evaluation before the first step
     best_figures: Metrics = {}  # the figures of that evaluation, and its "step"
+    first_figures: Metrics = {}  # the figures of the evaluation before the first step
     epochs_done = 0.0  # passes over the data
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
     part_names: dict = {}  # names of the loss and its parts
@@ -4001,7 +3997,7 @@ class Trainer:
             state = load_checkpoint(path)
         self._check_belongs(path, state)
         # 2 weights, cursor, moments
-        for name in state.get("base", {}):
+        for name in state["base"]:
             state[name] = self.trained[name].state_dict() | state[name]
         for name, part in self._parts().items():
             if state[name]:  # None for a disabled scaler, or data without a cursor
@@ -4037,11 +4033,9 @@ class Trainer:
         for name in FIXED_OPTIONS:
             if before.get(name, options[name]) != options[name]:
                 raise UserError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}: give that")
-        for name, mark in state.get("base", {}).items():
-            if fingerprint(self.trained[name], state[name]) != mark:
-                raise UserError(f"{path} holds only what LoRA trained, and its base has changed since: restore that")
-        for name, mark in self.extra_state().items():
-            if state["extra"].get(name) != mark:
+        marks = self.extra_state() | {name: fingerprint(self.trained[name], state[name]) for name in state["base"]}
+        for name, mark in marks.items():
+            if (state["extra"] | state["base"]).get(name) != mark:
                 raise UserError(f"the {name} is not the one that this run started with: give that")
 
 
