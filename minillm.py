@@ -2893,8 +2893,9 @@ class World:
         # the store is torchrun's: it outlives any of the processes
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
         self.store = dist.PrefixStore(self._name_of_start(store), store)
-        options = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": self.limit}
-        self._communicate(dist.init_process_group, backend, **options)
+        self._communicate(
+            dist.init_process_group, backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit
+        )
         self.barrier()  # one that ended now would leave the others a failed connection instead of its message
         signal.signal(signal.SIGINT, handler)
         if not self.is_first:
@@ -3545,14 +3546,11 @@ class Trainer:
             try:
                 return fn(self.micro_splits)
             except RuntimeError as error:
-                is_full = is_out_of_memory(error)
-                if not (self.config.auto_micro_batch if is_full else self._stops_compiling(error)):
+                if not self._can_retry(error, rows):
                     raise
             # outside of except, where the error no longer holds on to the tensors of the failed attempt
             self.trained.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()  # nothing without CUDA
-            if is_full:
-                self._split_more(rows)
 
     def map_in_memory(self, fn: Callable[[Batch], typing.Any], batch: Batch) -> list:
         """Return [fn(batch)], or fn of each part of it where memory does not suffice for all of it."""
@@ -3560,18 +3558,18 @@ class Trainer:
             lambda parts: [fn(self._to_device(part)) for part in split_rows(batch, parts)], len(batch["input_ids"])
         )
 
-    def _split_more(self, rows):
-        if self.micro_splits >= rows:
-            raise UserError(
-                "out of memory with one row at a time: try a smaller --seq-len or model, "
-                "--gradient-checkpointing, or --optimizer adamw"
-            )
-        self.micro_splits *= 2
-        rows = -(-rows // self.micro_splits)
-        self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
-
-    def _stops_compiling(self, error):
-        """Return whether the error is one of torch.compile, and training can go on without it."""
+    def _can_retry(self, error, rows):
+        """Return whether it may go well with smaller micro-batches, or without compiling, and choose these."""
+        if is_out_of_memory(error) and self.config.auto_micro_batch:
+            if self.micro_splits >= rows:
+                raise UserError(
+                    "out of memory with one row at a time: try a smaller --seq-len or model, "
+                    "--gradient-checkpointing, or --optimizer adamw"
+                ) from None
+            self.micro_splits *= 2
+            rows = -(-rows // self.micro_splits)
+            self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
+            return True
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             return False
         if self.config.compile == "on":
@@ -4153,9 +4151,14 @@ def remove_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
+def pair_rows(batch: Batch) -> list[Tensor]:
+    """Return input_ids, labels and attention_mask of pairs (B, 2, T) as rows, (2 B, T): chosen, rejected, chosen, …"""
+    return [batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask")]
+
+
 def completion_logprobs(model: MiniGPT, batch: Batch) -> Tensor:
     """Return the log-probabilities of the completions of pairs (B, 2, T), summed over tokens, (B, 2)."""
-    ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))  # (2 B, T)
+    ids, labels, mask = pair_rows(batch)
     hidden, _ = model.hidden_states(ids[:, :-1], token_mask=mask[:, :-1])
     return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(-1, 2)
 
@@ -4255,7 +4258,7 @@ class RewardTrainer(PairTrainer):
     stage = "reward"
 
     def loss(self, batch: Batch) -> Tensor:
-        ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))
+        ids, labels, mask = pair_rows(batch)
         hidden, _ = self.model.hidden_states(ids, token_mask=mask)  # (2 B, T, C), for scores and logits alike
         scores = self.model.final_score(hidden, mask).view(-1, 2)  # (B, 2): chosen, rejected
         loss = reward_loss(*scores.T) + self.rl.reward_center_coef * scores.sum(dim=1).square().mean()
@@ -4267,7 +4270,8 @@ class RewardTrainer(PairTrainer):
 
     def scores(self, batch: Batch) -> Tensor:
         """Return the scores (B, 2) of the chosen and of the rejected completions."""
-        return self.model(batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)).view(-1, 2)
+        ids, _, mask = pair_rows(batch)
+        return self.model(ids, mask).view(-1, 2)
 
     def measure(self, batch: Batch) -> Figures:
         """Return "loss" (nats per pair), "pair_accuracy" (also by category), and that of the longer completion."""
