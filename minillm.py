@@ -2983,7 +2983,7 @@ class World:
         """Return fn(rows), which treats rows one by one; each process computes an equal part of them."""
         if self.size == 1:
             return fn(rows)
-        n = -(-len(rows) // self.size)  # rounded up: behind the last row come the first ones again
+        n = -(-len(rows) // self.size)  # rounded up: after the last row come the first ones again
         mine = torch.arange(n * self.rank, n * (self.rank + 1), device=rows.device) % len(rows)
         return torch.cat(self._all_gather(fn(rows[mine])))[: len(rows)]
 
@@ -3042,7 +3042,7 @@ def save_checkpoint(path: AnyPath, state: dict) -> None:
                 "the checkpoint before it is complete: go on from it with --resume"
             ) from error
         if path.exists():  # a second name for it, so that there is a complete checkpoint at every instant
-            previous = path.with_name(path.stem + ".prev.pt")
+            previous = path.with_suffix(".prev.pt")
             previous.unlink(missing_ok=True)  # a link does not replace a file
             try:
                 os.link(path, previous)
@@ -3056,7 +3056,7 @@ def load_checkpoint(path: AnyPath, repair: bool = False) -> dict:
     With `repair` the one before takes the damaged one's place, so that the next save does not delete the good one.
     """
     path, problems = Path(path), []
-    for candidate in (path, path.with_name(path.stem + ".prev.pt")):
+    for candidate in (path, path.with_suffix(".prev.pt")):
         try:
             with zipfile.ZipFile(candidate) as archive:
                 if damaged := archive.testzip():  # compares checksums: torch.load itself accepts a flipped bit
@@ -3398,7 +3398,7 @@ class Trainer:
     epochs_done = 0.0  # passes over the data
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
     part_names: dict = {}  # names of the loss and its parts
-    peak_flops = math.nan  # what `mfu` is a share of, measured by the process that logs
+    peak_flops = math.nan  # measured by the process that logs
 
     def __init__(
         self,
@@ -3503,7 +3503,7 @@ class Trainer:
         # the rows of pretraining are of equal length
         with training_kernels(self.config.dtype == "float32_onednn", cudnn=self.stage == "pretrain"):
             figures = self.in_memory(accumulate, max(len(batch["input_ids"]) for batch in mine))
-        WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
+        WORLD.sum_gradients(self.trained.parameters())
         metrics = average(figures)
         self.part_names = dict.fromkeys(metrics)
         # 2 clip
@@ -3843,7 +3843,7 @@ class Trainer:
 
     def _log_window(self, window, evaluation):
         """Log and show the means of the steps since the last time."""
-        # 1 the row: a figure's mean is over the steps that have it, and where it is finite
+        # 1 the row: a figure's mean is over the steps where it is finite, NaN where it never is
         finite = [{name: (x, 1) for name, x in metrics.items() if math.isfinite(x)} for metrics in window]
         row = dict.fromkeys(window[0], math.nan) | average(finite)
         del row["count"]
@@ -3913,6 +3913,7 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step_count + 1)
+        # 3 what `mfu` is a share of
         self.peak_flops = matmul_peak(self.device, self.config.dtype, 8192 if self.device.type == "cuda" else 1024)
 
     def config_dict(self) -> dict:
