@@ -35,6 +35,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -3101,9 +3102,9 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             for dead in folder.glob(".*.tmp"):
                 shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process: wait for it, or take another --out") from None
         except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
+                raise UserError(f"{folder} is in use by another process: wait for it, or take another --out") from None
             warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
     finally:
