@@ -62,7 +62,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -2731,7 +2731,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name!r} is not possible: it must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # but where cudnn_attention says so
+        torch.backends.cuda.enable_cudnn_sdp(False)  # but where training_kernels says so
         torch.set_float32_matmul_precision("high")  # float32 products use the tensor cores, as TF32
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device  # of several, this process's
 
@@ -2761,31 +2761,26 @@ def _measured_dtype(device):
     for name in names * 4:  # in turns, so that what else the machine does slows all of them
         speed[name] = max(speed[name], matmul_peak(device, name, 512))
     x = torch.rand(64, 64)
-    with onednn_products(True):
+    with training_kernels(onednn=True):
         is_exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5)  # processors with AMX round
     best = "float32_onednn" if is_exact and speed["float32_onednn"] > 1.1 * speed["float32"] else "float32"
     return "bfloat16" if speed["bfloat16"] > 1.5 * speed[best] else best
 
 
 @contextlib.contextmanager
-def onednn_products(enabled: bool) -> Iterator[None]:
-    """Let oneDNN compute float32 products inside the block; for single rows, as in decoding, it is slower than MKL."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if enabled else before)
+def training_kernels(onednn: bool, cudnn: bool = False) -> Iterator[None]:
+    """Let oneDNN compute float32 products, and cuDNN attention on CUDA, inside the block.
+
+    oneDNN is slower than MKL for single rows, as in decoding. cuDNN is the fastest, but it plans for every new shape,
+    0.5 s.
+    """
+    precision, before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("medium" if onednn else precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def cudnn_attention(enabled: bool) -> Iterator[None]:
-    """Let cuDNN compute attention on CUDA inside the block: the fastest, but it plans for every new shape, 0.5 s."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(enabled)
-    try:
-        yield
-    finally:
+        torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
@@ -2793,13 +2788,11 @@ def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
     """Measure the floating-point operations per second of an n x n matrix product, in a fraction of a second."""
     a, b = torch.ones(2, n, n, device=device, dtype=pick_dtype(dtype, device))
     seconds = []
-    with onednn_products(dtype == "float32_onednn"):
-        for _ in range(10):
+    with training_kernels(onednn=dtype == "float32_onednn"):
+        while len(seconds) < 10 and sum(seconds) < 0.5:  # float16 on a CPU takes long
             start = time.perf_counter()
             (a @ b)[0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - start)
-            if sum(seconds) > 0.5:  # float16 on a CPU
-                break
     return 2 * n**3 / min(seconds)
 
 
@@ -2877,8 +2870,9 @@ class World:
         # the store is torchrun's: it outlives any of the processes
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.limit))
         self.store = dist.PrefixStore(self._name_of_start(store), store)
-        options = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": self.limit}
-        self._communicate(dist.init_process_group, backend, **options)
+        self._communicate(
+            dist.init_process_group, backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit
+        )
         self.barrier()  # one that ended now would leave the others a failed connection instead of its message
         signal.signal(signal.SIGINT, handler)
         if not self.is_first:
@@ -2895,14 +2889,15 @@ class World:
             return name
         others = range(1, self.size)
         while not store.check([f"{name}/{rank}" for rank in others]):
-            for rank in others:
-                if store.check([f"question/{rank}"]):
-                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
+            for rank in others:  # its question may still be that of an earlier start: then it is asked again
+                store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
             time.sleep(0.02)
         return name
 
     def _communicate(self, operation, *args, **options):
         """Call an operation of torch.distributed; if it fails, the error names the processes that did not answer."""
+        if self.size == 1:
+            return
         try:
             operation(*args, **options)
         except RuntimeError as error:
@@ -2916,20 +2911,18 @@ class World:
 
     def _all_gather(self, tensor):
         """Return the tensors of all processes, which have one shape."""
-        gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        self._communicate(dist.all_gather, gathered, tensor.contiguous())
+        tensor = tensor.contiguous()
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._communicate(dist.all_gather, gathered, tensor)
         return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over the processes, in place."""
-        if self.size > 1:
-            self._communicate(dist.all_reduce, tensor)
+        self._communicate(dist.all_reduce, tensor)
         return tensor
 
     def max(self, *numbers: float) -> list[float]:
         """Return the largest of each number over the processes."""
-        if self.size == 1:
-            return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
         self._communicate(dist.all_reduce, tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
@@ -2940,12 +2933,10 @@ class World:
             return [value]
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        mine = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)  # (n,)
-        sizes = torch.zeros(self.size, dtype=torch.long)
-        sizes[self.rank] = len(mine)
-        longest = int(self.sum(sizes).max())
-        gathered = self._all_gather(F.pad(mine, (0, longest - len(mine))))
-        parts = [ctypes.string_at(part.data_ptr(), size) for part, size in zip(gathered, sizes.tolist(), strict=True)]
+        mine = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)  # (n,)
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(mine)]))]
+        gathered = self._all_gather(F.pad(mine, (0, max(sizes) - len(mine))))
+        parts = [ctypes.string_at(part.data_ptr(), size) for part, size in zip(gathered, sizes, strict=True)]
         return [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True) for part in parts]
 
     def first(self, fn: Callable) -> typing.Any:
@@ -2955,9 +2946,9 @@ class World:
     def add(self, figures: Metrics) -> Metrics:
         """Return the sum of each figure over all processes; one that lacks it counts as 0."""
         total = Counter()
-        for part in self.gather({name: float(value) for name, value in figures.items()}):
+        for part in self.gather(dict(figures)):
             total.update(part)
-        return dict(total)
+        return total
 
     def mine(self, batch: typing.Any) -> typing.Any:
         """Return this process's rows of a batch, or its items of a list."""
@@ -2969,19 +2960,21 @@ class World:
         """Return fn(rows), which treats rows one by one; each process computes an equal part of them."""
         if self.size == 1:
             return fn(rows)
-        n = -(-len(rows) // self.size)  # rounded up
-        padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n * self.size - len(rows)))
-        return torch.cat(self._all_gather(fn(padded[n * self.rank : n * (self.rank + 1)])))[: len(rows)]
+        n = -(-len(rows) // self.size)  # rounded up: after the last row come the first ones again
+        mine = torch.arange(n * self.rank, n * (self.rank + 1), device=rows.device) % len(rows)
+        return torch.cat(self._all_gather(fn(rows[mine])))[: len(rows)]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up gradients over the processes. A parameter that has one in no process keeps none."""
-        for group in batched(parameters if self.size > 1 else (), torch.numel, 1 << 24):  # flat buffers of 64 MB
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        has_gradient = self.max(*(p.grad is not None for p in parameters))  # in any process
+        for group in batched(itertools.compress(parameters, has_gradient), torch.numel, 1 << 24):  # buffers of 64 MB
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-            counts = group[0].new_tensor([p.grad is not None for p in group])
-            flat = self.sum(torch.cat([tensor.flatten() for tensor in (*gradients, counts)]))
-            *gradients, counts = flat.split([*map(torch.numel, group), len(group)])
-            for p, gradient, count in zip(group, gradients, counts.tolist(), strict=True):
-                p.grad = gradient.view_as(p) if count else None
+            flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for p, gradient in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                p.grad = gradient.view_as(p)
 
     def barrier(self) -> None:
         """Wait for the others, however long they encode data: torchrun ends all if one of them dies."""
@@ -3026,7 +3019,7 @@ def save_checkpoint(path: AnyPath, state: dict) -> None:
                 "the checkpoint before it is complete: go on from it with --resume"
             ) from error
         if path.exists():  # a second name for it, so that there is a complete checkpoint at every instant
-            previous = path.with_name(path.stem + ".prev.pt")
+            previous = path.with_suffix(".prev.pt")
             previous.unlink(missing_ok=True)  # a link does not replace a file
             try:
                 os.link(path, previous)
@@ -3040,7 +3033,7 @@ def load_checkpoint(path: AnyPath, repair: bool = False) -> dict:
     With `repair` the one before takes the damaged one's place, so that the next save does not delete the good one.
     """
     path, problems = Path(path), []
-    for candidate in (path, path.with_name(path.stem + ".prev.pt")):
+    for candidate in (path, path.with_suffix(".prev.pt")):
         try:
             with zipfile.ZipFile(candidate) as archive:
                 if damaged := archive.testzip():  # compares checksums: torch.load itself accepts a flipped bit
@@ -3087,8 +3080,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
                 shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
-                problem = f"{folder} is in use by another process: wait for it, or take another --out"
-                raise UserError(problem) from None
+                raise UserError(f"{folder} is in use by another process: wait for it, or take another --out") from None
             warnings.warn(f"{folder} cannot be locked ({error}): let no other process write there", stacklevel=4)
         yield
     finally:
@@ -3191,7 +3183,7 @@ def load_run(
             add_lora(model, rank, config["train"]["lora_alpha"])
         weights = state["model"]
         if base := state.get("base", {}).get("model"):
-            weights = _base_weights(path, config, base, weights) | weights
+            weights = _base_weights(path, config["parent"], base, weights) | weights
         model.load_state_dict(weights)
         if state["tokenizer_hash"] != tokenizer.content_hash():
             raise UserError(f"{run_dir / 'tokenizer.json'} is not the tokenizer that the checkpoint was trained with")
@@ -3211,27 +3203,22 @@ def _best_state(run_dir, config, tokenizer):
     try:
         state = load_checkpoint(path)
         saved = state["config"]["stage"], state["config"]["model"], state["tokenizer_hash"]
-        if saved == (config["stage"], config["model"], tokenizer.content_hash()):
-            return state
-        problem = f"{path} is not of this run"
+        if saved != (config["stage"], config["model"], tokenizer.content_hash()):
+            raise UserError(f"{path} is not of this run")
+        return state
     except (UserError, KeyError, TypeError) as error:
-        problem = str(error)
-    warnings.warn(f"{problem}: taking the last weights, in checkpoint.pt, instead", stacklevel=3)
-    return None
+        warnings.warn(f"{error}: taking the last weights, in checkpoint.pt, instead", stacklevel=3)
+        return None
 
 
-def _base_weights(path, config, expected, trained):
+def _base_weights(path, parent, expected, trained):
     """Return the weights that LoRA left as they were, from the run that it started from."""
-    parent = config["parent"]
     for which in ("best", "last"):  # whichever it started from
         try:
             model = load_run(parent, which=which)[0]
         except UserError as error:
             raise UserError(f"{path} holds only what LoRA trained, and its base cannot be read: {error}") from error
-        if config["stage"] == "reward" and not isinstance(model, RewardModel):
-            model = RewardModel(model)
-        add_lora(model, config["train"]["lora_rank"], config["train"]["lora_alpha"])
-        if fingerprint(model, trained) == expected:
+        if fingerprint(model, trained) == expected:  # the names of its weights are the same with LoRA
             return model.state_dict()
     raise UserError(f"{path} holds only what LoRA trained, and its base {parent} has changed since: restore that")
 
@@ -3242,8 +3229,9 @@ def replacing(overwrite: bool, *run_dirs: Path) -> Iterator[None]:
 
     Of several, those that were not reached stay aside: beside new parents they would pass for finished.
     """
-    for old in (old for run_dir in run_dirs for old in run_dir.parent.glob(f"{run_dir.name}.old-*")):
-        print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
+    for run_dir in run_dirs:
+        for old in run_dir.parent.glob(f"{run_dir.name}.old-*"):
+            print(f"{old} is of an --overwrite that did not end: move it back, or delete it")
     aside = {}
     WORLD.barrier()  # no process reads the old ones any more
     try:
@@ -3326,7 +3314,7 @@ FIGURES = {
 }
 
 
-def describe(result: dict[str, float], names: Iterable[str] = tuple(FIGURES)) -> str:
+def describe(result: dict[str, float], names: Iterable[str] = FIGURES) -> str:
     """Return the figures of `result` among `names`, in words; one that is not in FIGURES by its name."""
     return ", ".join(
         FIGURES.get(name, f"{name.replace('_', ' ')} {{:.4g}}").format(result[name]) for name in names if name in result
@@ -3346,19 +3334,20 @@ FIXED_OPTIONS = ("lora_rank", "lora_alpha", "optimizer", "dpo_beta", "dpo_kind",
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
-    """Return a batch in so many parts, or fewer where it has too few rows."""
+    """Return a batch in so many parts, or fewer where it has too few rows: none without any."""
     B = len(batch["input_ids"])
-    rows = -(-B // parts)  # rounded up
+    rows = max(1, -(-B // parts))  # rounded up
     return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, B, rows)]
 
 
 def average(parts: Iterable[Figures]) -> Metrics:
     """Return Σ sum / Σ count of each figure over the parts, and over all processes; of a total the sum."""
     sums, counts = Counter(), Counter()
-    for name, figure in itertools.chain(*(figures.items() for figures in parts)):
-        value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
-        sums[name] += float(value)
-        counts[name] += count
+    for figures in parts:
+        for name, figure in figures.items():
+            value, count = figure if isinstance(figure, tuple) else (figure, 0)  # a total has no count
+            sums[name] += float(value)
+            counts[name] += float(count)
     sums, counts = WORLD.add(sums), WORLD.add(counts)
     return {name: total / counts[name] if counts[name] else int(total) for name, total in sums.items()}
 
@@ -3381,11 +3370,12 @@ class Trainer:
     step_count = tokens_seen = skipped = skipped_in_row = 0
     micro_splits = 1  # number of micro-batches that a batch is cut into, since memory ran out
     best = -math.inf  # highest `quality` of an evaluation
-    first_figures: Metrics = {}  # the figures of the evaluation before the first step
     best_figures: Metrics = {}  # the figures of that evaluation, and its "step"
+    first_figures: Metrics = {}  # the figures of the evaluation before the first step
     epochs_done = 0.0  # passes over the data
     final_s = 0.0  # seconds that the evaluation, sample and checkpoint at the end will take
     part_names: dict = {}  # names of the loss and its parts
+    peak_flops = math.nan  # measured by the process that logs
 
     def __init__(
         self,
@@ -3418,9 +3408,7 @@ class Trainer:
         # what is trained, and with what: {"model": module}, {"model.AdamW": optimizer}
         self.trained, self.optimizers = nn.ModuleDict(), {}
         self.train_module("model", model)
-        # go into config.json and checkpoints
-        self.configs = {"model": model.config, "train": self.config, "rl": self.rl}
-        self.origin: dict[str, str] = {}  # the runs that this one starts from, likewise
+        self.origin: dict[str, str] = {}  # the runs that this one starts from; goes into config.json and checkpoints
         self.monitor, self.line = MemoryMonitor(self.device), ProgressLine()
         self.started = started or time.monotonic()
 
@@ -3456,7 +3444,7 @@ class Trainer:
 
     def measure(self, batch: Batch) -> Figures:
         """Return the figures of a validation batch: means as (sum, count), totals as numbers."""
-        return self.text_figures(self._named_loss(batch)["loss"], batch["labels"][:, 1:])
+        return self.text_figures(self._loss_and_parts(batch)[0], batch["labels"][:, 1:])
 
     def quality(self, result: Metrics) -> float:
         """Return how good an evaluation is, higher is better: the best one's weights are kept in best.pt."""
@@ -3486,35 +3474,29 @@ class Trainer:
         count = sum(map(self.count, batches))  # of all rows, before any backward
         if not count:
             raise UserError("a batch holds nothing to train on: all of its labels are -100")
-        mine = [batch for batch in map(WORLD.mine, batches) if len(batch["input_ids"])]
+        mine = list(map(WORLD.mine, batches))
+        accumulate = functools.partial(self._accumulate, mine, count)
         self.trained.train()
-
-        def accumulate(parts):
-            return self._accumulate([micro for batch in mine for micro in split_rows(batch, parts)], count)
-
         # the rows of pretraining are of equal length
-        with onednn_products(self.config.dtype == "float32_onednn"), cudnn_attention(self.stage == "pretrain"):
-            figures = self.in_memory(accumulate, max((len(batch["input_ids"]) for batch in mine), default=1))
-        WORLD.sum_gradients(p for p in self.trained.parameters() if p.requires_grad)
+        with training_kernels(self.config.dtype == "float32_onednn", cudnn=self.stage == "pretrain"):
+            figures = self.in_memory(accumulate, max(len(batch["input_ids"]) for batch in mine))
+        WORLD.sum_gradients(self.trained.parameters())
         metrics = average(figures)
         self.part_names = dict.fromkeys(metrics)
-        # 2 clip; an optimizer whose module has no gradient yet (PPO's policy in the critic's warm-up) stays out
-        optimizers = [
-            optimizer
-            for optimizer in self.optimizers.values()
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        ]
-        for optimizer in optimizers:
+        # 2 clip
+        for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)  # float16: the gradients are those of a scaled loss
         limit = self.config.grad_clip or math.inf
         norms = [nn.utils.clip_grad_norm_(module.parameters(), limit).item() for module in self.trained.values()]
         # 3 step, unless something is not finite: then weights and moments stay as they are
         rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)
         is_finite = all(map(math.isfinite, [metrics["loss"], *norms]))  # the same for all optimizers
-        for optimizer in optimizers:
+        for optimizer in self.optimizers.values():
+            gradients = []
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            if is_finite:
+                gradients += [p.grad for p in group["params"] if p.grad is not None]
+            if is_finite and gradients:  # PPO's policy has none in the critic's warm-up
                 self.scaler.step(optimizer)
         self.scaler.update()  # lowers the scale if unscaling met an infinity
         self.trained.zero_grad(set_to_none=True)
@@ -3541,14 +3523,11 @@ class Trainer:
             try:
                 return fn(self.micro_splits)
             except RuntimeError as error:
-                is_full = is_out_of_memory(error)
-                if not (self.config.auto_micro_batch if is_full else self._stops_compiling(error)):
+                if not self._can_retry(error, rows):
                     raise
             # outside of except, where the error no longer holds on to the tensors of the failed attempt
             self.trained.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()  # nothing without CUDA
-            if is_full:
-                self._split_more(rows)
 
     def map_in_memory(self, fn: Callable[[Batch], typing.Any], batch: Batch) -> list:
         """Return [fn(batch)], or fn of each part of it where memory does not suffice for all of it."""
@@ -3556,18 +3535,18 @@ class Trainer:
             lambda parts: [fn(self._to_device(part)) for part in split_rows(batch, parts)], len(batch["input_ids"])
         )
 
-    def _split_more(self, rows):
-        if self.micro_splits >= rows:
-            raise UserError(
-                "out of memory with one row at a time: try a smaller --seq-len or model, "
-                "--gradient-checkpointing, or --optimizer adamw"
-            )
-        self.micro_splits *= 2
-        rows = -(-rows // self.micro_splits)
-        self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
-
-    def _stops_compiling(self, error):
-        """Return whether the error is one of torch.compile, and training can go on without it."""
+    def _can_retry(self, error, rows):
+        """Return whether it may go well with smaller micro-batches, or without compiling, and choose these."""
+        if is_out_of_memory(error) and self.config.auto_micro_batch:
+            if self.micro_splits >= rows:
+                raise UserError(
+                    "out of memory with one row at a time: try a smaller --seq-len or model, "
+                    "--gradient-checkpointing, or --optimizer adamw"
+                ) from None
+            self.micro_splits *= 2
+            rows = -(-rows // self.micro_splits)
+            self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
+            return True
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             return False
         if self.config.compile == "on":
@@ -3578,23 +3557,20 @@ class Trainer:
             module._compiled_call_impl = None
         return True
 
-    def _accumulate(self, micro_batches, count):
-        """Sum the gradients of Σ loss / `count` over the micro-batches; return the figures of each."""
+    def _accumulate(self, batches, count, parts):
+        """Sum the gradients of Σ loss / `count` over the batches, each in so many parts; return the figures of each."""
         figures = []
-        for batch in micro_batches:
+        for micro in itertools.chain(*(split_rows(batch, parts) for batch in batches)):
             with self.autocast():
-                losses = self._named_loss(self._to_device(batch))
-            self.scaler.scale(losses["loss"] / count).backward()  # gradients add up in p.grad
-            terms = self.count(batch)
-            figures.append(
-                {name: value if isinstance(value, tuple) else (value.detach(), terms) for name, value in losses.items()}
-            )
+                loss, parts_of_loss = self._loss_and_parts(self._to_device(micro))
+            self.scaler.scale(loss / count).backward()  # gradients add up in p.grad
+            terms, sums = self.count(micro), {"loss": loss, **parts_of_loss}
+            figures.append({name: x if isinstance(x, tuple) else (x.detach(), terms) for name, x in sums.items()})
         return figures
 
-    def _named_loss(self, batch):
+    def _loss_and_parts(self, batch):
         loss = self.loss(batch)
-        loss, parts = loss if isinstance(loss, tuple) else (loss, {})
-        return {"loss": loss, **parts}
+        return loss if isinstance(loss, tuple) else (loss, {})
 
     def _to_device(self, batch):
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -3626,7 +3602,9 @@ class Trainer:
         """
         self._check_can_fit()
         config, window, evaluation = self.config, [], {}
-        with self._held_run_dir(), catch_signals() as caught, self._saved_on_error():
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        hold = locked(self.run_dir) if WORLD.is_first else contextlib.nullcontext()  # the first one for all processes
+        with hold, catch_signals() as caught, self._saved_on_error():
             self._start_run()
             if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
                 evaluation = self._evaluate_and_save()  # what the parent's model can do already
@@ -3659,16 +3637,6 @@ class Trainer:
         return progress >= 1, int(number)
 
     @contextlib.contextmanager
-    def _held_run_dir(self):
-        """Hold the run directory: the first process for all of them."""
-        if not WORLD.is_first:
-            yield
-            return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.run_dir):
-            yield
-
-    @contextlib.contextmanager
     def _saved_on_error(self):
         """Save the steps that are done before an error ends the block; of several processes the others may be gone."""
         first = self.step_count
@@ -3689,18 +3657,20 @@ class Trainer:
 
     def _say_best(self, last):
         """Say which evaluation was the best if it is not the last, and warn where training has gone on for too long."""
-        best = self.best_figures
+        best, first = self.best_figures, self.first_figures
+        if not best:
+            return
         text = (
-            f"best: the evaluation of step {best.get('step')} ({describe(best)}); "
+            f"best: the evaluation of step {best['step']} ({describe(best)}); "
             "later stages, sample.py, eval and export take its weights, best.pt"
         )
-        if best and self._is_worse(last, best):
+        if self._is_worse(last, best):
             warnings.warn(f"held-out figures have become worse, in the end {describe(last)}; {text}", stacklevel=4)
-        elif best and best["step"] < self.step_count:
+        elif best["step"] < self.step_count:
             self.line.say(text)
-        if best and self.first_figures and self._is_worse(best, self.first_figures):
-            problem = f"before the first step held-out figures were better: {describe(self.first_figures)}"
-            warnings.warn(f"{problem}: try a smaller --learning-rate", stacklevel=4)
+        if first and self._is_worse(best, first):
+            text = f"before the first step held-out figures were better: {describe(first)}"
+            warnings.warn(f"{text}: try a smaller --learning-rate", stacklevel=4)
 
     def _is_worse(self, figures, others):
         """Return whether an evaluation is clearly worse than another; a NaN is."""
@@ -3711,11 +3681,7 @@ class Trainer:
         limits = self.config.max_steps or self.config.minutes or self.config.epochs
         if self.train_data is None or self.run_dir is None or not limits:
             raise UserError("fit() needs train_data and run_dir, and an end of the run: max_steps, epochs or minutes")
-        if (
-            self.config.epochs
-            and not isinstance(self.train_data, BatchLoader)
-            and not hasattr(self.train_data, "__len__")
-        ):
+        if self.config.epochs and not isinstance(self.train_data, BatchLoader | Sized):
             raise UserError("epochs need train_data with a length: give max_steps or minutes instead")
         if self.progress() >= 1:  # a resumed run that is over
             raise UserError(
@@ -3744,7 +3710,7 @@ class Trainer:
         """Return how often the data have been gone through."""
         if isinstance(self.train_data, BatchLoader):
             return self.train_data.passes
-        batches = len(self.train_data) if hasattr(self.train_data, "__len__") else math.inf
+        batches = len(self.train_data) if isinstance(self.train_data, Sized) else math.inf
         return self.step_count * self.config.accumulation_steps / batches
 
     def work_done(self) -> float:
@@ -3772,7 +3738,7 @@ class Trainer:
         figures = []
         with eval_mode(self.trained), self.autocast():
             for batch in map(WORLD.mine, self.held_out(max_tokens)):
-                figures += self.map_in_memory(self.measure, batch) if len(batch["input_ids"]) else []
+                figures += self.map_in_memory(self.measure, batch)
             matches = self.exact_match()
         result = average(figures)
         if not any(result.values()):
@@ -3802,9 +3768,7 @@ class Trainer:
         # those without room are counted before they are dropped: then the prompts do not depend on the model
         checkable = (i for i in data.items if data.note(i)["answer"])
         answered = self._answered(WORLD.mine(list(itertools.islice(checkable, self.config.eval_prompts))))
-        right = [answer_matches(reply, note["answer"]) for note, reply in answered]
-        sums = WORLD.add({"right": sum(right), "replies": len(right)})
-        return {"exact_match": sums["right"] / sums["replies"]} if sums["replies"] else {}
+        return average({"exact_match": (answer_matches(reply, note["answer"]), 1)} for note, reply in answered)
 
     def samples(self) -> str:
         """Return text to show beside an evaluation: replies to a few held-out prompts."""
@@ -3856,14 +3820,9 @@ class Trainer:
 
     def _log_window(self, window, evaluation):
         """Log and show the means of the steps since the last time."""
-        # 1 the row: a figure's mean is over the steps that have it, and where it is finite
-        sums, steps = Counter(), Counter()
-        for metrics in window:
-            for name, value in metrics.items():
-                is_finite = math.isfinite(value)
-                sums[name] += value if is_finite else 0
-                steps[name] += is_finite
-        row = {name: total / steps[name] if steps[name] else math.nan for name, total in sums.items()}
+        # 1 the row: a figure's mean is over the steps where it is finite, NaN where it never is
+        finite = [{name: (x, 1) for name, x in metrics.items() if math.isfinite(x)} for metrics in window]
+        row = dict.fromkeys(window[0], math.nan) | average(finite)
         del row["count"]
         step_s = row.pop("seconds")
         # the last learning rate; speeds are sums over sums
@@ -3912,11 +3871,9 @@ class Trainer:
 
     def _start_run(self):
         """Write config.json and tokenizer.json, and drop metrics of steps that a resumed run will repeat."""
-        self.peak_flops = math.nan
-        if WORLD.size > 1:
-            self._check_equal()
-            if self.step_count == 0:  # dropout and sampling differ
-                torch.manual_seed(WORLD.seed(self.config.seed))
+        self._check_equal()
+        if WORLD.size > 1 and self.step_count == 0:  # dropout and sampling differ
+            torch.manual_seed(WORLD.seed(self.config.seed))
         if not WORLD.is_first:
             return
         # 1 nothing on disk is harmed
@@ -3938,14 +3895,16 @@ class Trainer:
 
     def config_dict(self) -> dict:
         """Return what config.json and a checkpoint say of a run."""
-        configs = {name: dataclasses.asdict(config) for name, config in self.configs.items()}
-        data = {
-            name: loader.source._asdict()
-            for name, loader in (("train", self.train_data), ("val", self.val_data))
-            if isinstance(loader, BatchLoader)
+        loaders = {"train": self.train_data, "val": self.val_data}
+        data = {name: loader.source._asdict() for name, loader in loaders.items() if isinstance(loader, BatchLoader)}
+        return {
+            "stage": self.stage,
+            **self.origin,  # "parent", "checkpoint", "reward", "imported": as far as there are such
+            "model": dataclasses.asdict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "rl": dataclasses.asdict(self.rl),
+            "data": data,
         }
-        # "stage", "parent", "reward", "model", "train", "rl", "data": as far as there are such
-        return {"stage": self.stage, **self.origin, **configs, "data": data}
 
     def _parts(self):
         """Return what is saved by its state_dict, if it has one, by the name in a checkpoint."""
@@ -3999,8 +3958,8 @@ class Trainer:
 
     def _check_equal(self):
         """Raise UserError unless all processes have the same weights."""
-        if WORLD.size > 1 and len(set(marks := WORLD.gather(fingerprint(self.trained)))) > 1:
-            odd = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        marks = WORLD.gather(fingerprint(self.trained) if WORLD.size > 1 else "")
+        if odd := [rank for rank, mark in enumerate(marks) if mark != marks[0]]:
             raise UserError(f"processes {odd} have other weights than the first: are machines and versions the same?")
 
     def load_checkpoint(self, path: AnyPath) -> None:
@@ -4014,7 +3973,7 @@ class Trainer:
             state = load_checkpoint(path)
         self._check_belongs(path, state)
         # 2 weights, cursor, moments
-        for name in state.get("base", {}):
+        for name in state["base"]:
             state[name] = self.trained[name].state_dict() | state[name]
         for name, part in self._parts().items():
             if state[name]:  # None for a disabled scaler, or data without a cursor
@@ -4050,11 +4009,9 @@ class Trainer:
         for name in FIXED_OPTIONS:
             if before.get(name, options[name]) != options[name]:
                 raise UserError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}: give that")
-        for name, mark in state.get("base", {}).items():
-            if fingerprint(self.trained[name], state[name]) != mark:
-                raise UserError(f"{path} holds only what LoRA trained, and its base has changed since: restore that")
-        for name, mark in self.extra_state().items():
-            if state["extra"].get(name) != mark:
+        marks = self.extra_state() | {name: fingerprint(self.trained[name], state[name]) for name in state["base"]}
+        for name, mark in marks.items():
+            if (state["extra"] | state["base"]).get(name) != mark:
                 raise UserError(f"the {name} is not the one that this run started with: give that")
 
 
@@ -4102,12 +4059,12 @@ class SFTTrainer(Trainer):
     stage = "sft"
 
     def loss(self, batch: Batch) -> Tensor:
-        segments, positions = batch["segments"][:, :-1], batch["position_ids"][:, :-1]
+        segments = batch["segments"][:, :-1]
         # tokens of a packed row see their own conversation only
         same_conversation = segments[:, :, None] == segments[:, None]  # (B, T, T)
         hidden, balance = self.model.hidden_states(
             batch["input_ids"][:, :-1],
-            position_ids=positions,
+            position_ids=batch["position_ids"][:, :-1],
             attention_mask=same_conversation,
             token_mask=segments > 0,
         )
@@ -4172,11 +4129,16 @@ def remove_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
+def pair_rows(batch: Batch) -> list[Tensor]:
+    """Return input_ids, labels and attention_mask of pairs (B, 2, T) as rows, (2 B, T): chosen, rejected, chosen, …"""
+    return [batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask")]
+
+
 def completion_logprobs(model: MiniGPT, batch: Batch) -> Tensor:
-    """Return log-probabilities of completions, summed over tokens: (B, 2) for pairs (B, 2, T), (B,) for rows (B, T)."""
-    ids, labels, mask = (batch[name].flatten(0, -2) for name in ("input_ids", "labels", "attention_mask"))  # (2 B, T)
+    """Return the log-probabilities of the completions of pairs (B, 2, T), summed over tokens, (B, 2)."""
+    ids, labels, mask = pair_rows(batch)
     hidden, _ = model.hidden_states(ids[:, :-1], token_mask=mask[:, :-1])
-    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(batch["labels"].shape[:-1])
+    return token_logprobs(hidden, model.output_weight, labels[:, 1:]).sum(dim=1).view(-1, 2)
 
 
 def pair_figures(scores: Tensor, batch: Batch) -> Figures:
@@ -4274,7 +4236,7 @@ class RewardTrainer(PairTrainer):
     stage = "reward"
 
     def loss(self, batch: Batch) -> Tensor:
-        ids, labels, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask"))
+        ids, labels, mask = pair_rows(batch)
         hidden, _ = self.model.hidden_states(ids, token_mask=mask)  # (2 B, T, C), for scores and logits alike
         scores = self.model.final_score(hidden, mask).view(-1, 2)  # (B, 2): chosen, rejected
         loss = reward_loss(*scores.T) + self.rl.reward_center_coef * scores.sum(dim=1).square().mean()
@@ -4286,7 +4248,8 @@ class RewardTrainer(PairTrainer):
 
     def scores(self, batch: Batch) -> Tensor:
         """Return the scores (B, 2) of the chosen and of the rejected completions."""
-        return self.model(batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)).view(-1, 2)
+        ids, _, mask = pair_rows(batch)
+        return self.model(ids, mask).view(-1, 2)
 
     def measure(self, batch: Batch) -> Figures:
         """Return "loss" (nats per pair), "pair_accuracy" (also by category), and that of the longer completion."""
