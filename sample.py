@@ -381,7 +381,7 @@ def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, 
 
 
 @contextlib.contextmanager
-def user_errors(program: str) -> Iterator[list[int]]:
+def user_errors(program: str, memory_advice: str = "") -> Iterator[list[int]]:
     """Print mistakes of the user, and warnings once each, in one line; the yielded list gets the exit status."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None is closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -401,10 +401,13 @@ def user_errors(program: str) -> Iterator[list[int]]:
             m.silence_stdout()
             status.append(0)
         except (m.UserError, OSError, RuntimeError, UnicodeError) as error:
-            if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
-                raise
+            message = str(error)
+            if isinstance(error, RuntimeError):
+                if not m.is_out_of_memory(error):
+                    raise
+                message = f"{message.splitlines()[0]} {memory_advice}".rstrip()
             if m.WORLD.is_first_to("error"):  # of several processes the one that it began with, or any if all have it
-                print(f"{program}: error: {error}", file=sys.stderr)
+                print(f"{program}: error: {message}", file=sys.stderr)
             status.append(2)
             try:
                 sys.stdout.flush()
