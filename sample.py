@@ -19,6 +19,7 @@ import unittest.mock
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
 
@@ -325,17 +326,12 @@ def token_name(tokenizer: m.BPETokenizer, token: int) -> str:
 
 def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int | None) -> None:
     """Print a text's tokens with ids and bytes, how much each surprises the model, and what it held for likeliest."""
-    model, tokenizer, attend, maps = generator.model, generator.tokenizer, m.attend, []
+    model, tokenizer = generator.model, generator.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=True) or [tokenizer.eos_id]
     layer = len(model.layers) if layer is None else layer
     if png and (len(ids) < 2 or not 1 <= layer <= len(model.layers)):
         raise m.UserError(f"--png draws 2 tokens or more, not {len(ids)}, of a --layer in 1 … {len(model.layers)}")
-
-    def noting_attend(q, k, v, bias):  # where the values are the identity, the output is the weights (1, H, T, T)
-        maps.append(attend(q, k, torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1), bias)[0].cpu())
-        return attend(q, k, v, bias)
-
-    with torch.no_grad(), unittest.mock.patch.object(m, "attend", noting_attend if png else attend):
+    with torch.no_grad(), unittest.mock.patch.object(m, "attend", wraps=m.attend) as attend:
         logits = model(torch.tensor([ids], device=model.embed_tokens.weight.device))[0, :, : tokenizer.vocab_size]
     logprobs = logits.float().log_softmax(dim=-1).cpu()  # (T, V): of what follows each token
     losses = [math.nan, *(-logprobs[t, token].item() for t, token in enumerate(ids[1:]))]
@@ -352,27 +348,26 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
     total, size = sum(losses[1:]), len(tokenizer.decode_bytes(ids[1:]))
     print(f"{total / max(1, len(ids) - 1):.4f} nats a token, {total / math.log(2) / max(1, size):.4f} bits a byte")
     if png:
-        draw_explanation(names, losses, maps[layer - 1], png)
+        q, k, _, bias = attend.call_args_list[layer - 1].args
+        identity = torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1)  # of such values come the weights, (1, H, T, T)
+        draw_explanation(names, losses, m.attend(q, k, identity, bias)[0].cpu(), png)
 
 
 def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, png: str) -> None:
     """Draw the losses of tokens, and beside them the attention maps (H, T, T) of a layer's heads."""
-    m.import_extra("matplotlib", "plot").use("Agg")
-    pyplot, fonts = m.import_extra("matplotlib.pyplot", "plot"), m.import_extra("matplotlib.font_manager", "plot")
+    pyplot, fonts = import_pyplot(), m.import_extra("matplotlib.font_manager", "plot").fontManager.ttflist
     warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
-    has_chinese = re.compile("CJK.*Regular|PingFang|msyh|simhei|wqy")
-    for path in filter(has_chinese.search, fonts.findSystemFonts()):
-        fonts.fontManager.addfont(path)
-        pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
+    chinese = [font.name for font in fonts if re.search("Sans CJK|PingFang|YaHei|SimHei|WenQuanYi", font.name)]
+    pyplot.rcParams["font.family"] = ["DejaVu Sans", *chinese]
     places, inches = range(len(names)), min(20, 3 + len(names) / 8)
     figure, axes = pyplot.subplots(1, 1 + len(maps), figsize=(inches * (1 + len(maps)), inches), layout="constrained")
     axes[0].barh(places, losses)
     axes[0].set(title="loss of each token, nats", ylim=(len(names) - 0.5, -0.5))
-    axes[0].set_yticks(places, names)
     for head, (axis, weights) in enumerate(zip(axes[1:], maps.tolist(), strict=True), 1):
         axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"attention of head {head}")
         axis.set_xticks(places, names, rotation=90)
+    for axis in axes:
         axis.set_yticks(places, names)
     figure.savefig(png, dpi=80)
 
@@ -487,13 +482,12 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
             ids, trained = (x.tolist() for x in data.sequence(i, side))
             show(f"{i + 1}, {('chosen', 'rejected')[side]}" if data.sides == 2 else i + 1, ids, trained)
         if data.kind == "chat":
-            lost = data.ends[i + 1] - data.ends[i] - len(ids)
-            for problem, applies in (
-                (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
-                ("nothing to train on: left out", not any(trained)),
-                ("missing end-of-turn", any(trained) and data.truncated[i]),
-            ):
-                print(f"   warning: {problem}\n" * applies, end="")
+            if lost := data.ends[i + 1] - data.ends[i] - len(ids):
+                print(f"   warning: over-long: {lost} tokens beyond seq_len={data.seq_len} cut off")
+            if not any(trained):
+                print("   warning: nothing to train on: left out")
+            elif data.truncated[i]:
+                print("   warning: missing end-of-turn")
         if trainer:
             batch = trainer.rollout(data.collate([i]))[0]
             reply = batch["input_ids"][0][batch["labels"][0] != -100].tolist()
@@ -515,14 +509,17 @@ NOT_DRAWN = re.compile(
 )
 
 
+def import_pyplot() -> Any:
+    m.import_extra("matplotlib", "plot").use("Agg")  # it draws into files only
+    return m.import_extra("matplotlib.pyplot", "plot")
+
+
 def plot(runs: list[str], path: Path) -> int:
     """Draw what runs have logged, a panel a figure, all runs together."""
     rows = {run: m.read_metrics(run) for run in runs}
     if path.suffix != ".png":
         raise m.UserError(f"--png {path} is not possible: it must end in .png")
-    matplotlib = m.import_extra("matplotlib", "plot")
-    matplotlib.use("Agg")
-    pyplot = m.import_extra("matplotlib.pyplot", "plot")
+    pyplot = import_pyplot()
     logged = dict.fromkeys(name for run in rows.values() for row in run for name in row)
     known = set(itertools.chain.from_iterable(PANELS))
     others = [(name,) for name in logged if name not in known and not NOT_DRAWN.fullmatch(name)]  # parts of a loss
