@@ -247,44 +247,53 @@ STOP = """async () => {  // a reply that is being written would come back
 }"""
 
 
-def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
-    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
-    gr = m.import_extra("gradio", "web")
+def texts_so_far(load, config, default, prompt, chosen, temperature, top_p, length) -> Iterator[str]:
+    """Yield what a run makes of a text or messages, as it grows; a mistake becomes a note on the page."""
+    changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
+    try:
+        generator = load((chosen or [default])[0])
+        prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
+        yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
+    except m.UserError as error:  # after gradio's Error the box for messages would stay closed
+        m.import_extra("gradio", "web").Warning(str(error), title="不行 / Not possible")
 
-    # 1 what the page asks for
-    def texts_so_far(prompt, chosen, temperature, top_p, length):
-        changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
-        try:
-            generator = load((chosen or runs)[0])
-            prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
-            yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
-        except m.UserError as error:
-            gr.Warning(str(error), title="不行 / Not possible")  # after an Error the box for messages stays closed
 
-    def reply(text, history, system, chosen, *controls):
-        """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
-        cards, start = {}, [{"role": "system", "content": system}] if system else []
-        for run in chosen or runs[:1]:
-            turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
-            turns.append({"role": "user", "content": text})
-            answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
-            messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
-            for so_far in texts_so_far(messages, [run], *controls):
-                cards[run] = gr.ChatMessage(so_far, metadata={"title": run})
-                yield [*cards.values()]
+def replies(load, config, default, text, history, system, chosen, *controls) -> Iterator[list[dict]]:
+    """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
+    cards, start = {}, [{"role": "system", "content": system}] if system else []
+    for run in chosen or [default]:
+        turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
+        turns.append({"role": "user", "content": text})
+        answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
+        messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
+        for so_far in texts_so_far(load, config, default, messages, [run], *controls):
+            cards[run] = {"content": so_far, "metadata": {"title": run}}
+            yield [*cards.values()]
+
+
+def escape_messages(chatbot: Any) -> None:
+    """Let messages travel escaped: the page takes texts for HTML."""
+    read, shown = chatbot.preprocess, chatbot.postprocess
 
     def with_texts(value, change):
         for part in itertools.chain.from_iterable(message.content for message in value.root if value):
             part.text = change(part.text)
         return value
 
+    chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
+    chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
+
+
+def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
+    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
+    gr = m.import_extra("gradio", "web")
+    temperature, length = config.temperature * config.do_sample, config.new_tokens(0)
+
     def pages(chosen):
         is_text = all(map(only_continues, chosen or runs[:1]))
         return gr.Column(visible=not is_text), gr.Column(visible=is_text)
 
-    # 2 the page
-    temperature, length = config.temperature * config.do_sample, config.new_tokens(0)
     with gr.Blocks(title="MiniLLM", fill_height=True, fill_width=True) as page:
         with gr.Sidebar():
             controls = [
@@ -297,17 +306,16 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
         with chat_page:
             system = gr.Textbox(system, label="系统提示 System prompt")
             chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
-            read, shown = chatbot.preprocess, chatbot.postprocess  # it takes texts for HTML: they travel escaped
-            chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
-            chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
+            escape_messages(chatbot)
+            reply = functools.partial(replies, load, config, runs[0])
             chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
             chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
         with text_page:
             text = gr.Textbox(label="文本 Text", lines=6, submit_btn=True, stop_btn=True)
-            writing = text.submit(texts_so_far, [text, *controls], gr.Textbox(label="续写 Continuation", lines=9))
-            text.stop(None, cancels=writing)
+            written = gr.Textbox(label="续写 Continuation", lines=9)
+            go_on = functools.partial(texts_so_far, load, config, runs[0])
+            text.stop(None, cancels=text.submit(go_on, [text, *controls], written))
         controls[0].change(pages, controls[0], [chat_page, text_page])
-    # 3 the server
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
     options = {"share": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
     _, address, _ = page.launch(server_name="127.0.0.1", **options)
