@@ -42,9 +42,8 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
     parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine (.[web])")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
-    parser.add_argument(
-        "--explain", metavar="TEXT", help="show a text's tokens, and what the model expects before each"
-    )
+    tokens = "show a text's tokens, and what the model expects before each"
+    parser.add_argument("--explain", metavar="TEXT", help=tokens)
     parser.add_argument("--png", metavar="FILE", help="--explain: draw losses and attention, too (.[plot])")
     parser.add_argument("--layer", type=int, metavar="INT", help="--png: whose attention, from 1 on [the last]")
     parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
@@ -97,9 +96,8 @@ def check_flags(args, config: m.GenerationConfig) -> None:
     modes = [f"--{name}" for name in ("chat", "web", "explain", "prompt") if getattr(args, name) not in (None, False)]
     if len(modes) > 1:
         raise m.UserError(f"{modes[0]} and {modes[1]} exclude each other: give one of them")
-    if args.explain is not None and (
-        useless := [*m.given_flags(args, m.GenerationConfig), *["compile"] * args.compile]
-    ):
+    useless = [*m.given_flags(args, m.GenerationConfig), *["compile"] * args.compile]
+    if args.explain is not None and useless:
         raise m.UserError(f"{m.flag_of(useless[0])} has no effect with --explain, which writes nothing")
     if args.png and not args.png.endswith(".png"):
         raise m.UserError(f"--png {args.png} is not possible: it must end in .png")
@@ -134,10 +132,8 @@ def main(argv: list[str] | None = None) -> int:
             web(list(dict.fromkeys([*runs, *map(str, others)])), load, config, system)
         elif args.chat:
             if only_continues(runs[0]):
-                print(
-                    "(a base model: it was never trained on conversations and only continues texts. Teach it to answer:"
-                )
-                print(f"python train.py --stage sft --init {shlex.quote(runs[0])})")
+                print("(a base model: it was never trained on conversations and only continues texts.", end=" ")
+                print(f"Teach it to answer:\npython train.py --stage sft --init {shlex.quote(runs[0])})")
             chat(generator, config, system)
         elif args.explain is not None:
             explain(generator, typed_texts("--explain", [args.explain])[0], args.png, args.layer)
@@ -336,8 +332,7 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
     """Print a text's tokens with ids and bytes, how much each surprises the model, and what it held for likeliest."""
     model, tokenizer = generator.model, generator.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=True) or [tokenizer.eos_id]
-    layer = len(model.layers) if layer is None else layer
-    if png and (len(ids) < 2 or not 1 <= layer <= len(model.layers)):
+    if png and (len(ids) < 2 or layer is not None and not 1 <= layer <= len(model.layers)):
         raise m.UserError(f"--png draws 2 tokens or more, not {len(ids)}, of a --layer in 1 … {len(model.layers)}")
     with torch.no_grad(), unittest.mock.patch.object(m, "attend", wraps=m.attend) as attend:
         logits = model(torch.tensor([ids], device=model.embed_tokens.weight.device))[0, :, : tokenizer.vocab_size]
@@ -356,8 +351,8 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
     total, size = sum(losses[1:]), len(tokenizer.decode_bytes(ids[1:]))
     print(f"{total / max(1, len(ids) - 1):.4f} nats a token, {total / math.log(2) / max(1, size):.4f} bits a byte")
     if png:
-        q, k, _, bias = attend.call_args_list[layer - 1].args
-        identity = torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1)  # of such values come the weights, (1, H, T, T)
+        q, k, _, bias = attend.call_args_list[-1 if layer is None else layer - 1].args
+        identity = torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1)  # the output for such values: the weights
         draw_explanation(names, losses, m.attend(q, k, identity, bias)[0].cpu(), png)
 
 
@@ -492,10 +487,8 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
         if data.kind == "chat":
             if lost := data.ends[i + 1] - data.ends[i] - len(ids):
                 print(f"   warning: over-long: {lost} tokens beyond seq_len={data.seq_len} cut off")
-            if not any(trained):
-                print("   warning: nothing to train on: left out")
-            elif data.truncated[i]:
-                print("   warning: missing end-of-turn")
+            if data.truncated[i]:
+                print("   warning:", "missing end-of-turn" if any(trained) else "nothing to train on: left out")
         if trainer:
             batch = trainer.rollout(data.collate([i]))[0]
             reply = batch["input_ids"][0][batch["labels"][0] != -100].tolist()
