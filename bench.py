@@ -250,7 +250,7 @@ def rates(setup: Setup, jobs: Iterable[tuple[str, float, dict[str, Callable]]]) 
     """Return rows of so many a second; of each peer, too, how many times as fast MiniLLM is, turn by turn."""
     table: Table = collections.defaultdict(dict)
     for row, count, work in jobs:
-        setup.line.show(row)
+        setup.line.show(f"measuring {row}")
         seconds = time_in_turns(setup, work)
         for name, times in seconds.items():
             table[name][row] = summarize([count / s for s in times])
@@ -278,7 +278,7 @@ def random_batch(setup: Setup, rows: int, length: int, config: m.MiniGPTConfig) 
 def bandwidth(setup: Setup) -> Measured:
     """Measure the gigabytes per second at which a sum reads memory that no cache holds."""
     x = torch.ones(1 << (28 if setup.device.type == "cuda" else 26), device=setup.device)
-    return rates(setup, [("memory", x.nbytes / 1e9, {"sum": x.sum})])["sum"]["memory"]
+    return rates(setup, [("memory bandwidth", x.nbytes / 1e9, {"MiniLLM": x.sum})])["MiniLLM"]["memory bandwidth"]
 
 
 class TimedTrainer(m.PreTrainer):
