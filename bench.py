@@ -1,9 +1,9 @@
 """Measure the speed and memory of training and decoding; compare runs; plan a training; let two forks duel."""
 
-from __future__ import annotations
-
 # ruff: noqa: E402
 import argparse
+import collections
+import copy
 import dataclasses
 import functools
 import json
@@ -15,9 +15,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +30,7 @@ import minillm as m
 import sample
 
 DATA = Path(m.__file__).parent / "data/train"
+TRAINING_FLAGS = ("dtype", "gradient_checkpointing", "batch_size", "seq_len", "optimizer")
 PROMPT_TOKENS = 16  # before those that are decoded
 NEW_TOKENS = {True: 32, False: 200}  # --quick and not
 SAMPLING = dict(do_sample=True, temperature=1.0, top_k=50, top_p=1.0)
@@ -45,6 +45,10 @@ class Measured(NamedTuple):
     value: float
     spread: float = 0.0
 
+    def __str__(self) -> str:
+        number = f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.4g}"
+        return number + (f" ±{self.spread:.0%}" if self.spread else "")
+
 
 Rows = dict[str, Measured | str]
 Table = dict[str, Rows]  # column -> row -> cell; after the last comma of a name stands the unit
@@ -52,26 +56,23 @@ Table = dict[str, Rows]  # column -> row -> cell; after the last comma of a name
 Tables = Iterator[tuple[str, Table]]  # titles, and what to add to the tables under them
 
 
-@dataclass
+@dataclasses.dataclass
 class Setup:
     """The settings that all measurements share."""
 
     device: torch.device
     quick: bool = True
     modes: tuple[str, ...] = ("eager",)
-    options: dict = dataclasses.field(default_factory=dict)  # fields of TrainConfig, from the command line
+    options: dict = dataclasses.field(default_factory=dict)  # of training: fields of TrainConfig
     dtype: torch.dtype = torch.float32  # of decoding
-    training_dtype: str = "float32"
     line: m.ProgressLine = dataclasses.field(default_factory=m.ProgressLine)
 
     def peak(self, dtype: str) -> float:
         """Measure the floating-point operations per second of a matrix product, which is the peak of a dtype."""
         return m.matmul_peak(self.device, dtype, 8192 if self.device.type == "cuda" else 1024)
 
-    def train_config(self, name: str, processes: int = 1) -> m.TrainConfig:
-        """Return the options for a preset; of several processes, those of the one with most rows."""
-        train = dataclasses.replace(m.get_train_config(name), **self.options | {"dtype": self.training_dtype})
-        train.batch_size = math.ceil(train.batch_size / processes)
+    def train_config(self, name: str) -> m.TrainConfig:
+        train = dataclasses.replace(m.get_train_config(name), **self.options)
         train.seq_len = train.seq_len or m.get_config(name).max_position_embeddings
         return train
 
@@ -95,7 +96,7 @@ class Amount(float):
         return number
 
 
-@dataclass
+@dataclasses.dataclass
 class Command:
     """The flags of bench.py itself; a few of training follow."""
 
@@ -121,22 +122,18 @@ class Command:
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
-MODES = ("peers", "profile", "plan", "duel")
-TRAINING_FLAGS = ("dtype", "gradient_checkpointing", "batch_size", "seq_len", "optimizer")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags, checked before anything is loaded or measured."""
-    usage = "bench.py [--config NAME ...] [any flag below]"
-    parser = m.FlagParser(prog="bench.py", description=__doc__, usage=usage)
+    parser = m.FlagParser(prog="bench.py", description=__doc__, usage="bench.py [--config NAME ...] [any flag below]")
     m.add_flags(parser, Command(), "what to measure")
     others = {field.name for field in dataclasses.fields(m.TrainConfig)}.difference(TRAINING_FLAGS)
     m.add_flags(parser, m.get_train_config("tiny"), "training [defaults of --config tiny]", skip=others)
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**dataclasses.asdict(Command()) | given)
     args.config = args.config or ["tiny", "small"] + ["moe"] * (not args.quick)
+    args.only = args.only or ["train", "decode", "tokenizer"]
     args.options = {name: given[name] for name in TRAINING_FLAGS if name in given}
-    modes = [name for name in MODES if getattr(args, name)]
+    modes = [name for name in ("peers", "profile", "plan", "duel") if getattr(args, name)]
     if len(modes) > 1:
         raise m.UserError(f"{' and '.join(map(m.flag_of, modes))} exclude each other")
     if m.WORLD.size > 1 and (args.only != ["train"] or modes):
@@ -147,7 +144,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in args.config:
         m.check_stage("pretrain", m.TrainConfig(**args.options), m.get_config(name))
     if args.duel:
-        check_duel(args, given)
+        if not all((Path(args.duel) / name).is_file() for name in ("train.py", "minillm.py")):
+            raise m.UserError(f"--duel {args.duel}: there is no train.py in it: name a copy of MiniLLM's folder")
+        if args.seeds < 2:
+            raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
+        if "steps" in given and (args.steps < 1 or "minutes" in given):
+            raise m.UserError("--steps must be 1 or more, and excludes --minutes")
+        m.data_files(args.data or DATA)
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
     elif args.json and not Path(args.json).parent.is_dir():
@@ -156,20 +159,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with sample.user_errors("bench.py") as ended:
+    with sample.user_errors("bench.py", memory_advice="Try a smaller --batch-size.") as ended:
         m.WORLD.start()
         args, tables = parse(argv), {}
         before = read_figures(args.baseline) if args.baseline else None
         m.keep_freed_memory()
         warnings.simplefilter("ignore")
-        try:
-            for title, table in measure(args):
-                add(tables.setdefault(title, {}), table)
-                report(args, title, tables)
-        except RuntimeError as error:
-            if m.is_out_of_memory(error):
-                raise m.UserError(f"{str(error).splitlines()[0]} Try a smaller --batch-size.") from error
-            raise
+        for title, more in measure(args):
+            for column, rows in more.items():
+                tables.setdefault(title, {}).setdefault(column, {}).update(rows)
+            # a run that is killed later has shown and written what it measured
+            if m.WORLD.is_first and args.json:
+                with m.atomic_write(args.json) as file:
+                    file.write(json.dumps({"flags": vars(args), "tables": tables}, indent=1, default=str).encode())
+            print(render(title, tables[title], args.all), flush=True)
         if before:
             print(render(f"against {args.baseline}", compare(measured_cells(tables), before)))
         return 0
@@ -178,15 +181,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> Tables:
     """Yield what the command line asks for, part by part."""
-    is_compiled = not args.plan and (args.compile == "on" or args.compile == "auto" and not args.quick)
+    is_compiled = args.compile == "on" or args.compile == "auto" and not args.quick
     modes = ("eager", "compiled") if is_compiled else ("eager",)
     device, dtype = m.pick_device(args.device), args.options.get("dtype", "auto")
-    dtypes = m.pick_dtype(dtype, device), m.fastest_dtype(device) if dtype == "auto" else dtype
-    setup = Setup(device, args.quick, modes, args.options, *dtypes)
+    options = args.options | {"dtype": m.fastest_dtype(device) if dtype == "auto" else dtype}
+    setup = Setup(device, args.quick, modes, options, m.pick_dtype(dtype, device))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    name += f", {torch.get_num_threads()} threads, torch {torch.__version__}"
-    setup.line.say(f"{name}, training in {setup.training_dtype}, decoding in {str(setup.dtype).removeprefix('torch.')}")
-    parts = args.only or ("train", "decode", "tokenizer")
+    dtypes = f"training in {options['dtype']}, decoding in {str(setup.dtype).removeprefix('torch.')}"
+    setup.line.say(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtypes}")
     if args.plan:
         yield from plan(setup, args)
     elif args.duel:
@@ -194,7 +196,7 @@ def measure(args: argparse.Namespace) -> Tables:
     elif args.profile:
         profile(setup, args.config, Path(args.profile))
     elif args.peers:
-        yield from peers(setup, parts)
+        yield from peers(setup, args.only)
     elif m.WORLD.size > 1:
         for name in args.config:
             yield "processes", {name: measure_processes(setup, name)}
@@ -202,14 +204,14 @@ def measure(args: argparse.Namespace) -> Tables:
         paths = ("float32", "float32_onednn", "bfloat16") if device.type == "cpu" else ("float32", "bfloat16")
         machine = {f"product in {path}, GFLOP/s": Measured(setup.peak(path) / 1e9) for path in paths}
         yield "machine", {"": machine | {"reading memory, GB/s": bandwidth(setup)}}
-        for name in args.config if {"train", "decode"} & {*parts} else ():
-            trained = measure_train(setup, name) if "train" in parts else {}
-            yield "presets", {name: trained | (measure_decode(setup, name) if "decode" in parts else {})}
-        if "tokenizer" in parts:
+        for name in args.config if {"train", "decode"} & {*args.only} else ():
+            trained = measure_train(setup, name) if "train" in args.only else {}
+            yield "presets", {name: trained | (measure_decode(setup, name) if "decode" in args.only else {})}
+        if "tokenizer" in args.only:
             yield "tokenizer", measure_tokenizers(setup)
 
 
-# -- timing ------------------------------------------------------------------------------------------------------------
+# -- timing and training -----------------------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -223,10 +225,6 @@ def summarize(samples: list[float]) -> Measured:
         return Measured(middle)
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Measured(middle, (high - low) / 2 / middle)
-
-
-def per_second(count: float, seconds: list[float]) -> Measured:
-    return summarize([count / s for s in seconds])
 
 
 def time_in_turns(setup: Setup, work: dict[str, Callable]) -> dict[str, list[float]]:
@@ -248,19 +246,18 @@ def time_in_turns(setup: Setup, work: dict[str, Callable]) -> dict[str, list[flo
     return seconds
 
 
-def rates(row: str, count: float, seconds: dict[str, list[float]]) -> Table:
-    """Return a row of so many a second, and how many times as fast as each peer MiniLLM is, turn by turn."""
-    table: Table = {name: {row: per_second(count, times)} for name, times in seconds.items()}
-    for peer in seconds.keys() - {"MiniLLM"}:
-        pairs = zip(seconds[peer], seconds["MiniLLM"], strict=True)
-        table[f"x {peer}"] = {row: summarize([other / own for other, own in pairs])}
+def rates(setup: Setup, jobs: Iterable[tuple[str, float, dict[str, Callable]]]) -> Table:
+    """Return rows of so many a second; of each peer, too, how many times as fast MiniLLM is, turn by turn."""
+    table: Table = collections.defaultdict(dict)
+    for row, count, work in jobs:
+        setup.line.show(f"measuring {row}")
+        seconds = time_in_turns(setup, work)
+        for name, times in seconds.items():
+            table[name][row] = summarize([count / s for s in times])
+        for peer in seconds.keys() - {"MiniLLM"}:
+            pairs = zip(seconds[peer], seconds["MiniLLM"], strict=True)
+            table[f"x {peer}"][row] = summarize([other / own for other, own in pairs])
     return table
-
-
-def add(table: Table, more: Table) -> None:
-    """Add the rows of more columns."""
-    for column, rows in more.items():
-        table.setdefault(column, {}).update(rows)
 
 
 def in_new_process(work: Callable, *args: Any) -> Any:
@@ -281,17 +278,13 @@ def random_batch(setup: Setup, rows: int, length: int, config: m.MiniGPTConfig) 
 def bandwidth(setup: Setup) -> Measured:
     """Measure the gigabytes per second at which a sum reads memory that no cache holds."""
     x = torch.ones(1 << (28 if setup.device.type == "cuda" else 26), device=setup.device)
-    return per_second(x.nbytes / 1e9, time_in_turns(setup, {"sum": x.sum})["sum"])
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
+    return rates(setup, [("memory bandwidth", x.nbytes / 1e9, {"MiniLLM": x.sum})])["MiniLLM"]["memory bandwidth"]
 
 
 class TimedTrainer(m.PreTrainer):
     """A trainer that notes the seconds of forward and backward; the rest of a step is clipping and the optimizer."""
 
     def in_memory(self, fn: Callable, rows: int) -> Any:
-        synchronize(self.device)
         start = time.perf_counter()
         result = super().in_memory(fn, rows)
         synchronize(self.device)
@@ -309,29 +302,28 @@ def new_trainer(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig, mod
     return trainer
 
 
-def measure_train(setup: Setup, name: str, processes: int = 1) -> Rows:
-    """Return a model's size, the speed of training and its parts, and peak memory, in one of several processes."""
-    config, train = m.get_config(name), setup.train_config(name, processes)
+def measure_train(setup: Setup, name: str) -> Rows:
+    """Return a model's size, the speed of training and its parts, and peak memory."""
+    config, train = m.get_config(name), setup.train_config(name)
     rows, T = setup.rows(train), train.seq_len
     setup.line.show(f"{name}: training")
-    batch, peak = random_batch(setup, rows, T, config), setup.peak(setup.training_dtype)
+    batch, peak = random_batch(setup, rows, T, config), setup.peak(setup.options["dtype"])
     trainers = {mode: new_trainer(setup, config, train, mode) for mode in setup.modes}
     seconds = time_in_turns(setup, {mode: functools.partial(t.step, [batch]) for mode, t in trainers.items()})
-    model = trainers["eager"].model
+    model, flops = trainers["eager"].model, trainers["eager"].model.flops_per_token(T)
     result: Rows = {
         "parameters, M": Measured(model.num_params() / 1e6),
         "  a token uses, M": Measured(model.num_params(active=True) / 1e6),
-        "  training, MFLOP a token": Measured(model.flops_per_token(T) / 1e6),
+        "  training, MFLOP a token": Measured(flops / 1e6),
         "  timed batch": f"{rows} x {T}",
     }
     for mode, trainer in trainers.items():
         pairs = list(zip(trainer.passes_s[1:], seconds[mode], strict=True))  # without the warm-up
         # the whole batch takes more passes and one update
         updates_s = [step + (train.batch_size / rows - 1) * passes for passes, step in pairs]
-        tokens_per_s = per_second(train.batch_size * T, updates_s)
-        mfu = 100 * model.flops_per_token(T) * tokens_per_s.value / peak
+        tokens_per_s = summarize([train.batch_size * T / s for s in updates_s])
         result[f"{mode} training, tok/s"] = tokens_per_s
-        result[f"MFU, {mode}, % of peak"] = Measured(mfu, tokens_per_s.spread)
+        result[f"MFU, {mode}, % of peak"] = Measured(100 * flops * tokens_per_s.value / peak, tokens_per_s.spread)
         result[f"  forward and backward, {mode}, ms"] = summarize([1e3 * passes for passes, _ in pairs])
         result[f"  optimizer, {mode}, ms"] = summarize([1e3 * (step - passes) for passes, step in pairs])
     setup.line.show(f"{name}: memory")
@@ -375,7 +367,7 @@ def speed_of_one(setup: Setup, name: str) -> list[float]:
     return [rows * T / s for s in time_in_turns(setup, {"": lambda: trainer.step([batch])})[""]]
 
 
-# -- decoding ----------------------------------------------------------------------------------------------------------
+# -- decoding and tokenizers -------------------------------------------------------------------------------------------
 
 
 def new_generator(setup: Setup, config: m.MiniGPTConfig, mode: str = "eager") -> m.TextGenerator:
@@ -387,15 +379,14 @@ def new_generator(setup: Setup, config: m.MiniGPTConfig, mode: str = "eager") ->
 def measure_decode(setup: Setup, name: str) -> Rows:
     """Return the speed of prefill, sampling and beam search, and its share of the speed that memory allows."""
     config, bytes_per_s = m.get_config(name), 1e9 * bandwidth(setup).value
-    rows = time_decoding(setup, config)["MiniLLM"]
-    weights = m.MiniGPT(config).num_params()
+    rows, model = time_decoding(setup, config)["MiniLLM"], m.MiniGPT(config)
     keys = PROMPT_TOKENS + NEW_TOKENS[setup.quick] / 2  # on average
     floats = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of each key
     for batch in (1, 8):
-        read = weights + batch * keys * floats
-        if config.num_experts:
-            idle = config.num_experts * (1 - config.num_experts_per_tok / config.num_experts) ** batch  # no row's
-            read -= config.num_hidden_layers * idle * 3 * config.hidden_size * config.moe_intermediate_size
+        read = model.num_params() + batch * keys * floats
+        if config.num_experts:  # less the experts that no row chooses
+            idle = (1 - config.num_experts_per_tok / config.num_experts) ** (batch - 1)  # of those one row passes over
+            read -= idle * (model.num_params() - model.num_params(active=True))
         least_s = read * setup.dtype.itemsize / bytes_per_s
         tokens_per_s = rows[f"decode, batch {batch}, tok/s"]
         share = 100 * least_s * tokens_per_s.value / batch
@@ -405,8 +396,7 @@ def measure_decode(setup: Setup, name: str) -> Rows:
 
 def time_decoding(setup: Setup, config: m.MiniGPTConfig, peer: nn.Module | None = None) -> Table:
     """Time prefill, sampling and beam search. A peer decodes eagerly in all rows."""
-    table: Table = {}
-    own, prefill = new_generator(setup, config), min(512, config.max_position_embeddings - 1)
+    own, prefill, jobs = new_generator(setup, config), min(512, config.max_position_embeddings - 1), []
     cases = [  # row, batch, our method, options of both sides
         ("prefill", 1, own.greedy_search, {"do_sample": False}),
         ("decode, batch 1", 1, own.sample_generate, SAMPLING),
@@ -417,20 +407,14 @@ def time_decoding(setup: Setup, config: m.MiniGPTConfig, peer: nn.Module | None 
         faster = new_generator(setup, config, "compiled").sample_generate
         cases += [(f"decode compiled, batch {batch}", batch, faster, SAMPLING) for batch in (1, 8)]
     for row, batch, decode, options in cases:
-        setup.line.show(row)
         length, new = (prefill, 1) if row == "prefill" else (PROMPT_TOKENS, NEW_TOKENS[setup.quick])
         ids = random_ids(setup, batch, length, config)
         options = {"max_new_tokens": new, "min_new_tokens": new, **options}
         work = {"MiniLLM": functools.partial(decode, ids, m.GenerationConfig(**options))}
         if peer is not None:
             work["transformers"] = functools.partial(peer.generate, ids, **options)
-        with torch.no_grad():
-            seconds = time_in_turns(setup, work)
-        add(table, rates(f"{row}, tok/s", batch * (length if row == "prefill" else new), seconds))
-    return table
-
-
-# -- tokenizer ---------------------------------------------------------------------------------------------------------
+        jobs.append((f"{row}, tok/s", batch * (length if row == "prefill" else new), work))
+    return rates(setup, jobs)
 
 
 def measure_tokenizers(setup: Setup, with_peer: bool = False) -> Table:
@@ -445,12 +429,10 @@ def measure_tokenizers(setup: Setup, with_peer: bool = False) -> Table:
         own.save(f"{folder}/tokenizer.json")
         encoding = {"MiniLLM": encode_afresh(lambda: m.BPETokenizer.load(f"{folder}/tokenizer.json"), texts)}
     if with_peer:
-        peer = train_tokenizers(texts)
-        training["tokenizers"] = lambda: train_tokenizers(texts * copies)
-        encoding["tokenizers"] = encode_afresh(lambda: type(peer).from_str(peer.to_str()), texts)
-    table = rates("BPE training, MB/s", copies * size, time_in_turns(setup, training))
-    add(table, rates("encoding, MB/s", size, time_in_turns(setup, encoding)))
-    return table
+        peer = train_peer(texts)
+        training["tokenizers"] = lambda: train_peer(texts * copies)
+        encoding["tokenizers"] = encode_afresh(lambda: copy.deepcopy(peer), texts)
+    return rates(setup, [("BPE training, MB/s", copies * size, training), ("encoding, MB/s", size, encoding)])
 
 
 def encode_afresh(load: Callable, texts: list[str]) -> Callable[[], list]:
@@ -459,30 +441,24 @@ def encode_afresh(load: Callable, texts: list[str]) -> Callable[[], list]:
     return lambda: list(map(tokenizers.pop().encode, texts))
 
 
-def train_tokenizers(texts: list[str]) -> Any:
-    tokenizers = m.import_extra("tokenizers", "hf")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    options = {"initial_alphabet": byte_level.alphabet(), "show_progress": False}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=4096, **options))
+def train_peer(texts: list[str]) -> Any:
+    tokenizer = m.import_extra("tokenizers", "hf").ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, 4096, min_frequency=0, show_progress=False)
     return tokenizer
 
 
-# -- peers -------------------------------------------------------------------------------------------------------------
+# -- instead: peers, duels, profiles, plans ----------------------------------------------------------------------------
 
 
 def peers(setup: Setup, parts: tuple[str, ...]) -> Tables:
     """Time both sides in turns. A column "x PEER" says how many times as fast MiniLLM is."""
     title = "peers: 6 layers x 256, 8 heads, ffn 768, vocabulary 4096"
     for mode in setup.modes if "train" in parts else ():
-        setup.line.show(f"peers: training, {mode}")
         yield title, time_training(setup, mode)
     if "decode" in parts:
         config = m.MiniGPTConfig(**PEER_SHAPE, num_key_value_heads=2, max_position_embeddings=1024)
         yield title, time_decoding(setup, config, qwen3(config).to(setup.device, setup.dtype).eval())
     if "tokenizer" in parts:
-        setup.line.show("peers: tokenizers")
         yield "peers: tokenizers", measure_tokenizers(setup, with_peer=True)
 
 
@@ -492,7 +468,7 @@ def time_training(setup: Setup, mode: str) -> Table:
     config = m.MiniGPTConfig(**PEER_SHAPE, max_position_embeddings=T)
     batch = random_batch(setup, B, T, config)
     ids = batch["input_ids"][:, 1:]
-    train = m.TrainConfig(optimizer="adamw", dtype=setup.options.get("dtype", "auto"))
+    train = m.TrainConfig(optimizer="adamw", dtype=setup.options["dtype"])
     trainer = new_trainer(setup, config, train, mode)
     peer = qwen3(config).to(setup.device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), 1e-4, fused=True)
@@ -507,29 +483,13 @@ def time_training(setup: Setup, mode: str) -> Table:
         optimizer.zero_grad(set_to_none=True)
 
     work = {"MiniLLM": lambda: trainer.step([batch]), "transformers": peer_step}
-    return rates(f"training {mode}, tok/s", B * T, time_in_turns(setup, work))
+    return rates(setup, [(f"training {mode}, tok/s", B * T, work)])
 
 
 def qwen3(config: m.MiniGPTConfig) -> nn.Module:
     transformers = m.import_extra("transformers", "test")
     fields = m.hf_config(config) | {"eos_token_id": None}  # it writes on, as ours does
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
-
-
-# -- duel --------------------------------------------------------------------------------------------------------------
-
-# Student's t, 99 % two-sided, by the number of pairs less one; the last serves for all larger numbers
-T_99 = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
-
-
-def check_duel(args: argparse.Namespace, given: dict) -> None:
-    if not all((Path(args.duel) / name).is_file() for name in ("train.py", "minillm.py")):
-        raise m.UserError(f"--duel {args.duel}: there is no train.py in it: name a copy of MiniLLM's folder")
-    if args.seeds < 2:
-        raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
-    if "steps" in given and (args.steps < 1 or "minutes" in given):
-        raise m.UserError("--steps must be 1 or more, and excludes --minutes")
-    m.data_files(args.data or DATA)
 
 
 def duel(setup: Setup, args: argparse.Namespace) -> Tables:
@@ -551,9 +511,8 @@ def duel(setup: Setup, args: argparse.Namespace) -> Tables:
                     raise
                 yield "verdict", {"there": {"it is": f"worse: {error}"}}
                 return
-        here, there = figures["here"], figures["there"]
-        differences.append(there["bits per byte"] / here["bits per byte"] - 1)
-        columns = [(f"{side}: {figure}", figures[side][figure]) for figure in here for side in folders]
+        differences.append(figures["there"]["bits per byte"] / figures["here"]["bits per byte"] - 1)
+        columns = [(f"{side}: {figure}", figures[side][figure]) for figure in figures["here"] for side in folders]
         yield f"there is {folders['there']}", {column: {name: Measured(value)} for column, value in columns}
     yield "verdict", {"there": {"it is": verdict(differences)}}
 
@@ -580,18 +539,17 @@ def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
 def verdict(differences: list[float]) -> str:
     """Judge a fork by its relative differences in bits per byte, one a pair of trainings: is Student's t test sure?"""
     n, mean, deviation = len(differences), statistics.mean(differences), statistics.stdev(differences)
+    # Student's t, 99 % two-sided, by the number of pairs less one; the last serves for all larger numbers
+    t_99 = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
 
     def is_sure(pairs: int) -> bool:
-        return abs(mean) > T_99[min(pairs - 2, len(T_99) - 1)] * deviation / math.sqrt(pairs)
+        return abs(mean) > t_99[min(pairs - 2, len(t_99) - 1)] * deviation / math.sqrt(pairs)
 
     words = f"{mean:+.2%} bits per byte (standard error {deviation / math.sqrt(n):.2%}, {n} pairs)"
     if is_sure(n):
         return f"{'better' if mean < 0 else 'worse'}: {words}"
     enough = next(filter(is_sure, range(n + 1, 1000)), None)
     return f"not to be told apart: {words}" + (f"; {enough} such pairs would tell" if enough else "")
-
-
-# -- profile -----------------------------------------------------------------------------------------------------------
 
 
 def profile(setup: Setup, names: list[str], folder: Path) -> None:
@@ -616,9 +574,6 @@ def profile(setup: Setup, names: list[str], folder: Path) -> None:
             setup.line.say(f"\n== {path}\n{table}")
 
 
-# -- plan --------------------------------------------------------------------------------------------------------------
-
-
 def plan(setup: Setup, args: argparse.Namespace) -> Tables:
     """Predict what training takes on devices like this one, within their memory or --gpu-memory."""
     memory = args.gpu_memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -631,9 +586,10 @@ def plan(setup: Setup, args: argparse.Namespace) -> Tables:
         if not 1 <= args.processes <= all_rows:
             raise m.UserError(f"--processes {args.processes} is not possible: 1 … --batch-size {all_rows}")
         # 1 measure a few rows of the process that has most, and add as much memory for every further row
-        measured, train = measure_train(setup, name, args.processes), setup.train_config(name, args.processes)
-        model, row_bytes = m.MiniGPT(config), bytes_per_row(setup, config, train)
-        rows, few, T = train.batch_size, setup.rows(train), train.seq_len
+        rows = math.ceil(all_rows / args.processes)
+        part = dataclasses.replace(setup, modes=("eager",), options=setup.options | {"batch_size": rows})
+        measured, train, model = measure_train(part, name), part.train_config(name), m.MiniGPT(config)
+        few, T, row_bytes = setup.rows(train), train.seq_len, bytes_per_row(setup, config, train)
         few_bytes = 1e6 * measured["peak memory of that batch, MB"].value
         # however few rows: weights, gradients, moments
         least_bytes = 1e6 * measured["  before there is a model, MB"].value + 16 * model.num_params()
@@ -676,12 +632,11 @@ def bytes_per_row(setup: Setup, config: m.MiniGPTConfig, train: m.TrainConfig) -
 
 
 def saved_bytes(setup: Setup, trainer: m.Trainer, rows: int) -> int:
-    """Count the bytes that forward keeps for backward, without the weights."""
+    """Count the bytes that forward keeps for backward, weights included."""
     sizes: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     trainer.model.train()
@@ -689,38 +644,18 @@ def saved_bytes(setup: Setup, trainer: m.Trainer, rows: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), trainer.autocast():
         loss = trainer.loss(batch)
     del loss  # it kept everything alive until here, so that no address was used twice
-    for weight in (*trainer.model.parameters(), *trainer.model.buffers()):
-        sizes.pop(weight.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def report(args: argparse.Namespace, title: str, tables: dict[str, Table]) -> None:
-    """Write all figures so far, and print the table that has grown: a run that is killed later has shown them."""
-    if m.WORLD.is_first and args.json:
-        with m.atomic_write(args.json) as file:
-            file.write(json.dumps({"flags": vars(args), "tables": tables}, indent=1, default=str).encode())
-    table = tables[title]
-    if not args.all:
-        table = {column: {row: rows[row] for row in rows if row[:2] != "  "} for column, rows in table.items()}
-    print(render(title, table), flush=True)
-
-
-def show(cell: Measured | str) -> str:
-    if isinstance(cell, str):
-        return cell
-    number = f"{cell.value:,.0f}" if cell.value >= 100 else f"{cell.value:.4g}"
-    return number + (f" ±{cell.spread:.0%}" if cell.spread else "")
-
-
-def render(title: str, table: Table) -> str:
-    names = list(dict.fromkeys(row for rows in table.values() for row in rows))
+def render(title: str, table: Table, with_details: bool = True) -> str:
+    names = list(dict.fromkeys(row for rows in table.values() for row in rows if with_details or row[:2] != "  "))
     first = min(max(map(len, names), default=0), 48)
     lines = [f"{name[:first]:<{first}}" for name in ("", *names)]
     for column, rows in table.items():
-        cells = [column, *(show(rows.get(name, "-")) for name in names)]
+        cells = [column, *(str(rows.get(name, "-")) for name in names)]
         width = max(map(len, cells))
         lines = [f"{line}  {cell:>{width}}" for line, cell in zip(lines, cells, strict=True)]
     return "\n".join(["", f"== {title}", *(line.rstrip() for line in lines if line.strip())])

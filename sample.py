@@ -19,6 +19,7 @@ import unittest.mock
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where there is none; nothing needs it
 
@@ -41,9 +42,8 @@ def build_parser() -> m.FlagParser:
     parser.add_argument("--chat", action="store_true", help="hold a conversation; /reset begins a new one")
     parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine (.[web])")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
-    parser.add_argument(
-        "--explain", metavar="TEXT", help="show a text's tokens, and what the model expects before each"
-    )
+    tokens = "show a text's tokens, and what the model expects before each"
+    parser.add_argument("--explain", metavar="TEXT", help=tokens)
     parser.add_argument("--png", metavar="FILE", help="--explain: draw losses and attention, too (.[plot])")
     parser.add_argument("--layer", type=int, metavar="INT", help="--png: whose attention, from 1 on [the last]")
     parser.add_argument("--strategy", choices=("sample", "greedy", "beam"), help="[sample; beam with --num-beams]")
@@ -96,9 +96,8 @@ def check_flags(args, config: m.GenerationConfig) -> None:
     modes = [f"--{name}" for name in ("chat", "web", "explain", "prompt") if getattr(args, name) not in (None, False)]
     if len(modes) > 1:
         raise m.UserError(f"{modes[0]} and {modes[1]} exclude each other: give one of them")
-    if args.explain is not None and (
-        useless := [*m.given_flags(args, m.GenerationConfig), *["compile"] * args.compile]
-    ):
+    useless = [*m.given_flags(args, m.GenerationConfig), *["compile"] * args.compile]
+    if args.explain is not None and useless:
         raise m.UserError(f"{m.flag_of(useless[0])} has no effect with --explain, which writes nothing")
     if args.png and not args.png.endswith(".png"):
         raise m.UserError(f"--png {args.png} is not possible: it must end in .png")
@@ -133,10 +132,8 @@ def main(argv: list[str] | None = None) -> int:
             web(list(dict.fromkeys([*runs, *map(str, others)])), load, config, system)
         elif args.chat:
             if only_continues(runs[0]):
-                print(
-                    "(a base model: it was never trained on conversations and only continues texts. Teach it to answer:"
-                )
-                print(f"python train.py --stage sft --init {shlex.quote(runs[0])})")
+                print("(a base model: it was never trained on conversations and only continues texts.", end=" ")
+                print(f"Teach it to answer:\npython train.py --stage sft --init {shlex.quote(runs[0])})")
             chat(generator, config, system)
         elif args.explain is not None:
             explain(generator, typed_texts("--explain", [args.explain])[0], args.png, args.layer)
@@ -246,44 +243,53 @@ STOP = """async () => {  // a reply that is being written would come back
 }"""
 
 
-def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
-    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
-    gr = m.import_extra("gradio", "web")
+def texts_so_far(load, config, default, prompt, chosen, temperature, top_p, length) -> Iterator[str]:
+    """Yield what a run makes of a text or messages, as it grows; a mistake becomes a note on the page."""
+    changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
+    try:
+        generator = load((chosen or [default])[0])
+        prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
+        yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
+    except m.UserError as error:  # after gradio's Error the box for messages would stay closed
+        m.import_extra("gradio", "web").Warning(str(error), title="不行 / Not possible")
 
-    # 1 what the page asks for
-    def texts_so_far(prompt, chosen, temperature, top_p, length):
-        changes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": length, "do_sample": True}
-        try:
-            generator = load((chosen or runs)[0])
-            prompt = prompt if isinstance(prompt, str) else recent(generator, prompt, length)
-            yield from itertools.accumulate(pieces(generator, prompt, dataclasses.replace(config, **changes)))
-        except m.UserError as error:
-            gr.Warning(str(error), title="不行 / Not possible")  # after an Error the box for messages stays closed
 
-    def reply(text, history, system, chosen, *controls):
-        """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
-        cards, start = {}, [{"role": "system", "content": system}] if system else []
-        for run in chosen or runs[:1]:
-            turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
-            turns.append({"role": "user", "content": text})
-            answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
-            messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
-            for so_far in texts_so_far(messages, [run], *controls):
-                cards[run] = gr.ChatMessage(so_far, metadata={"title": run})
-                yield [*cards.values()]
+def replies(load, config, default, text, history, system, chosen, *controls) -> Iterator[list[dict]]:
+    """Yield the replies of all chosen runs to a message; each run has a conversation of its own."""
+    cards, start = {}, [{"role": "system", "content": system}] if system else []
+    for run in chosen or [default]:
+        turns = [turn for turn in history if turn["role"] == "user" or turn["metadata"]["title"] == run]
+        turns.append({"role": "user", "content": text})
+        answered = [turn for turn, after in itertools.pairwise(turns) if turn["role"] != after["role"]]
+        messages = m.as_messages([*start, *answered, turns[-1]], "user", [])
+        for so_far in texts_so_far(load, config, default, messages, [run], *controls):
+            cards[run] = {"content": so_far, "metadata": {"title": run}}
+            yield [*cards.values()]
+
+
+def escape_messages(chatbot: Any) -> None:
+    """Let messages travel escaped: the page takes texts for HTML."""
+    read, shown = chatbot.preprocess, chatbot.postprocess
 
     def with_texts(value, change):
         for part in itertools.chain.from_iterable(message.content for message in value.root if value):
             part.text = change(part.text)
         return value
 
+    chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
+    chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
+
+
+def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str) -> None:
+    """Serve a page on 127.0.0.1 until Ctrl-C: a conversation, or a text where the chosen runs only continue texts."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would report its use, and look for newer versions
+    gr = m.import_extra("gradio", "web")
+    temperature, length = config.temperature * config.do_sample, config.new_tokens(0)
+
     def pages(chosen):
         is_text = all(map(only_continues, chosen or runs[:1]))
         return gr.Column(visible=not is_text), gr.Column(visible=is_text)
 
-    # 2 the page
-    temperature, length = config.temperature * config.do_sample, config.new_tokens(0)
     with gr.Blocks(title="MiniLLM", fill_height=True, fill_width=True) as page:
         with gr.Sidebar():
             controls = [
@@ -296,17 +302,16 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
         with chat_page:
             system = gr.Textbox(system, label="系统提示 System prompt")
             chatbot = gr.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, scale=1)
-            read, shown = chatbot.preprocess, chatbot.postprocess  # it takes texts for HTML: they travel escaped
-            chatbot.preprocess = lambda value: read(with_texts(value, html.unescape))
-            chatbot.postprocess = lambda value: with_texts(shown(value), html.escape)
+            escape_messages(chatbot)
+            reply = functools.partial(replies, load, config, runs[0])
             chat = gr.ChatInterface(reply, chatbot=chatbot, additional_inputs=[system, *controls])
             chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
         with text_page:
             text = gr.Textbox(label="文本 Text", lines=6, submit_btn=True, stop_btn=True)
-            writing = text.submit(texts_so_far, [text, *controls], gr.Textbox(label="续写 Continuation", lines=9))
-            text.stop(None, cancels=writing)
+            written = gr.Textbox(label="续写 Continuation", lines=9)
+            go_on = functools.partial(texts_so_far, load, config, runs[0])
+            text.stop(None, cancels=text.submit(go_on, [text, *controls], written))
         controls[0].change(pages, controls[0], [chat_page, text_page])
-    # 3 the server
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
     options = {"share": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
     _, address, _ = page.launch(server_name="127.0.0.1", **options)
@@ -325,17 +330,11 @@ def token_name(tokenizer: m.BPETokenizer, token: int) -> str:
 
 def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int | None) -> None:
     """Print a text's tokens with ids and bytes, how much each surprises the model, and what it held for likeliest."""
-    model, tokenizer, attend, maps = generator.model, generator.tokenizer, m.attend, []
+    model, tokenizer = generator.model, generator.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=True) or [tokenizer.eos_id]
-    layer = len(model.layers) if layer is None else layer
-    if png and (len(ids) < 2 or not 1 <= layer <= len(model.layers)):
+    if png and (len(ids) < 2 or layer is not None and not 1 <= layer <= len(model.layers)):
         raise m.UserError(f"--png draws 2 tokens or more, not {len(ids)}, of a --layer in 1 … {len(model.layers)}")
-
-    def noting_attend(q, k, v, bias):  # where the values are the identity, the output is the weights (1, H, T, T)
-        maps.append(attend(q, k, torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1), bias)[0].cpu())
-        return attend(q, k, v, bias)
-
-    with torch.no_grad(), unittest.mock.patch.object(m, "attend", noting_attend if png else attend):
+    with torch.no_grad(), unittest.mock.patch.object(m, "attend", wraps=m.attend) as attend:
         logits = model(torch.tensor([ids], device=model.embed_tokens.weight.device))[0, :, : tokenizer.vocab_size]
     logprobs = logits.float().log_softmax(dim=-1).cpu()  # (T, V): of what follows each token
     losses = [math.nan, *(-logprobs[t, token].item() for t, token in enumerate(ids[1:]))]
@@ -352,27 +351,26 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
     total, size = sum(losses[1:]), len(tokenizer.decode_bytes(ids[1:]))
     print(f"{total / max(1, len(ids) - 1):.4f} nats a token, {total / math.log(2) / max(1, size):.4f} bits a byte")
     if png:
-        draw_explanation(names, losses, maps[layer - 1], png)
+        q, k, _, bias = attend.call_args_list[-1 if layer is None else layer - 1].args
+        identity = torch.eye(len(ids)).to(k).expand(*k.shape[:3], -1)  # the output for such values: the weights
+        draw_explanation(names, losses, m.attend(q, k, identity, bias)[0].cpu(), png)
 
 
 def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, png: str) -> None:
     """Draw the losses of tokens, and beside them the attention maps (H, T, T) of a layer's heads."""
-    m.import_extra("matplotlib", "plot").use("Agg")
-    pyplot, fonts = m.import_extra("matplotlib.pyplot", "plot"), m.import_extra("matplotlib.font_manager", "plot")
+    pyplot, fonts = import_pyplot(), m.import_extra("matplotlib.font_manager", "plot").fontManager.ttflist
     warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
-    has_chinese = re.compile("CJK.*Regular|PingFang|msyh|simhei|wqy")
-    for path in filter(has_chinese.search, fonts.findSystemFonts()):
-        fonts.fontManager.addfont(path)
-        pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
+    chinese = [font.name for font in fonts if re.search("Sans CJK|PingFang|YaHei|SimHei|WenQuanYi", font.name)]
+    pyplot.rcParams["font.family"] = ["DejaVu Sans", *chinese]
     places, inches = range(len(names)), min(20, 3 + len(names) / 8)
     figure, axes = pyplot.subplots(1, 1 + len(maps), figsize=(inches * (1 + len(maps)), inches), layout="constrained")
     axes[0].barh(places, losses)
     axes[0].set(title="loss of each token, nats", ylim=(len(names) - 0.5, -0.5))
-    axes[0].set_yticks(places, names)
     for head, (axis, weights) in enumerate(zip(axes[1:], maps.tolist(), strict=True), 1):
         axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"attention of head {head}")
         axis.set_xticks(places, names, rotation=90)
+    for axis in axes:
         axis.set_yticks(places, names)
     figure.savefig(png, dpi=80)
 
@@ -381,7 +379,7 @@ def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, 
 
 
 @contextlib.contextmanager
-def user_errors(program: str) -> Iterator[list[int]]:
+def user_errors(program: str, memory_advice: str = "") -> Iterator[list[int]]:
     """Print mistakes of the user, and warnings once each, in one line; the yielded list gets the exit status."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None is closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -401,10 +399,13 @@ def user_errors(program: str) -> Iterator[list[int]]:
             m.silence_stdout()
             status.append(0)
         except (m.UserError, OSError, RuntimeError, UnicodeError) as error:
-            if isinstance(error, RuntimeError) and not m.is_out_of_memory(error):
-                raise
+            message = str(error)
+            if isinstance(error, RuntimeError):
+                if not m.is_out_of_memory(error):
+                    raise
+                message = f"{message.splitlines()[0]} {memory_advice}".rstrip()
             if m.WORLD.is_first_to("error"):  # of several processes the one that it began with, or any if all have it
-                print(f"{program}: error: {error}", file=sys.stderr)
+                print(f"{program}: error: {message}", file=sys.stderr)
             status.append(2)
             try:
                 sys.stdout.flush()
@@ -484,13 +485,10 @@ def show_records(data: m.BatchLoader, count: int, trainer: m.RLTrainer | None = 
             ids, trained = (x.tolist() for x in data.sequence(i, side))
             show(f"{i + 1}, {('chosen', 'rejected')[side]}" if data.sides == 2 else i + 1, ids, trained)
         if data.kind == "chat":
-            lost = data.ends[i + 1] - data.ends[i] - len(ids)
-            for problem, applies in (
-                (f"over-long: {lost} tokens beyond seq_len={data.seq_len} cut off", lost > 0),
-                ("nothing to train on: left out", not any(trained)),
-                ("missing end-of-turn", any(trained) and data.truncated[i]),
-            ):
-                print(f"   warning: {problem}\n" * applies, end="")
+            if lost := data.ends[i + 1] - data.ends[i] - len(ids):
+                print(f"   warning: over-long: {lost} tokens beyond seq_len={data.seq_len} cut off")
+            if data.truncated[i]:
+                print("   warning:", "missing end-of-turn" if any(trained) else "nothing to train on: left out")
         if trainer:
             batch = trainer.rollout(data.collate([i]))[0]
             reply = batch["input_ids"][0][batch["labels"][0] != -100].tolist()
@@ -512,14 +510,17 @@ NOT_DRAWN = re.compile(
 )
 
 
+def import_pyplot() -> Any:
+    m.import_extra("matplotlib", "plot").use("Agg")  # it draws into files only
+    return m.import_extra("matplotlib.pyplot", "plot")
+
+
 def plot(runs: list[str], path: Path) -> int:
     """Draw what runs have logged, a panel a figure, all runs together."""
     rows = {run: m.read_metrics(run) for run in runs}
     if path.suffix != ".png":
         raise m.UserError(f"--png {path} is not possible: it must end in .png")
-    matplotlib = m.import_extra("matplotlib", "plot")
-    matplotlib.use("Agg")
-    pyplot = m.import_extra("matplotlib.pyplot", "plot")
+    pyplot = import_pyplot()
     logged = dict.fromkeys(name for run in rows.values() for row in run for name in row)
     known = set(itertools.chain.from_iterable(PANELS))
     others = [(name,) for name in logged if name not in known and not NOT_DRAWN.fullmatch(name)]  # parts of a loss

@@ -176,15 +176,6 @@ def complete(args, config: m.TrainConfig, shape: m.MiniGPTConfig, seq_len: int |
     m.check_stage(args.stage, config, shape)
 
 
-def can_resume(run_dir: Path, args) -> bool:
-    """Return whether there is a checkpoint to go on from; a run that must not be touched is an error."""
-    if args.given.get("resume") and not run_dir.is_dir():  # (--max-restarts resumes what may not have begun)
-        raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
-    if m.holds_run(run_dir) and not args.resume and not args.overwrite:
-        raise m.UserError(f"{run_dir} holds a run already: give --resume to go on, --overwrite, or another --out")
-    return args.resume and m.holds_run(run_dir)
-
-
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +227,13 @@ def train(args) -> int:
     """Run one of m.STAGES: pretraining from a new model, another stage from its parent's run."""
     config, rl = train_config(args), rlhf_config(args)  # flags are checked before anything is loaded
     run_dir, saved, options = args.runs / args.stage, {}, {}
-    if can_resume(run_dir, args):
+    if args.given.get("resume") and not run_dir.is_dir():  # (--max-restarts resumes what may not have begun)
+        raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
+    if m.holds_run(run_dir) and args.resume:
         saved = m.load_run(run_dir, which="last")[2]["config"]
         config, rl = train_config(args, m.TrainConfig(**saved["train"])), rlhf_config(args, m.RLHFConfig(**saved["rl"]))
+    elif m.holds_run(run_dir) and not args.overwrite:
+        raise m.UserError(f"{run_dir} holds a run already: give --resume to go on, --overwrite, or another --out")
     # 1 data and model
     sources = data_sources(args, saved.get("data"))
     parent, which = find_parent(args, saved, run_dir), args.given.get("checkpoint") or saved.get("checkpoint", "best")
@@ -386,8 +381,8 @@ def inspect(args) -> int:
     """Show records as a stage will see them, what is trained in green (or «…»), and all lengths; RL also a reply."""
     config, stage, trainer = train_config(args), m.STAGES[args.stage], None
     sources = {"train": data_sources(args)["train"]}
-    runs = [Path(args.init)] if args.init else [args.runs / name for name in (stage.parent, "pretrain") if name]
-    parent = next((run for run in runs if args.init or m.holds_run(run)), None)
+    runs = [args.runs / name for name in (stage.parent, "pretrain") if name]
+    parent = args.init or next(filter(m.holds_run, runs), None)
     model, tokenizer, _ = m.load_run(parent) if parent else new_model(args, config)
     complete(args, config, model.config)
     reward = args.reward or ("answer" if args.stage == "grpo" else str(args.runs / "reward"))
