@@ -456,7 +456,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(C, eps)
         self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGLU(C, config.intermediate_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
         self,
@@ -3608,12 +3608,13 @@ class Trainer:
             self._start_run()
             if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
                 evaluation = self._evaluate_and_save()  # what the parent's model can do already
-            batches = self._endless_batches()
+            batches, self.position = self._endless_batches(), self._position()
             is_over, signal_number = False, self._end_of_run(caught)[1]
             while not is_over and not signal_number:
                 # 1 accumulate, clip, step
                 start, before = time.monotonic(), self.epochs_done
                 metrics = self.step(list(itertools.islice(batches, config.accumulation_steps)))
+                self.position = self._position()
                 self.tokens_seen, self.epochs_done = self.tokens_seen + metrics["tokens"], self._count_epochs()
                 # 2 log
                 window.append(metrics | {"seconds": time.monotonic() - start})
@@ -3644,6 +3645,7 @@ class Trainer:
             yield
         except (UserError, RuntimeError):
             if self.step_count > first and WORLD.size == 1:
+                self._go_to(self.position)  # a step that failed has taken batches and random numbers
                 self.save_checkpoint(self.run_dir / "checkpoint.pt")
             raise
 
@@ -3907,8 +3909,8 @@ class Trainer:
         }
 
     def _parts(self):
-        """Return what is saved by its state_dict, if it has one, by the name in a checkpoint."""
-        return {**self.trained, "scaler": self.scaler, "data": self.train_data}
+        """Return what is saved by its state_dict, by the name in a checkpoint."""
+        return {**self.trained, "scaler": self.scaler}
 
     @functools.cached_property
     def base(self) -> dict[str, str]:
@@ -3926,17 +3928,31 @@ class Trainer:
             generators["mps"] = torch.mps._get_default_mps_generator()
         return generators
 
+    def _position(self):
+        """Return the data's cursor, None without one, and the random states by generator."""
+        cursor = self.train_data.state_dict() if hasattr(self.train_data, "state_dict") else None
+        return cursor, {name: generator.get_state() for name, generator in self._random_states().items()}
+
+    def _go_to(self, position):
+        cursor, random_states = position
+        if cursor:
+            self.train_data.load_state_dict(cursor)
+        for name, generator in self._random_states().items():
+            if name in random_states:
+                generator.set_state(random_states[name])
+
     def save_checkpoint(self, path: AnyPath) -> None:
         """Save everything that going on needs: weights, moments, scaler, cursor, random states, counters, configs.
 
         Of a LoRA run that starts from another run's weights, these are left out; their fingerprint is in "base".
         """
         is_over = WORLD.max(self.progress())[0] >= 1
-        random_states = WORLD.gather({name: gen.get_state() for name, gen in self._random_states().items()})
+        cursor, random_states = self._position()
+        random_states = WORLD.gather(random_states)
         self._check_equal()
         if not WORLD.is_first:
             return
-        parts = {name: getattr(part, "state_dict", lambda: None)() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
         save_checkpoint(
             path,
             {
@@ -3947,6 +3963,7 @@ class Trainer:
                 "tokenizer_hash": self.tokenizer.content_hash(),
                 "extra": self.extra_state(),
                 **parts,
+                "data": cursor,
                 **{name: trained_weights(self.trained[name]) for name in self.base},
                 "base": self.base,
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -3976,7 +3993,7 @@ class Trainer:
         for name in state["base"]:
             state[name] = self.trained[name].state_dict() | state[name]
         for name, part in self._parts().items():
-            if state[name]:  # None for a disabled scaler, or data without a cursor
+            if state[name]:  # empty for a disabled scaler
                 part.load_state_dict(state[name])
         for name, optimizer in self.optimizers.items():  # moments as they were, settings as they are now
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
@@ -3986,10 +4003,8 @@ class Trainer:
         if len(state["rng"]) != WORLD.size:
             self.line.say(f"saved by {len(state['rng'])} processes, now {WORLD.size}: new random numbers from here on")
             torch.manual_seed(WORLD.seed(self.config.seed + self.step_count))
-            return
-        for name, generator in self._random_states().items():
-            if name in state["rng"][WORLD.rank]:
-                generator.set_state(state["rng"][WORLD.rank][name])
+            state["rng"] = [{}] * WORLD.size
+        self._go_to((state["data"], state["rng"][WORLD.rank]))
 
     def _check_belongs(self, path, state):
         """Raise UserError unless a checkpoint can be resumed by this trainer."""

@@ -4743,6 +4743,37 @@ def test_an_error_costs_no_step_that_was_done(tmp_path, tokenizer, monkeypatch, 
     assert state["step"] == 3 and same(dict(state["model"]), dict(trainer.model.state_dict()))
 
 
+def test_a_step_that_failed_is_done_again(tmp_path, tokenizer, corpus, monkeypatch):
+    """Resumed after an error inside a step, a run equals a straight one: no batch and no random number is lost."""
+    config = m.TrainConfig(max_steps=5, eval_every=0, save_every=0, sample_tokens=0, seq_len=8)
+
+    def trainer(name):
+        data = m.PretrainDataLoader(corpus, tokenizer, 4, 8, cache_dir=tmp_path / "cache")
+        model = random_model(shape(dropout=0.3))
+        return m.PreTrainer(model, tokenizer, config=config, train_data=data, run_dir=tmp_path / name)
+
+    straight, broken = trainer("straight"), trainer("broken")
+    torch.manual_seed(7)
+    straight.fit()
+    plain = m.PreTrainer.loss
+
+    def fail(self, batch):
+        loss = plain(self, batch)  # random numbers are drawn
+        if self is broken and self.step_count == 3:
+            raise RuntimeError("a worker died")
+        return loss
+
+    monkeypatch.setattr(m.PreTrainer, "loss", fail)
+    torch.manual_seed(7)
+    with pytest.raises(RuntimeError, match="a worker died"):
+        broken.fit()
+    resumed = trainer("broken")
+    resumed.load_checkpoint(tmp_path / "broken" / "checkpoint.pt")
+    assert resumed.step_count == 3 and resumed.train_data.state_dict()["index"] == 12
+    resumed.fit()
+    assert same(dict(resumed.model.state_dict()), dict(straight.model.state_dict()))
+
+
 def test_training_that_cannot_be_compiled(tokenizer, monkeypatch, capsys):
     """--compile on is one error; auto, which only CUDA has, says it and goes on."""
 
