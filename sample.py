@@ -358,10 +358,12 @@ def explain(generator: m.TextGenerator, text: str, png: str | None, layer: int |
 
 def draw_explanation(names: list[str], losses: list[float], maps: torch.Tensor, png: str) -> None:
     """Draw the losses of tokens, and beside them the attention maps (H, T, T) of a layer's heads."""
-    pyplot, fonts = import_pyplot(), m.import_extra("matplotlib.font_manager", "plot").fontManager.ttflist
+    pyplot, fonts = import_pyplot(), m.import_extra("matplotlib.font_manager", "plot")
     warnings.filterwarnings("ignore", "Glyph")  # boxes, where no font has Chinese
-    chinese = [font.name for font in fonts if re.search("Sans CJK|PingFang|YaHei|SimHei|WenQuanYi", font.name)]
-    pyplot.rcParams["font.family"] = ["DejaVu Sans", *chinese]
+    has_chinese = re.compile("CJK.*Regular|PingFang|msyh|simhei|wqy")
+    for path in filter(has_chinese.search, fonts.findSystemFonts()):  # matplotlib's list may be older than the fonts
+        fonts.fontManager.addfont(path)
+        pyplot.rcParams["font.family"] = ["DejaVu Sans", fonts.FontProperties(fname=path).get_name()]
     places, inches = range(len(names)), min(20, 3 + len(names) / 8)
     figure, axes = pyplot.subplots(1, 1 + len(maps), figsize=(inches * (1 + len(maps)), inches), layout="constrained")
     axes[0].barh(places, losses)
