@@ -744,7 +744,7 @@ def chunked_cross_entropy(
     Only `chunk` x V logits exist at a time; by default as many as fit a processor's cache, or keep a GPU busy.
     `compiled` code makes fewer passes over them.
     """
-    chunk = chunk or max(2048, 2**29 // len(weight) if hidden.is_cuda else 0)
+    chunk = chunk or max(2048, 2**28 // len(weight) if hidden.is_cuda else 0)
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, compiled)
@@ -2890,7 +2890,8 @@ class World:
         others = range(1, self.size)
         while not store.check([f"{name}/{rank}" for rank in others]):
             for rank in others:  # its question may still be that of an earlier start: then it is asked again
-                store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
+                if store.check([f"question/{rank}"]):
+                    store.set(f"answer/{store.get(f'question/{rank}').decode()}", name)
             time.sleep(0.02)
         return name
 
@@ -3523,11 +3524,14 @@ class Trainer:
             try:
                 return fn(self.micro_splits)
             except RuntimeError as error:
-                if not self._can_retry(error, rows):
+                is_full = is_out_of_memory(error)
+                if not (self.config.auto_micro_batch if is_full else self._stops_compiling(error)):
                     raise
             # outside of except, where the error no longer holds on to the tensors of the failed attempt
             self.trained.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()  # nothing without CUDA
+            if is_full:
+                self._split_more(rows)
 
     def map_in_memory(self, fn: Callable[[Batch], typing.Any], batch: Batch) -> list:
         """Return [fn(batch)], or fn of each part of it where memory does not suffice for all of it."""
@@ -3535,18 +3539,18 @@ class Trainer:
             lambda parts: [fn(self._to_device(part)) for part in split_rows(batch, parts)], len(batch["input_ids"])
         )
 
-    def _can_retry(self, error, rows):
-        """Return whether it may go well with smaller micro-batches, or without compiling, and choose these."""
-        if is_out_of_memory(error) and self.config.auto_micro_batch:
-            if self.micro_splits >= rows:
-                raise UserError(
-                    "out of memory with one row at a time: try a smaller --seq-len or model, "
-                    "--gradient-checkpointing, or --optimizer adamw"
-                ) from None
-            self.micro_splits *= 2
-            rows = -(-rows // self.micro_splits)
-            self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
-            return True
+    def _split_more(self, rows):
+        if self.micro_splits >= rows:
+            raise UserError(
+                "out of memory with one row at a time: try a smaller --seq-len or model, "
+                "--gradient-checkpointing, or --optimizer adamw"
+            )
+        self.micro_splits *= 2
+        rows = -(-rows // self.micro_splits)
+        self.line.say(f"out of memory: going on with micro-batches of {rows} rows, the same batch in all")
+
+    def _stops_compiling(self, error):
+        """Return whether the error is one of torch.compile, and training can go on without it."""
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             return False
         if self.config.compile == "on":
@@ -3602,8 +3606,10 @@ class Trainer:
         """
         self._check_can_fit()
         config, window, evaluation = self.config, [], {}
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        hold = locked(self.run_dir) if WORLD.is_first else contextlib.nullcontext()  # the first one for all processes
+        hold = contextlib.nullcontext()
+        if WORLD.is_first:  # for all processes
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            hold = locked(self.run_dir)
         with hold, catch_signals() as caught, self._saved_on_error():
             self._start_run()
             if self.step_count == 0 and (self.stage != "pretrain" or self.origin):
@@ -3930,7 +3936,7 @@ class Trainer:
 
     def _position(self):
         """Return the data's cursor, None without one, and the random states by generator."""
-        cursor = self.train_data.state_dict() if hasattr(self.train_data, "state_dict") else None
+        cursor = self.train_data.state_dict() if hasattr(self.train_data, "load_state_dict") else None
         return cursor, {name: generator.get_state() for name, generator in self._random_states().items()}
 
     def _go_to(self, position):
@@ -4027,6 +4033,10 @@ class Trainer:
         marks = self.extra_state() | {name: fingerprint(self.trained[name], state[name]) for name in state["base"]}
         for name, mark in marks.items():
             if (state["extra"] | state["base"]).get(name) != mark:
+                if name in state["base"]:
+                    raise UserError(
+                        f"{path} holds only what LoRA trained, and its base has changed since: restore that"
+                    )
                 raise UserError(f"the {name} is not the one that this run started with: give that")
 
 
@@ -5441,7 +5451,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     if bias is None:
         bias = attention_bias(visible_keys(torch.arange(S - T, S, device=q.device), S, None), q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # which would compute the softmax in float32
-        scores = q.new_empty(B, K, H // K, T, S).copy_(bias.view(-1, 1, 1, T, S)).view(B * K, -1, S)
+        scores = q.new_empty(B * K, H // K * T, S)  # no view: autograd would copy it in backward
+        scores.view(B, K, H // K, T, S).copy_(bias.view(-1, 1, 1, T, S))
         q, k, v = (x.to(q.dtype).reshape(B * K, -1, D) for x in (q, k, v))
         scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
@@ -5866,9 +5877,9 @@ class ImportedTokenizer(BPETokenizer):
         path, template = Path(path), Path(path).with_name("chat_template.jinja")
         files = [path.with_name(name) for name in BESIDE]
         self._config, self._generation = (read_json(file) if file.is_file() else {} for file in files)
-        if template.is_file():  # transformers, too, takes it before the one in tokenizer_config.json
-            self._config["chat_template"] = template.read_text(encoding="utf-8")
         try:
+            if template.is_file():  # transformers, too, takes it before the one in tokenizer_config.json
+                self._config["chat_template"] = template.read_text(encoding="utf-8")
             self._text = path.read_text(encoding="utf-8")
             self._backend = read_byte_level_bpe(self._text)
             self._read_special_tokens()

@@ -405,7 +405,8 @@ def user_errors(program: str, memory_advice: str = "") -> Iterator[list[int]]:
             if isinstance(error, RuntimeError):
                 if not m.is_out_of_memory(error):
                     raise
-                message = f"{message.splitlines()[0]} {memory_advice}".rstrip()
+                first_line = message.partition("\n")[0]
+                message = f"{first_line} {memory_advice}".rstrip()
             if m.WORLD.is_first_to("error"):  # of several processes the one that it began with, or any if all have it
                 print(f"{program}: error: {message}", file=sys.stderr)
             status.append(2)
