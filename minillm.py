@@ -1156,8 +1156,8 @@ TEXT, REPLY, TRAINED = "\ud800", "\ud801", "\ud802"
 
 # GPT-2's table, which tokenizer.json uses: bytes that print stand for themselves, the others for U+0100 and up.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = itertools.count(256)
-BYTE_TO_CHAR = {b: chr(b if b in _PRINTABLE else next(_OTHERS)) for b in range(256)}
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+BYTE_TO_CHAR = {b: chr(b if b in _PRINTABLE else 256 + _OTHERS.index(b)) for b in range(256)}
 CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 
 
@@ -1264,7 +1264,7 @@ class BPETokenizer:
     """
 
     special_tokens = dict(enumerate(SPECIAL_TOKENS))
-    pad_id, bos_id, eos_id, im_start_id, im_end_id = special_tokens  # an imported tokenizer's BOS may be None
+    pad_id, bos_id, eos_id, im_start_id, im_end_id = range(5)  # an imported tokenizer's BOS may be None
     stop_ids = (eos_id, im_end_id)  # the tokens that end a text or a turn
 
     def __init__(self, vocab_size: int = 4096):
@@ -2771,8 +2771,8 @@ def _measured_dtype(device):
 def training_kernels(onednn: bool, cudnn: bool = False) -> Iterator[None]:
     """Let oneDNN compute float32 products, and cuDNN attention on CUDA, inside the block.
 
-    oneDNN is slower than MKL for single rows, as in decoding. cuDNN is the fastest, but it plans for every new shape,
-    0.5 s.
+    oneDNN is slower than MKL for single rows, as in decoding. cuDNN was the fastest on an H200 (torch 2.11), but plans
+    for every new shape, up to 0.5 s.
     """
     precision, before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_float32_matmul_precision("medium" if onednn else precision)
@@ -5904,15 +5904,15 @@ class ImportedTokenizer(BPETokenizer):
             raise UserError("no token ends a text: name an eos_token in tokenizer_config.json, beside tokenizer.json")
         self._template_tokens = {"pad_token": eos} | tokens | {"eos_token": eos}
         self._config |= {"tokenizer_class": "PreTrainedTokenizerFast"} | self._config | {"eos_token": eos}
-        names = [eos, self._template_tokens["pad_token"], "<|im_start|>", "<|im_end|>"]
-        self.eos_id, self.pad_id, self.im_start_id, self.im_end_id = map(ids.get, names)
+        self.eos_id, self.pad_id = ids[eos], ids[self._template_tokens["pad_token"]]
+        self.im_start_id, self.im_end_id = ids.get("<|im_start|>"), ids.get("<|im_end|>")
         # BOS is what the file puts before every text
         self.bos_id = next((i for i in self._backend.encode("a").ids[:1] if i in added), None)
         ends = self._generation.get("eos_token_id")
         self._ends = [ends] if isinstance(ends, int) else list(ends or [])
         # tokens that are special already are left out: to add them again would reset their flags
-        names += self._template_tokens.values()
-        names += (token.content for i, token in added.items() if i in self._ends)
+        ends = [token.content for i, token in added.items() if i in self._ends]
+        names = (*self._template_tokens.values(), *ends, "<|im_start|>", "<|im_end|>")
         self._backend.add_special_tokens([text for text in names if text in ids and not is_special.get(text)])
 
     def _read_vocabulary(self):

@@ -109,7 +109,7 @@ def check_flags(args) -> None:
     m.check_needs(args.given, args)
 
 
-def data_sources(args, saved: dict | None = None) -> dict[str, m.Source]:
+def data_sources(args, saved: dict | None = None) -> m.Sources:
     """Return the sources of the flags, else those that a run has `saved`, else the example data."""
     if args.data is None and args.val_data is None and saved:
         return {part: m.Source(**source) for part, source in saved.items()}
@@ -134,7 +134,7 @@ def train_config(args, base: m.TrainConfig | None = None) -> m.TrainConfig:
     return dataclasses.replace(base or m.get_train_config(args.config, stage), **given)
 
 
-def imported_config(args, model: m.MiniGPT, tokenizer: m.BPETokenizer, sources: dict[str, m.Source]) -> m.TrainConfig:
+def imported_config(args, model: m.MiniGPT, tokenizer: m.BPETokenizer, sources: m.Sources) -> m.TrainConfig:
     """Return the options for a model from elsewhere; a row has the longest record's length, or what memory allows."""
     config = train_config(args, m.get_imported_config(args.stage, model, "lora_rank" in args.given))
     limit = 512 if args.device.type == "cpu" else 2048  # 8 rows of 512 tokens in 135 M parameters take 6 GB
