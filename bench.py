@@ -385,7 +385,7 @@ def measure_decode(setup: Setup, name: str) -> Rows:
     for batch in (1, 8):
         read = model.num_params() + batch * keys * floats
         if config.num_experts:  # less the experts that no row chooses
-            idle = (1 - config.num_experts_per_tok / config.num_experts) ** (batch - 1)  # share of its idle experts that no other row chooses
+            idle = (1 - config.num_experts_per_tok / config.num_experts) ** (batch - 1)  # also of the other rows
             read -= idle * (model.num_params() - model.num_params(active=True))
         least_s = read * setup.dtype.itemsize / bytes_per_s
         tokens_per_s = rows[f"decode, batch {batch}, tok/s"]
