@@ -4728,7 +4728,7 @@ RECIPE_FIELDS = ("minutes", "max_steps", "batch_size", "learning_rate", "eval_ev
 RECIPES = {  # the training options of a preset and a stage, where not TrainConfig's
     # minutes, steps, batch, learning rate, steps between evaluations (and checkpoints), and what else is special
     "tiny": {
-        "pretrain": (3, 0, 8, 1e-2, 250, _WSD | {"decay_fraction": 0.6, "weight_decay": 0.3}),
+        "pretrain": (3, 0, 8, 1e-2, 250, _WSD | {"decay_fraction": 0.6}),
         "sft": (4, 1200, 4, 4e-3, 300, _WSD | {"eval_prompts": 500}),
         "dpo": (4, 800, 16, 2e-3, 200, _WSD),
         "reward": (5, 1800, 16, 2e-3, 300, _WSD),
