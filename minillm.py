@@ -1634,7 +1634,7 @@ class Reader:
 
         A list of records stands for its items.
         """
-        limit, is_first = LONGEST_RECORD, True
+        limit, is_first, is_whole = LONGEST_RECORD, True, False
         with open_text(path) as file:
             for number, text in enumerate(iter(lambda: file.readline(LONGEST_RECORD + 1), ""), 1):
                 if is_first and (line := text.strip()):
@@ -1658,7 +1658,8 @@ class Reader:
                             yield where, value
                 except (ValueError, RecursionError) as error:  # not JSON, or brackets thousands deep
                     line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
-                    self.skip(f"{path}:{number + line - 1}:{column}", f"not JSON: {error}")
+                    what = "malformed file, of which the rest is lost" if is_whole else "malformed"
+                    self.skip(f"{path}:{number + line - 1}:{column}", f"not JSON: {error}", what)
 
     def _rows(self, path):
         """Yield (file:row, record) for every row of a .parquet file; what is null is left out."""

@@ -2238,6 +2238,21 @@ def test_a_first_line_that_is_cut_short_ends_in_a_jsonl_and_goes_on_in_a_json(tm
         assert reader.counts["malformed"] == malformed
 
 
+def test_a_file_that_is_one_value_is_lost_from_its_error_on_and_the_report_says_so(tmp_path):
+    texts = [json.dumps({"text": str(i)}) for i in range(9)]
+    for name, content, read, lost in (
+        ("list.json", "[\n" + ",\n".join(texts).replace('"4"', "oops") + "\n]", 0, "list.json:6:10"),
+        ("over lines.json", "{\n" + "\n".join(texts).replace('"4"', "oops")[1:], 4, "over lines.json:6:10"),
+    ):
+        (tmp_path / name).write_text(content)
+        reader = m.Reader(tmp_path / name, "skip")
+        assert len(list(reader.records(tmp_path / name))) == read
+        assert (
+            f"1 × malformed file, of which the rest is lost, the first at {tmp_path}/{lost}: not JSON"
+            in reader.report()
+        )
+
+
 def test_json_errors_name_the_line_in_every_layout(tmp_path, tokenizer):
     objects = [json.dumps({"text": str(i)}, indent=1) for i in range(3)]
     for name, where in (("a.json", "a.json:5:10"), ("a.jsonl", "a.jsonl:5:10")):
