@@ -5150,8 +5150,13 @@ def parallel_map(fn: Callable, items: Iterable) -> Iterator:
         # Fork beside torch's idle threads, of which children use none, is warned of.
         quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)
         with quiet, ProcessPoolExecutor(*start) as pool:
-            for wave in batched(items, limit=8 * workers):  # so many are in flight
-                yield from pool.map(_run_child, wave)
+            try:
+                for wave in batched(items, limit=8 * workers):  # so many are in flight
+                    yield from pool.map(_run_child, wave)
+            except BrokenProcessPool:
+                if sys.version_info < (3, 11, 5):  # it would wait for ever for a pipe that nobody reads any more
+                    pool._call_queue._reader.close()
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             "a process that encodes the data was killed, perhaps because memory ran out: start again"

@@ -2543,6 +2543,26 @@ def test_an_encoder_that_dies_is_an_error_not_a_hang(tmp_path, tokenizer, monkey
     assert forks and not list((tmp_path / "cache").iterdir())
 
 
+def test_an_encoder_that_dies_while_more_is_written_to_it_is_an_error_not_a_hang():
+    """The pipe to the children holds 64 kB, and a write to it waits. Before Python 3.11.5 it waited for ever."""
+    code = """if True:
+        import os, signal, time
+        import minillm as m
+        os.sched_getaffinity = lambda _: {0, 1}
+
+        def die(_):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            list(m.parallel_map(die, ("x" * 1_000_000 for _ in range(40))))
+        except m.UserError as error:
+            print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert run.stdout.startswith("a process that encodes the data was killed")
+
+
 def test_without_locks_the_first_result_stays(tmp_path, monkeypatch):
     """As on Windows: both do the work."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
