@@ -2581,7 +2581,7 @@ ENCODE = """
 import pathlib, sys, minillm as m
 path, cache = map(pathlib.Path, sys.argv[1:])
 tokens = m.encode_data("text", path, m.BPETokenizer(), "all", cache)[0]["ids"]
-print(len(tokens), int(tokens.long().sum()))
+print(len(tokens), int(tokens.long().sum()), flush=True)  # a pool may end its process before it does
 """
 
 
