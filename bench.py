@@ -384,8 +384,8 @@ def measure_decode(setup: Setup, name: str) -> Rows:
     floats = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of each key
     for batch in (1, 8):
         read = model.num_params() + batch * keys * floats
-        if config.num_experts:  # less the experts that no row chooses
-            idle = (1 - config.num_experts_per_tok / config.num_experts) ** (batch - 1)  # also of the other rows
+        if config.num_experts:  # less the share of one row's idle experts that no other row chooses
+            idle = (1 - config.num_experts_per_tok / config.num_experts) ** (batch - 1)
             read -= idle * (model.num_params() - model.num_params(active=True))
         least_s = read * setup.dtype.itemsize / bytes_per_s
         tokens_per_s = rows[f"decode, batch {batch}, tok/s"]

@@ -308,9 +308,9 @@ def web(runs: list[str], load: Callable, config: m.GenerationConfig, system: str
             chatbot.clear(lambda: [[]] * 3, None, [chatbot, chat.chatbot_state, chat.chatbot_value], js=STOP)
         with text_page:
             text = gr.Textbox(label="文本 Text", lines=6, submit_btn=True, stop_btn=True)
-            written = gr.Textbox(label="续写 Continuation", lines=9)
+            continuation = gr.Textbox(label="续写 Continuation", lines=9)
             go_on = functools.partial(texts_so_far, load, config, runs[0])
-            text.stop(None, cancels=text.submit(go_on, [text, *controls], written))
+            text.stop(None, cancels=text.submit(go_on, [text, *controls], continuation))
         controls[0].change(pages, controls[0], [chat_page, text_page])
     page.queue(default_concurrency_limit=8)  # by default a second tab would wait for the first
     options = {"share": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}

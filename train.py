@@ -227,7 +227,7 @@ def train(args) -> int:
     """Run one of m.STAGES: pretraining from a new model, another stage from its parent's run."""
     config, rl = train_config(args), rlhf_config(args)  # flags are checked before anything is loaded
     run_dir, saved, options = args.runs / args.stage, {}, {}
-    if args.given.get("resume") and not run_dir.is_dir():  # (--max-restarts resumes what may not have begun)
+    if args.given.get("resume") and not run_dir.is_dir():  # after --max-restarts it may not have begun
         raise m.UserError(f"--resume: there is no run directory {run_dir}: start it without --resume")
     if m.holds_run(run_dir) and args.resume:
         saved = m.load_run(run_dir, which="last")[2]["config"]
