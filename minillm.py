@@ -941,7 +941,7 @@ class TrainConfig(MemoryConfig):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, linear decay
     decay_fraction: float = 0.4  # part of the run that wsd spends decaying
     optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the matrices; the rest always gets AdamW
-    weight_decay: float = 0.1  # decoupled, on the blocks' matrices only
+    weight_decay: float = 0.1  # decoupled, on the blocks' matrices only; as much again with each pass over the data
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
     momentum: float = 0.95  # Muon's momentum
@@ -3428,7 +3428,7 @@ class Trainer:
                 (block.self_attn if module.config.num_experts else block).compile()
         for optimizer in build_optimizers(module, config):
             for group in optimizer.param_groups:
-                group["rate"] = rate  # `update` multiplies it by the schedule's
+                group["rate"], group["decay"] = rate, group["weight_decay"]  # of which `step` makes the current ones
             self.optimizers[f"{name}.{type(optimizer).__name__}"] = optimizer
         self.trained[name] = module
 
@@ -3494,11 +3494,13 @@ class Trainer:
         norms = [nn.utils.clip_grad_norm_(module.parameters(), limit).item() for module in self.trained.values()]
         # 3 step, unless something is not finite: then weights and moments stay as they are
         rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)
+        # what is read again and again is learned by heart: there more decay is better (arXiv:2509.14786)
+        decay = min(max(1.0, self.epochs_done), 10.0)
         is_finite = all(map(math.isfinite, [metrics["loss"], *norms]))  # the same for all optimizers
         for optimizer in self.optimizers.values():
             gradients = []
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
+                group["lr"], group["weight_decay"] = rate * group["rate"], decay * group["decay"]
                 gradients += [p.grad for p in group["params"] if p.grad is not None]
             if is_finite and gradients:  # PPO's policy has none in the critic's warm-up
                 self.scaler.step(optimizer)

@@ -5077,6 +5077,16 @@ def test_a_resumed_run_takes_the_settings_of_now(tmp_path, tokenizer):
     assert {group["betas"][0] for group in adamw.param_groups} == {0.6} and muon.state_dict()["state"]
 
 
+def test_weight_decay_grows_with_the_passes_over_the_data(tokenizer):
+    trainer = trainer_for(tokenizer, m.TrainConfig(weight_decay=0.1, warmup_steps=0))
+    adamw, muon = trainer.optimizers.values()
+    for passes, decay in ((0.0, 0.1), (1.0, 0.1), (2.5, 0.25), (10.0, 1.0), (1000.0, 1.0)):
+        trainer.epochs_done = passes
+        trainer.step([lm_batch(2, 8)])
+        assert [group["weight_decay"] for group in muon.param_groups] == [pytest.approx(decay)] * len(muon.param_groups)
+        assert {group["weight_decay"] for group in adamw.param_groups if group["params"]} == {0.0}  # norms, embeddings
+
+
 def test_an_evaluation_that_is_not_finite_does_not_end_the_best_for_good(tmp_path, tokenizer):
     """Of losses NaN, 3, 2, NaN, 2.5 at steps 2, 4, … the best is at step 6, also after a resumption at step 8."""
     losses = iter([math.nan, 3.0, 2.0, math.nan, 2.5])
