@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -150,6 +151,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise m.UserError(f"--seeds {args.seeds} is not possible: it must be 2 or more, to tell luck from skill")
         if "steps" in given and (args.steps < 1 or "minutes" in given):
             raise m.UserError("--steps must be 1 or more, and excludes --minutes")
+        if unused := [name for name in ("config", "only", "quick", "compile") if name in given]:
+            raise m.UserError(f"{m.flag_of(unused[0])} does nothing in a duel, which trains tiny: leave it out")
         m.data_files(args.data or DATA)
     if args.json and Path(args.json).exists():
         read_figures(args.json)  # nothing but figures is overwritten
@@ -493,32 +496,35 @@ def qwen3(config: m.MiniGPTConfig) -> nn.Module:
 
 
 def duel(setup: Setup, args: argparse.Namespace) -> Tables:
-    """Train both sides in turns with equal seeds, data and limits, as processes of their own; tabulate and judge."""
-    folders = {"here": Path(m.__file__).parent, "there": Path(args.duel).absolute()}
-    limit = ["--max-steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
+    """Train both sides in turns with equal seeds, data and flags, as processes of their own; tabulate and judge."""
+    folders = {"here": Path(m.__file__).parent, "there": Path(args.duel).resolve()}
+    common = ["--max-steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
+    for option, value in (setup.options | {"device": args.device}).items():  # the dtype that was measured, too
+        common += [m.flag_of(option)] * value if isinstance(value, bool) else [m.flag_of(option), str(value)]
     runs = [(data, seed) for data in args.data or [None] for seed in range(args.seeds)]
-    differences = []
+    differences: dict[str | None, list[float]] = collections.defaultdict(list)  # by data set
     for k, (data, seed) in enumerate(runs):
-        name, flags, figures = f"seed {seed}", [*limit, "--seed", str(seed)], {}
+        name, flags, figures = f"seed {seed}", [*common, "--seed", str(seed)], {}
         if data:
-            name, flags = f"{Path(data).stem}, {name}", [*flags, "--data", str(Path(data).absolute())]
+            name, flags = f"{name}, {data}", [*flags, "--data", str(Path(data).absolute())]
         for side in ("here", "there") if k % 2 == 0 else ("there", "here"):  # who goes first changes
             setup.line.show(f"duel {k + 1} of {len(runs)}: {name}, {side}")
             try:
                 figures[side] = train_in(folders[side], flags)
             except m.UserError as error:
                 if side == "here":
-                    raise
-                yield "verdict", {"there": {"it is": f"worse: {error}"}}
+                    raise m.UserError(f"{folders[side]} {error}") from error
+                yield "verdict", {"there": {"it is": f"worse: {folders[side]} {error}"}}
                 return
-        differences.append(figures["there"]["bits per byte"] / figures["here"]["bits per byte"] - 1)
+        differences[data].append(figures["there"]["bits per byte"] / figures["here"]["bits per byte"] - 1)
         columns = [(f"{side}: {figure}", figures[side][figure]) for figure in figures["here"] for side in folders]
         yield f"there is {folders['there']}", {column: {name: Measured(value)} for column, value in columns}
-    yield "verdict", {"there": {"it is": verdict(differences)}}
+    by_data = {f"on {data}": verdict(values) for data, values in differences.items() if len(differences) > 1}
+    yield "verdict", {"there": {"it is": verdict(sum(differences.values(), []))} | by_data}
 
 
 def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
-    """Train with the MiniLLM in `folder`; return its figures on all validation data."""
+    """Train with the MiniLLM in `folder`; return its figures on all validation data, or raise what is wrong."""
     with tempfile.TemporaryDirectory() as out:
         run_dir = Path(out) / "tiny/pretrain"
         for words in (["--config", "tiny", *flags], ["--stage", "eval", "--init", str(run_dir)]):
@@ -526,14 +532,18 @@ def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 message = (done.stderr.strip() or "no message").splitlines()[-1]
-                raise m.UserError(f"{folder} failed with exit status {done.returncode}: {message}")
-        rows = [row for row in m.read_metrics(run_dir) if "tok_per_s" in row]
-    return {
-        "bits per byte": json.loads(done.stdout.splitlines()[-1])["bpb"],
-        "steps": rows[-1]["step"],
-        "tok/s": statistics.median(row["tok_per_s"] for row in rows),
-        "peak, MB": rows[-1]["peak_bytes"] / 1e6,
-    }
+                raise m.UserError(f"failed with exit status {done.returncode}: {message}")
+        try:
+            bits, rows = json.loads(done.stdout.splitlines()[-1])["bpb"], m.read_metrics(run_dir)
+            timed = [row for row in rows if "tok_per_s" in row]
+            speed = statistics.median(row["tok_per_s"] for row in timed[1:] or timed)  # the first step warms up
+            peak = timed[-1]["peak_bytes"] / 1e6
+            figures = {"bits per byte": bits, "steps": rows[-1]["step"], "tok/s": speed, "peak, MB": peak}
+            if not math.isfinite(sum(figures.values())):
+                raise ValueError(f"{bits} bits per byte")
+            return figures
+        except (ValueError, LookupError, TypeError) as error:
+            raise m.UserError(f"left no figures to compare: {error!r}") from error
 
 
 def verdict(differences: list[float]) -> str:
@@ -697,4 +707,5 @@ def read_figures(path: str) -> dict[tuple, Measured]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainings of a duel end, too
     sys.exit(main())

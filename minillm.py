@@ -941,7 +941,7 @@ class TrainConfig(MemoryConfig):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, linear decay
     decay_fraction: float = 0.4  # part of the run that wsd spends decaying
     optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the matrices; the rest always gets AdamW
-    weight_decay: float = 0.1  # decoupled, on the blocks' matrices only; as much again with each pass over the data
+    weight_decay: float = 0.1  # decoupled, on the blocks' matrices only; times the passes over the data, 1 to 10
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
     momentum: float = 0.95  # Muon's momentum
@@ -2498,6 +2498,7 @@ class TextGenerator:
 
     With `compile`, steps go through torch.compile: seconds for the first of each batch size, then up to several times
     faster. It may freeze the weights, so it is not for a model that goes on training, nor for a mixture of experts.
+    Without, they run in torch's inference mode: what a model's forward keeps on itself there, training must not use.
     """
 
     def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, compile: bool = False):

@@ -9777,6 +9777,7 @@ def test_bench_names_absent_peers(quick_bench, capsys, monkeypatch, part, packag
         (["--duel", ".", "--steps", "0"], "--steps must be 1 or more"),
         (["--duel", ".", "--steps", "5", "--minutes", "1"], "excludes --minutes"),
         (["--duel", ".", "--data", "/nowhere"], "/nowhere"),
+        (["--duel", ".", "--config", "small"], "--config does nothing in a duel"),
         (["--seeds", "4"], "--seeds belongs to --duel"),
         (["--minutes", "1"], "--minutes belongs to --duel"),
     ],
@@ -9805,6 +9806,65 @@ def test_bench_reports_mistakes_in_one_message(tmp_path, capsys, argv, message):
 )
 def test_bench_judges_a_duel(differences, words):
     assert bench.verdict(differences).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("rows", "last_line", "outcome"),
+    [
+        ([(1, 50), (10, 90), (20, 80), (20, 100), (25, None)], '{"bpb": 1.5}', [1.5, 25, 90, 2]),  # 50: the warm-up
+        ([(1, 50), (3, None)], '{"bpb": 1.5}', [1.5, 3, 50, 2]),
+        ([(1, 50)], '{"bpb": NaN}', "nan bits per byte"),
+        ([(1, 50)], "goodbye", "left no figures to compare: JSONDecodeError"),
+        ([(1, 50)], "", "left no figures to compare: JSONDecodeError"),
+        ([(1, 50)], "[]", "left no figures to compare: TypeError"),
+        ([(1, 50)], '{"loss": 1}', "left no figures to compare: KeyError('bpb')"),
+        ([(1, None)], '{"bpb": 1.5}', "left no figures to compare"),
+        ([], '{"bpb": 1.5}', "is no run directory"),
+    ],
+)
+def test_a_side_of_a_duel_has_figures_or_loses(tmp_path, rows, last_line, outcome):
+    lines = [
+        json.dumps({"step": step, "peak_bytes": 2e6} | ({"tok_per_s": speed} if speed else {})) for step, speed in rows
+    ]
+    program = f"""
+import pathlib, sys
+if "--config" in sys.argv and {lines}:
+    out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "tiny/pretrain"
+    out.mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("\\n".join({lines}))
+print({last_line!r})
+"""
+    (tmp_path / "train.py").write_text(program)
+    if isinstance(outcome, list):
+        assert list(bench.train_in(tmp_path, []).values()) == outcome
+    else:
+        with pytest.raises(m.UserError, match=re.escape(outcome)):
+            bench.train_in(tmp_path, [])
+
+
+def test_both_sides_of_a_duel_get_the_same_flags(tmp_path, monkeypatch, capsys):
+    flags, data = [], [tmp_path / name / "text.txt" for name in "ab"]  # two names that differ in their folder alone
+    for path in data:
+        path.parent.mkdir()
+        path.write_text("text")
+    bits = iter([1.0, 1.1, 1.2, 1.0, 2.0, 1.0, 1.1, 2.1])  # who begins changes: here and there, there and here, …
+    monkeypatch.setattr(
+        bench, "train_in", lambda folder, words: flags.append(words) or {"bits per byte": next(bits), "steps": 1}
+    )
+    argv = ["--duel", str(Path(m.__file__).parent), "--steps", "2", "--seeds", "2", "--json", str(tmp_path / "d.json")]
+    argv += ["--data", *map(str, data), "--optimizer", "adamw", "--dtype", "float32", "--device", "cpu"]
+    assert bench.main([*argv, "--no-gradient-checkpointing"]) == 0
+    common = ["--max-steps", "2", "--dtype", "float32", "--optimizer", "adamw", "--device", "cpu"]
+    pairs = [[*common, "--seed", str(seed), "--data", str(path)] for path in data for seed in (0, 1)]
+    assert flags == [words for words in pairs for _ in range(2)]
+    tables = json.loads((tmp_path / "d.json").read_text())["tables"]
+    rows = [f"seed {seed}, {path}" for path in data for seed in (0, 1)]
+    found = tables[f"there is {Path(m.__file__).parent.resolve()}"]
+    assert list(found["there: bits per byte"]) == rows
+    assert [cell[0] for cell in found["there: bits per byte"].values()] == [1.1, 1.2, 1.0, 1.1]
+    verdicts = tables["verdict"]["there"]
+    assert list(verdicts) == ["it is", f"on {data[0]}", f"on {data[1]}"]
+    assert "4 pairs" in verdicts["it is"] and "+15.00%" in verdicts[f"on {data[0]}"]
 
 
 @pytest.mark.slow
