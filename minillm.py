@@ -2456,7 +2456,8 @@ class _Decoding:
 
     def feed(self, ids):
         """Append ids (B, t) to every row; return the logits (B, V), in float32, of the token that comes next."""
-        with torch.inference_mode(not self.compiled):  # a tenth faster than no_grad where each call counts
+        # inference mode is a tenth faster than no_grad, where each call counts; compiled code need not know it
+        with contextlib.nullcontext() if self.compiled else torch.inference_mode():
             # 1 run the model
             cache, start, end = self.cache, self.cache.length, self.cache.length + ids.shape[1]
             step, size = _decode_step, end

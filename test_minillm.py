@@ -3611,6 +3611,21 @@ def test_fast_generation_equals_naive(config, tokenizer):
     assert torch.equal(fast, without_ends(model).generate(ids, 12))
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_decoding_records_no_gradients(generator, monkeypatch, is_compiled, beams):
+    modes, plain = [], m._decode_step
+
+    def step(*args):
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return plain(*args)
+
+    monkeypatch.setattr(m, "_decode_step", step)
+    generator.compiled = step if is_compiled else None  # in place of what torch.compile returns
+    generator.generate("1 + 2", m.GenerationConfig(max_new_tokens=4, min_new_tokens=4, num_beams=beams))
+    assert modes == [(False, not is_compiled)] * 4
+
+
 def test_what_is_generated_can_be_trained_on(generator):
     prompts, few = random_ids(2, 4), m.GenerationConfig(max_new_tokens=5)
     for ids in (generator.sample_generate(prompts, few), generator.beam_search(prompts, few)):
