@@ -8111,7 +8111,9 @@ def test_torchrun_ends_when_a_process_is_killed(trained_runs, tmp_path):
     assert len([line for line in error.splitlines() if line.startswith("train.py: error:")]) <= 1
     step = m.load_checkpoint(saved)["step"]
     run = torchrun(tmp_path, *argv, "--max-steps", str(step + 5), "--out", "out", "--resume")
-    assert run.communicate(timeout=100) and run.returncode == 0 and m.load_checkpoint(saved)["step"] == step + 5
+    error = run.communicate(timeout=100)[1]
+    assert run.returncode == 0, error  # whole: pytest would shorten it
+    assert m.load_checkpoint(saved)["step"] == step + 5
 
 
 # ======================================================================================================================
