@@ -2499,7 +2499,7 @@ class TextGenerator:
 
     With `compile`, steps go through torch.compile: seconds for the first of each batch size, then up to several times
     faster. It may freeze the weights, so it is not for a model that goes on training, nor for a mixture of experts.
-    Without, they run in torch's inference mode: what a model's forward keeps on itself there, training must not use.
+    Without it they run in torch's inference mode: a tensor that forward keeps on the model then cannot be trained with.
     """
 
     def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, compile: bool = False):
@@ -3430,7 +3430,7 @@ class Trainer:
                 (block.self_attn if module.config.num_experts else block).compile()
         for optimizer in build_optimizers(module, config):
             for group in optimizer.param_groups:
-                group["rate"], group["decay"] = rate, group["weight_decay"]  # of which `step` makes the current ones
+                group["rate"], group["decay"] = rate, group["weight_decay"]  # `step` scales both
             self.optimizers[f"{name}.{type(optimizer).__name__}"] = optimizer
         self.trained[name] = module
 
