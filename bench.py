@@ -274,7 +274,7 @@ def random_ids(setup: Setup, rows: int, length: int, config: m.MiniGPTConfig) ->
 
 
 def random_batch(setup: Setup, rows: int, length: int, config: m.MiniGPTConfig) -> dict[str, Tensor]:
-    ids = random_ids(setup, rows, length + 1, config)
+    ids = random_ids(setup, rows, length + 1, config).cpu()  # where loaders leave it
     return {"input_ids": ids, "labels": ids}
 
 
@@ -470,7 +470,7 @@ def time_training(setup: Setup, mode: str) -> Table:
     B, T = (4 if setup.quick else 16), 256
     config = m.MiniGPTConfig(**PEER_SHAPE, max_position_embeddings=T)
     batch = random_batch(setup, B, T, config)
-    ids = batch["input_ids"][:, 1:]
+    ids = batch["input_ids"][:, 1:].to(setup.device)
     train = m.TrainConfig(optimizer="adamw", dtype=setup.options["dtype"])
     trainer = new_trainer(setup, config, train, mode)
     peer = qwen3(config).to(setup.device).train()
@@ -652,7 +652,7 @@ def saved_bytes(setup: Setup, trainer: m.Trainer, rows: int) -> int:
     trainer.model.train()
     batch = random_batch(setup, rows, trainer.config.seq_len, trainer.model.config)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), trainer.autocast():
-        loss = trainer.loss(batch)
+        loss = trainer.loss({name: value.to(setup.device) for name, value in batch.items()})
     del loss  # it kept everything alive until here, so that no address was used twice
     return sum(sizes.values())
 

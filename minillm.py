@@ -488,6 +488,7 @@ class MiniGPT(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.register_buffer("rope", torch.stack(rope_tables(config)), persistent=False)  # (2, max_positions, D)
         self.gradient_checkpointing = False
+        self.has_fixed_shapes = not config.num_experts  # how many rows an expert gets depends on the data
         self.reset_parameters()
 
     @torch.no_grad()
@@ -2395,26 +2396,25 @@ def sampling_probs(logits: Tensor, config: GenerationConfig) -> Tensor:
         top, ids = probs.topk(min(config.top_k, V))  # likeliest first
         top = top / top.sum(dim=-1, keepdim=True)  # top-p and min-p look at what top-k leaves
     else:
-        # Sorting all V tokens would take longer than the model. Tokens below (1 - p) / V hold less than 1 - p together,
-        # so they are not among those that reach p: only the others need to be sorted.
+        # On a CPU, sorting all V tokens would take longer than the model. Tokens below (1 - p) / V hold less than 1 - p
+        # together, so they are not among those that reach p: only the others need to be sorted.
         least = (config.min_p * probs.amax(dim=-1, keepdim=True)).clamp(min=(1 - config.top_p) / V)
-        top, ids = probs.topk(int((probs >= least).sum(dim=-1).max()))
+        top, ids = probs.topk(V if probs.is_cuda else int((probs >= least).sum(dim=-1).max()))
     likelier = top.cumsum(dim=-1) - top  # probability of all the tokens before each
     top = top * ((likelier < config.top_p) & (top >= config.min_p * top[:, :1]))
     top = top / top.sum(dim=-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(1, ids, top)  # back to the order of the vocabulary
 
 
-def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a token for each row of probabilities (B, V) -> (B,).
+def draw(probs: Tensor, numbers: Tensor) -> Tensor:
+    """Draw a token for each row of probabilities (B, V), by random numbers (B, 1) from [0, 1) -> (B,).
 
-    It is the first whose cumulative probability exceeds a random number. That takes one random number a row, where
-    torch.multinomial takes V, and a fifteenth of its time.
+    It is the first whose cumulative probability exceeds the number. torch.multinomial needs V numbers a row, and 15
+    times as long.
     """
     cumulative = probs.cumsum(dim=-1)
     cumulative = cumulative / cumulative[:, -1:]  # ends at exactly 1, above any random number
-    number = torch.rand(len(probs), 1, device=probs.device, generator=generator)
-    return torch.searchsorted(cumulative, number, right=True)[:, 0]
+    return torch.searchsorted(cumulative, numbers, right=True)[:, 0]
 
 
 def _decode_step(model, ids, positions, mask, cache):
@@ -2423,12 +2423,49 @@ def _decode_step(model, ids, positions, mask, cache):
     return model.logits(hidden[:, -1])
 
 
+def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Record what `fn` starts on a GPU as a CUDA graph; return what starts all of it again and returns the same tensor.
+
+    Hundreds of kernels then start with one call: to start them one by one takes longer than to run them.
+    """
+    dtype, is_enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    # weights that autocast has cast may be gone when the graph runs again: it casts them itself
+    with torch.cuda.device(device), torch.autocast("cuda", dtype, is_enabled, cache_enabled=False):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            fn()  # libraries prepare themselves at a first call, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = fn()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                "decoding cannot be recorded as a CUDA graph: set model.has_fixed_shapes = False if the model reads "
+                f"numbers from the GPU, or how it samples (.item, .tolist, if). {str(error).splitlines()[0]}"
+            ) from error
+
+    def repeat():
+        graph.replay()
+        return result
+
+    return repeat
+
+
+def _is_recorded(model):
+    return model.has_fixed_shapes and model.embed_tokens.weight.is_cuda
+
+
 class _Decoding:
     """The state of a batch while decoding: KV cache, padding, and the tokens that are forbidden or penalized."""
 
-    def __init__(self, generator, input_ids, config, attention_mask):
+    def __init__(self, generator, input_ids, config, attention_mask, choose=None):
         self.model, self.tokenizer, self.compiled = generator.model, generator.tokenizer, generator.compiled
-        self.config, self.device = config, self.model.embed_tokens.weight.device
+        self.config, self.device, self.choose = config, self.model.embed_tokens.weight.device, choose
+        self.is_recorded, self.repeat = _is_recorded(self.model), None
+        self.has_fixed_shapes = self.is_recorded or self.compiled is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         limit, V = self.model.config.max_position_embeddings, self.model.config.vocab_size
         # 1 check the prompts
@@ -2448,41 +2485,64 @@ class _Decoding:
         size, self.least_end = T + self.new_tokens, T + config.min_new_tokens  # no end before so many
         if self.compiled:  # code is compiled for a shape: sizes in steps of 256 let calls share it
             size = min(limit, -(-size // 256) * 256)
-        self.cache = KVCache(self.model, B, size)
+        self.cache, self.position = KVCache(self.model, B, size), torch.zeros(1, dtype=torch.long, device=self.device)
         self.padding = (mask == 0).sum(dim=1, keepdim=True).to(self.device)  # (B, 1): slots before a row's first token
         self.is_padded = bool(self.padding.any())
         self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)  # the tokens that occurred
         self.stop_ids = torch.tensor(self.tokenizer.stop_ids, dtype=torch.long, device=self.device)
+        self.is_stop = torch.zeros(V, dtype=torch.bool, device=self.device).index_fill_(0, self.stop_ids, True)
 
-    def feed(self, ids):
-        """Append ids (B, t) to every row; return the logits (B, V), in float32, of the token that comes next."""
+    def feed(self, ids, numbers=None):
+        """Append ids (B, t) to every row; return the logits (B, V), in float32, of the token that comes next.
+
+        With a function `choose`, return choose(logits, numbers) instead.
+        """
         # inference mode is a tenth faster than no_grad, where each call counts; compiled code need not know it
         with contextlib.nullcontext() if self.compiled else torch.inference_mode():
-            # 1 run the model
             cache, start, end = self.cache, self.cache.length, self.cache.length + ids.shape[1]
-            step, size = _decode_step, end
-            if self.compiled and start:  # fixed shapes: every slot of the cache is a key
-                step, size = self.compiled, cache.max_length
-                cache.position = torch.tensor([start], device=self.device)
+            is_fixed = self.has_fixed_shapes and start > 0  # then every slot of the cache is a key
+            self.position.fill_(end - 1)
+            cache.position, size = (self.position, cache.max_length) if is_fixed else (None, end)
             positions = mask = None  # faster, where no row is padded
             if self.is_padded:
                 offsets = torch.arange(size, device=self.device) - self.padding  # (B, size): 0 at a row's first token
                 positions, mask = offsets[:, start:end].clamp(min=0), offsets >= 0
-            logits = step(self.model, ids, positions, mask, cache).float()
-            cache.length = end  # compiled code does not count
-            # 2 penalize and forbid
-            if self.config.repetition_penalty != 1:  # for padding, which is on the left, the last token stands in
-                self.seen.scatter_(1, ids if mask is None else ids.where(mask[:, start:end], ids[:, -1:]), True)
-                logits = penalize_repetition(logits, self.seen, self.config.repetition_penalty)
-            logits[:, self.tokenizer.vocab_size :] = -math.inf  # ids that the tokenizer does not have
-            if end < self.least_end:
-                logits.index_fill_(1, self.stop_ids, -math.inf)
-            return logits
+            inputs = ids, positions, mask, numbers
+            result = self._recorded(inputs) if is_fixed and self.is_recorded else self._step(*inputs)
+            cache.length = end  # what is compiled or recorded does not count
+            return result
+
+    def _step(self, ids, positions, mask, numbers):
+        # 1 run the model
+        step = self.compiled if self.compiled and self.cache.position is not None else _decode_step
+        logits = step(self.model, ids, positions, mask, self.cache).float()
+        # 2 penalize and forbid
+        if self.config.repetition_penalty != 1:  # for padding, which is on the left, the last token stands in
+            is_prompt = mask is not None and mask.shape == ids.shape
+            self.seen.scatter_(1, ids.where(mask, ids[:, -1:]) if is_prompt else ids, True)
+            logits = penalize_repetition(logits, self.seen, self.config.repetition_penalty)
+        logits[:, self.tokenizer.vocab_size :] = -math.inf  # ids that the tokenizer does not have
+        if self.config.min_new_tokens:
+            logits.masked_fill_(self.is_stop & (self.position + 1 < self.least_end), -math.inf)
+        # 3 choose
+        return logits if self.choose is None else self.choose(logits, numbers)
+
+    def _recorded(self, inputs):
+        """Return _step(*inputs), which is recorded at the first call."""
+        if self.repeat is None:  # what is recorded goes on reading these tensors
+            self.inputs = [x if x is None else x.clone() for x in inputs]
+            self.repeat = record(lambda: self._step(*self.inputs), self.device)
+        for own, new in zip(self.inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(new)
+        return self.repeat()
 
     def reorder(self, rows):
         """Row i becomes a copy of row `rows[i]`; there may be more rows than before, or fewer."""
         self.cache.reorder(rows)
-        self.padding, self.seen = self.padding[rows], self.seen[rows]
+        seen, self.padding = self.seen[rows], self.padding[rows]
+        # in place, where it can be: what is recorded goes on reading it
+        self.seen = self.seen.copy_(seen) if len(seen) == len(self.seen) else seen
 
 
 def length_groups(lengths: Tensor, rows: Tensor | None = None, size: int = 64) -> list[Tensor]:
@@ -2607,25 +2667,30 @@ class TextGenerator:
     def _decode(self, input_ids, config, attention_mask=None, random=None):
         """Yield (tokens (B,), ended (B,)) step by step until all rows have ended; the caller may set `ended`, too.
 
-        Finished rows are dropped from the batch as soon as they make up half of it: rollouts end at different lengths.
+        Where shapes are not fixed, finished rows are dropped from the batch as soon as they make up half of it, since
+        rollouts end at different lengths.
         """
         random = random or self._random(config)
         greedy = not config.do_sample or config.temperature < 1e-5  # where logits / temperature could be infinite
+
+        def choose(logits, numbers):
+            return logits.argmax(dim=-1) if greedy else draw(sampling_probs(logits, config), numbers)
+
         with eval_mode(self.model):
-            state = _Decoding(self, input_ids, config, attention_mask)
+            state = _Decoding(self, input_ids, config, attention_mask, choose)
             next_ids = input_ids.to(state.device, torch.long)
             running = torch.arange(len(input_ids), device=state.device)  # rows that are still in the batch
             ended, padding = running < 0, torch.full_like(running, self.tokenizer.pad_id)  # (B,): none has ended yet
             for _ in range(state.new_tokens):
-                logits = state.feed(next_ids)
-                tokens = logits.argmax(dim=-1) if greedy else draw(sampling_probs(logits, config), random)
+                numbers = None if greedy else torch.rand(len(next_ids), 1, device=state.device, generator=random)
+                tokens = state.feed(next_ids, numbers)
                 written = padding.index_copy(0, running, tokens).where(~ended, padding)  # ended rows write padding
                 ended |= torch.isin(written, state.stop_ids)
                 yield written, ended
                 unfinished = int((~ended).sum())  # waits for the device
                 if not unfinished:
                     return
-                if 2 * unfinished <= len(running) and not self.compiled:
+                if 2 * unfinished <= len(running) and not state.has_fixed_shapes:
                     kept = (~ended[running]).nonzero()[:, 0]
                     state.reorder(kept)
                     running, tokens = running[kept], tokens[kept]
@@ -2677,17 +2742,13 @@ class TextGenerator:
 
 
 def compile_decode_step(model: MiniGPT) -> Callable:
-    """Return `_decode_step` through torch.compile: on a CPU with frozen weights, on CUDA as CUDA graphs."""
-    if model.config.num_experts:
+    """Return `_decode_step` through torch.compile: on a CPU with frozen weights."""
+    if not model.has_fixed_shapes:
         raise UserError("a mixture of experts cannot be compiled for decoding: its shapes depend on the data")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
-    options = {"options": {"cpp_wrapper": True}} if on_cpu else {"mode": "reduce-overhead"}
-    compiled = torch.compile(_decode_step, dynamic=False, **options)
+    compiled = torch.compile(_decode_step, dynamic=False, options={"cpp_wrapper": True} if on_cpu else None)
 
     def step(model, ids, positions, mask, cache):
-        if not on_cpu:
-            for x in (*cache.k, *cache.v):  # CUDA graphs may change only what keeps its address
-                torch._dynamo.mark_static_address(x)
         try:
             # freezing lays out the weights for the processor; torch looks at this setting whenever it compiles
             with torch._inductor.config.patch(freezing=on_cpu):
@@ -2791,7 +2852,9 @@ def training_kernels(onednn: bool, cudnn: bool = False) -> Iterator[None]:
 
 def matmul_peak(device: torch.device, dtype: str, n: int = 1024) -> float:
     """Measure the floating-point operations per second of an n x n matrix product, in a fraction of a second."""
-    a, b = torch.ones(2, n, n, device=device, dtype=pick_dtype(dtype, device))
+    # random numbers: a product of ones takes less power, so that a GPU is a tenth faster than it ever is in training
+    random = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, n, n, device=device, generator=random).to(pick_dtype(dtype, device))
     seconds = []
     with training_kernels(onednn=dtype == "float32_onednn"):
         while len(seconds) < 10 and sum(seconds) < 0.5:  # float16 on a CPU takes long
@@ -3426,8 +3489,8 @@ class Trainer:
             add_lora(module, config.lora_rank, config.lora_alpha)
         module.gradient_checkpointing = config.gradient_checkpointing
         if self.compiles:
-            for block in module.layers:  # the shapes inside a mixture of experts depend on the data
-                (block.self_attn if module.config.num_experts else block).compile()
+            for block in module.layers:
+                (block if module.has_fixed_shapes else block.self_attn).compile()
         for optimizer in build_optimizers(module, config):
             for group in optimizer.param_groups:
                 group["rate"], group["decay"] = rate, group["weight_decay"]  # `step` scales both
@@ -3487,13 +3550,13 @@ class Trainer:
         with training_kernels(self.config.dtype == "float32_onednn", cudnn=self.stage == "pretrain"):
             figures = self.in_memory(accumulate, max(len(batch["input_ids"]) for batch in mine))
         WORLD.sum_gradients(self.trained.parameters())
-        metrics = average(figures)
-        self.part_names = dict.fromkeys(metrics)
         # 2 clip
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)  # float16: the gradients are those of a scaled loss
         limit = self.config.grad_clip or math.inf
-        norms = [nn.utils.clip_grad_norm_(module.parameters(), limit).item() for module in self.trained.values()]
+        norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in self.trained.values()]
+        metrics, norms = average(figures), [norm.item() for norm in norms]  # only here to wait for the device, once
+        self.part_names = dict.fromkeys(metrics)
         # 3 step, unless something is not finite: then weights and moments stay as they are
         rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)
         # what is read again and again is learned by heart: there more decay is better (arXiv:2509.14786)
@@ -3584,7 +3647,12 @@ class Trainer:
         return loss if isinstance(loss, tuple) else (loss, {})
 
     def _to_device(self, batch):
-        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        def copy(value):
+            if self.device.type == "cuda" and value.device.type == "cpu":  # without waiting for what is queued there
+                return value.pin_memory().to(self.device, non_blocking=True)
+            return value.to(self.device)
+
+        return {name: copy(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def autocast(self, decoding: bool = False) -> contextlib.AbstractContextManager:
         # on a CPU the few rows of decoding are faster in float32: weights would be cast anew at every step

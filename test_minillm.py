@@ -3475,13 +3475,13 @@ def test_repetition_penalty_by_hand():
 @pytest.mark.parametrize(
     ("number", "token"), [(0.0, 1), (0.49, 1), (0.5, 3), (0.87, 3), (0.875, 4), (0.99, 4), (1 - 2**-24, 4)]
 )
-def test_draw_by_hand(monkeypatch, number, token):
+def test_draw_by_hand(number, token):
     """Worked example: probabilities 0, 1/2, 0, 3/8, 1/8, 0 add up to 0, 1/2, 1/2, 7/8, 1, 1: the number falls in one.
 
     From 0 to the largest float32 below 1, no number draws what has no probability.
     """
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
-    assert m.draw(torch.tensor([[0.0, 0.5, 0.0, 0.375, 0.125, 0.0]]).expand(3, -1)).tolist() == [token] * 3
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.375, 0.125, 0.0]]).expand(3, -1)
+    assert m.draw(probs, torch.full((3, 1), number)).tolist() == [token] * 3
 
 
 @pytest.mark.parametrize(
@@ -3549,7 +3549,7 @@ def test_sampling_filters_of_equal_logits(changes, least, most):
 
 def test_draw_takes_each_index_as_often_as_its_probability_says():
     probs = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0]).expand(20_000, -1)
-    drawn = m.draw(probs, torch.Generator().manual_seed(0))
+    drawn = m.draw(probs, torch.rand(len(probs), 1, generator=torch.Generator().manual_seed(0)))
     assert drawn.shape == (20_000,)
     share = drawn.bincount(minlength=6) / 20_000
     torch.testing.assert_close(share, probs[0], atol=0.015, rtol=0)
@@ -3560,7 +3560,7 @@ def test_draw_treats_each_row_by_itself():
     """Rows with distributions of their own, of 200 tokens after filters; within five standard deviations."""
     logits, n = 2 * torch.randn(3, 200, generator=torch.Generator().manual_seed(1)), 20_000
     probs = m.sampling_probs(logits, settings(top_k=120, top_p=0.9, min_p=0.002))
-    drawn = m.draw(probs.repeat(n, 1), torch.Generator().manual_seed(2)).view(n, 3)
+    drawn = m.draw(probs.repeat(n, 1), torch.rand(3 * n, 1, generator=torch.Generator().manual_seed(2))).view(n, 3)
     for row, p in enumerate(probs):
         share = drawn[:, row].bincount(minlength=200) / n
         assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
@@ -3621,9 +3621,45 @@ def test_decoding_records_no_gradients(generator, monkeypatch, is_compiled, beam
         return plain(*args)
 
     monkeypatch.setattr(m, "_decode_step", step)
-    generator.compiled = step if is_compiled else None  # in place of what torch.compile returns
+    monkeypatch.setattr(generator, "compiled", step if is_compiled else None)  # in place of what torch.compile returns
     generator.generate("1 + 2", m.GenerationConfig(max_new_tokens=4, min_new_tokens=4, num_beams=beams))
     assert modes == [(False, not is_compiled)] * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"seed": 0, "top_p": 0.9},
+        {"do_sample": False, "repetition_penalty": 1.5, "min_new_tokens": 9},
+        {"num_beams": 3, "repetition_penalty": 1.5},
+    ],
+)
+def test_a_recorded_step_decodes_the_same(generator, monkeypatch, options):
+    """A CUDA graph is replaced by another call on the same tensors, none of which may have been exchanged."""
+
+    def addresses(state):
+        tensors = [x for x in state.inputs if x is not None] + [state.seen, state.is_stop, state.position]
+        return [x.data_ptr() for x in (*tensors, *state.cache.k, *state.cache.v)]
+
+    def record(fn, device):
+        state = inspect.getclosurevars(fn).nonlocals["self"]
+        recorded.append(addresses(state))
+
+        def repeat():
+            assert addresses(state) == recorded[-1]
+            return fn()
+
+        return repeat
+
+    config = settings(max_new_tokens=12, **options)
+    prompts = [["你", "Hello, world! It's", "1 + 12 ="], ["1 + 12 ="]]  # with padding, and without
+    expected, recorded = [generator.generate(texts, config) for texts in prompts], []
+    monkeypatch.setattr(m, "record", record)
+    monkeypatch.setattr(m, "_is_recorded", lambda model: True)
+    for texts, reply in zip(prompts, expected, strict=True):
+        assert generator.generate(texts, config) == reply
+    assert len(recorded) == 2
 
 
 def test_what_is_generated_can_be_trained_on(generator):
@@ -4980,6 +5016,33 @@ def test_cuda_decodes_what_a_cpu_does(config, tokenizer):
     model, greedy = random_model(config), settings(do_sample=False)
     written = [m.TextGenerator(model.to(device), tokenizer).generate(["ab", "c"], greedy) for device in ("cpu", "cuda")]
     assert written[0] == written[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 0, "top_p": 0.9}])
+def test_a_cuda_graph_decodes_what_single_kernels_do(tokenizer, is_compiled, options):
+    model, config = random_model(shape()).cuda(), settings(**{"do_sample": False, "max_new_tokens": 12} | options)
+    recorded = m.TextGenerator(model, tokenizer, is_compiled)
+    for prompts in (["ab", "c"], ["abc"]):  # with padding, and without
+        model.has_fixed_shapes = True
+        reply = recorded.generate(prompts, config)
+        model.has_fixed_shapes = False
+        assert m.TextGenerator(model, tokenizer).generate(prompts, config) == reply
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_cuda_graph_outlives_the_weights_that_autocast_cast(tokenizer):
+    model, ids = random_model(shape()).cuda(), random_ids(2, 5)
+    config = settings(do_sample=False, max_new_tokens=40, min_new_tokens=40)
+    generator = m.TextGenerator(model, tokenizer)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = generator.greedy_search(ids, config)[:, 5:]
+        steps = generator._decode(ids, config)
+        tokens = [next(steps)[0] for _ in range(3)]
+    taken = [torch.full_like(p, 9.0, dtype=torch.bfloat16) for p in model.parameters()]  # the memory of those weights
+    tokens += [step[0] for step in steps]
+    assert taken and torch.equal(torch.stack(tokens, dim=1), expected)
 
 
 # -- runs and evaluations ----------------------------------------------------------------------------------------------
@@ -9506,7 +9569,8 @@ def check_epsilon(hacked, tmp_path, tokenizer, runs) -> None:
     for epsilon, expected in ((0.0, [0.4, 0.1, 0.3, 0.2]), (0.15, [4 / 9, 0, 3 / 9, 2 / 9]), (0.9, [1, 0, 0, 0])):
         for top_p in (1.0, 0.999):  # without and with another filter
             config = hacked.GenerationConfig(temperature=1.0, top_p=top_p, epsilon=epsilon)
-            drawn = hacked.draw(hacked.sampling_probs(logits, config), torch.Generator().manual_seed(0))
+            numbers = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(0))
+            drawn = hacked.draw(hacked.sampling_probs(logits, config), numbers)
             share = drawn.bincount(minlength=4) / len(drawn)
             torch.testing.assert_close(share, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
             assert not share[[p == 0 for p in expected]].any()
