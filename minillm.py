@@ -2423,6 +2423,9 @@ def _decode_step(model, ids, positions, mask, cache):
     return model.logits(hidden[:, -1])
 
 
+RECORDING = threading.Lock()  # one graph is recorded at a time, whatever other threads do
+
+
 def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record what `fn` starts on a GPU as a CUDA graph; return what starts all of it again and returns the same tensor.
 
@@ -2437,7 +2440,7 @@ def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tenso
             fn()  # libraries prepare themselves at a first call, which cannot be recorded
         torch.cuda.current_stream().wait_stream(stream)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = fn()
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -5045,6 +5045,27 @@ def test_a_cuda_graph_outlives_the_weights_that_autocast_cast(tokenizer):
     assert taken and torch.equal(torch.stack(tokens, dim=1), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_that_no_cuda_graph_can_record(tokenizer):
+    model = random_model(shape()).cuda()
+    model.norm.register_forward_hook(lambda module, inputs, output: output.sum().item() and None)
+    with pytest.raises(m.UserError, match="has_fixed_shapes"):
+        m.TextGenerator(model, tokenizer).generate("abc")
+    model.has_fixed_shapes = False
+    assert isinstance(m.TextGenerator(model, tokenizer).generate("abc"), str)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graphs_in_threads(tokenizer):
+    """As on the web page: several threads write with one model."""
+    generator = m.TextGenerator(random_model(shape()).cuda(), tokenizer)
+    config = settings(do_sample=False, max_new_tokens=40, min_new_tokens=40)
+    prompts = [f"{i} + {i} =" for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        written = [list(pool.map(lambda prompt: generator.generate(prompt, config), prompts)) for _ in range(3)]
+    assert written == [[generator.generate(prompt, config) for prompt in prompts]] * 3
+
+
 # -- runs and evaluations ----------------------------------------------------------------------------------------------
 
 
