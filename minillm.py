@@ -233,7 +233,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype.itemsize < 4:  # the mean square needs more than half precision
+        # the mean square needs more than half precision: CUDA's kernel sees to that where all is in one dtype
+        if x.dtype.itemsize < 4 and not (x.is_cuda and x.dtype == self.weight.dtype):
             return self(x.float()).to(x.dtype)
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # the same function with a faster gradient
@@ -2423,9 +2424,6 @@ def _decode_step(model, ids, positions, mask, cache):
     return model.logits(hidden[:, -1])
 
 
-RECORDING = threading.Lock()  # one graph is recorded at a time, whatever other threads do
-
-
 def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record what `fn` starts on a GPU as a CUDA graph; return what starts all of it again and returns the same tensor.
 
@@ -2434,21 +2432,25 @@ def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tenso
     dtype, is_enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     # weights that autocast has cast may be gone when the graph runs again: it casts them itself
     with torch.cuda.device(device), torch.autocast("cuda", dtype, is_enabled, cache_enabled=False):
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, stream, mode = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             fn()  # libraries prepare themselves at a first call, which cannot be recorded
+            torch.cuda.set_sync_debug_mode("error")  # now whatever waits for the GPU is an error
+            try:
+                fn()
+            except RuntimeError as error:
+                if "synchroniz" not in str(error):
+                    raise
+                raise UserError(
+                    "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from the "
+                    "GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
+                ) from error
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(stream)
-        try:
-            with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = fn()
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(
-                "decoding cannot be recorded as a CUDA graph: set model.has_fixed_shapes = False if the model reads "
-                f"numbers from the GPU, or how it samples (.item, .tolist, if). {str(error).splitlines()[0]}"
-            ) from error
+        with torch.cuda.graph(graph):
+            result = fn()
 
     def repeat():
         graph.replay()
@@ -2458,7 +2460,9 @@ def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tenso
 
 
 def _is_recorded(model):
-    return model.has_fixed_shapes and model.embed_tokens.weight.is_cuda
+    # in the main thread alone: while one thread records, no other one may use the GPU
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and model.has_fixed_shapes and model.embed_tokens.weight.is_cuda
 
 
 class _Decoding:
