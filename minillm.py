@@ -2396,11 +2396,13 @@ def sampling_probs(logits: Tensor, config: GenerationConfig) -> Tensor:
     if config.top_k:
         top, ids = probs.topk(min(config.top_k, V))  # likeliest first
         top = top / top.sum(dim=-1, keepdim=True)  # top-p and min-p look at what top-k leaves
+    elif probs.is_cuda:
+        top, ids = probs.sort(dim=-1, descending=True)
     else:
         # On a CPU, sorting all V tokens would take longer than the model. Tokens below (1 - p) / V hold less than 1 - p
         # together, so they are not among those that reach p: only the others need to be sorted.
         least = (config.min_p * probs.amax(dim=-1, keepdim=True)).clamp(min=(1 - config.top_p) / V)
-        top, ids = probs.topk(V if probs.is_cuda else int((probs >= least).sum(dim=-1).max()))
+        top, ids = probs.topk(int((probs >= least).sum(dim=-1).max()))
     likelier = top.cumsum(dim=-1) - top  # probability of all the tokens before each
     top = top * ((likelier < config.top_p) & (top >= config.min_p * top[:, :1]))
     top = top / top.sum(dim=-1, keepdim=True)
@@ -2443,8 +2445,8 @@ def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tenso
                 if "synchroniz" not in str(error):
                     raise
                 raise UserError(
-                    "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from the "
-                    "GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
+                    "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from "
+                    "the GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
                 ) from error
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
