@@ -2438,7 +2438,9 @@ def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tenso
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             fn()  # libraries prepare themselves at a first call, which cannot be recorded
-            torch.cuda.set_sync_debug_mode("error")  # now whatever waits for the GPU is an error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a mode that may overlook something
+                torch.cuda.set_sync_debug_mode("error")  # now it is an error to wait for the GPU
             try:
                 fn()
             except RuntimeError as error:
