@@ -2426,43 +2426,6 @@ def _decode_step(model, ids, positions, mask, cache):
     return model.logits(hidden[:, -1])
 
 
-def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Record what `fn` starts on a GPU as a CUDA graph; return what starts all of it again and returns the same tensor.
-
-    Hundreds of kernels then start with one call: to start them one by one takes longer than to run them.
-    """
-    dtype, is_enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    # weights that autocast has cast may be gone when the graph runs again: it casts them itself
-    with torch.cuda.device(device), torch.autocast("cuda", dtype, is_enabled, cache_enabled=False):
-        graph, stream, mode = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            fn()  # libraries prepare themselves at a first call, which cannot be recorded
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a mode that may overlook something
-                torch.cuda.set_sync_debug_mode("error")  # now it is an error to wait for the GPU
-            try:
-                fn()
-            except RuntimeError as error:
-                if "synchroniz" not in str(error):
-                    raise
-                raise UserError(
-                    "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from "
-                    "the GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
-                ) from error
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            result = fn()
-
-    def repeat():
-        graph.replay()
-        return result
-
-    return repeat
-
-
 def _is_recorded(model):
     # in the main thread alone: while one thread records, no other one may use the GPU
     is_main = threading.current_thread() is threading.main_thread()
@@ -5492,7 +5455,7 @@ def _answers(record):
     return list(map(str, answers))
 
 
-# -- kernels for CPUs and MPS: the same arithmetic, several times faster -----------------------------------------------
+# -- the same arithmetic, several times faster: kernels for CPUs and MPS, CUDA graphs ----------------------------------
 
 
 class RMSNormOnCPU(torch.autograd.Function):
@@ -5547,6 +5510,43 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
         q, k, v = (x.to(q.dtype).reshape(B * K, -1, D) for x in (q, k, v))
         scores = scores.baddbmm_(q, k.mT, alpha=D**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
+
+
+def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Record what `fn` starts on a GPU as a CUDA graph; return what starts all of it again and returns the same tensor.
+
+    Hundreds of kernels then start with one call: to start them one by one takes longer than to run them.
+    """
+    dtype, is_enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    # weights that autocast has cast may be gone when the graph runs again: it casts them itself
+    with torch.cuda.device(device), torch.autocast("cuda", dtype, is_enabled, cache_enabled=False):
+        graph, stream, mode = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            fn()  # libraries prepare themselves at a first call, which cannot be recorded
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a mode that may overlook something
+                torch.cuda.set_sync_debug_mode("error")  # now it is an error to wait for the GPU
+            try:
+                fn()
+            except RuntimeError as error:
+                if "synchroniz" not in str(error):
+                    raise
+                raise UserError(
+                    "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from "
+                    "the GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
+                ) from error
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            result = fn()
+
+    def repeat():
+        graph.replay()
+        return result
+
+    return repeat
 
 
 # -- RoPE for longer contexts than trained -----------------------------------------------------------------------------
