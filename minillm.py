@@ -239,7 +239,7 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # the same function with a faster gradient
             return RMSNormOnCPU.apply(x, weight, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps).to(x.dtype)  # autocast may have made it float32
 
 
 class Linear(nn.Linear):
@@ -2427,7 +2427,7 @@ def _decode_step(model, ids, positions, mask, cache):
 
 
 def _is_recorded(model):
-    # in the main thread alone: while one thread records, no other one may use the GPU
+    # only in the main thread: two threads could not record at once
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and model.has_fixed_shapes and model.embed_tokens.weight.is_cuda
 
@@ -2502,10 +2502,10 @@ class _Decoding:
         return logits if self.choose is None else self.choose(logits, numbers)
 
     def _recorded(self, inputs):
-        """Return _step(*inputs), which is recorded at the first call."""
-        if self.repeat is None:  # what is recorded goes on reading these tensors
-            self.inputs = [x if x is None else x.clone() for x in inputs]
-            self.repeat = record(lambda: self._step(*self.inputs), self.device)
+        """Return _step(*inputs), which is recorded at the first call; anew where beams have become more."""
+        if self.repeat is None or len(self.inputs[0]) != len(inputs[0]):
+            self.inputs = [x if x is None else x.clone() for x in inputs]  # what is recorded goes on reading these
+            self.repeat = record_graph(lambda: self._step(*self.inputs), self.device)
         for own, new in zip(self.inputs, inputs, strict=True):
             if own is not None:
                 own.copy_(new)
@@ -2534,6 +2534,8 @@ class TextGenerator:
     With `compile`, steps go through torch.compile: seconds for the first of each batch size, then up to several times
     faster. It may freeze the weights, so it is not for a model that goes on training, nor for a mixture of experts.
     Without it they run in torch's inference mode: a tensor that forward keeps on the model then cannot be trained with.
+    On a GPU a dense model's step is recorded as a CUDA graph (in the main thread): the Python code of forward then runs
+    only while it is recorded.
     """
 
     def __init__(self, model: MiniGPT, tokenizer: BPETokenizer, compile: bool = False):
@@ -2718,7 +2720,7 @@ class TextGenerator:
 def compile_decode_step(model: MiniGPT) -> Callable:
     """Return `_decode_step` through torch.compile: on a CPU with frozen weights."""
     if not model.has_fixed_shapes:
-        raise UserError("a mixture of experts cannot be compiled for decoding: its shapes depend on the data")
+        raise UserError("a mixture of experts, whose shapes depend on the data, cannot be compiled for decoding")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     compiled = torch.compile(_decode_step, dynamic=False, options={"cpp_wrapper": True} if on_cpu else None)
 
@@ -3529,7 +3531,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)  # float16: the gradients are those of a scaled loss
         limit = self.config.grad_clip or math.inf
         norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in self.trained.values()]
-        metrics, norms = average(figures), [norm.item() for norm in norms]  # only here to wait for the device, once
+        metrics, norms = average(figures), [norm.item() for norm in norms]  # the first to wait for the device
         self.part_names = dict.fromkeys(metrics)
         # 3 step, unless something is not finite: then weights and moments stay as they are
         rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)
@@ -5512,7 +5514,10 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
         return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, D)
 
 
-def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+_recording_stream = functools.cache(torch.cuda.Stream)  # one for each device: each keeps memory for its products
+
+
+def record_graph(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record what `fn` starts on a GPU as a CUDA graph; return what starts all of it again and returns the same tensor.
 
     Hundreds of kernels then start with one call: to start them one by one takes longer than to run them.
@@ -5520,27 +5525,28 @@ def record(fn: Callable[[], Tensor], device: torch.device) -> Callable[[], Tenso
     dtype, is_enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     # weights that autocast has cast may be gone when the graph runs again: it casts them itself
     with torch.cuda.device(device), torch.autocast("cuda", dtype, is_enabled, cache_enabled=False):
-        graph, stream, mode = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        graph, stream, mode = torch.cuda.CUDAGraph(), _recording_stream(device), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            fn()  # libraries prepare themselves at a first call, which cannot be recorded
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a mode that may overlook something
-                torch.cuda.set_sync_debug_mode("error")  # now it is an error to wait for the GPU
-            try:
+        try:
+            with torch.cuda.stream(stream):
+                fn()  # libraries prepare themselves at a first call, which cannot be recorded
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a mode that may overlook something
+                    torch.cuda.set_sync_debug_mode("error")  # now it is an error to wait for the GPU
                 fn()
-            except RuntimeError as error:
-                if "synchroniz" not in str(error):
-                    raise
-                raise UserError(
-                    "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from "
-                    "the GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
-                ) from error
-            finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            result = fn()
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    result = fn()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise UserError(
+                "decoding cannot be recorded as a CUDA graph, since the model or its sampling reads numbers from the "
+                "GPU (.item, .tolist, if): set model.has_fixed_shapes = False"
+            ) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)
 
     def repeat():
         graph.replay()

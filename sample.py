@@ -153,8 +153,8 @@ def load_generator(args, run_dir: str) -> m.TextGenerator:
     if isinstance(model, m.RewardModel):
         raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
     print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)", flush=True)
-    if args.explain is None:
-        model.to(m.pick_dtype("auto", model.embed_tokens.weight.device))  # on a GPU half the bytes, as in training
+    if args.explain is None and m.pick_dtype("auto", model.embed_tokens.weight.device) == torch.bfloat16:
+        model.bfloat16()  # the products of a GPU's training, and half the bytes
     return m.TextGenerator(model, tokenizer, args.compile)
 
 

@@ -3626,6 +3626,33 @@ def test_decoding_records_no_gradients(generator, monkeypatch, is_compiled, beam
     assert modes == [(False, not is_compiled)] * 4
 
 
+@pytest.fixture
+def recorded(monkeypatch) -> list:
+    """Steps are recorded on a CPU, too: a CUDA graph is replaced by another call on the same tensors.
+
+    None of these may have been exchanged. Returns their addresses, for each recording.
+    """
+
+    def addresses(state):
+        tensors = [x for x in state.inputs if x is not None] + [state.seen, state.is_stop, state.position]
+        return [x.data_ptr() for x in (*tensors, *state.cache.k, *state.cache.v)]
+
+    def record_graph(fn, device):
+        state, result = inspect.getclosurevars(fn).nonlocals["self"], fn()
+        recordings.append(addresses(state))
+
+        def repeat():
+            assert addresses(state) == recordings[-1]
+            return result.copy_(fn())
+
+        return repeat
+
+    recordings: list = []
+    monkeypatch.setattr(m, "record_graph", record_graph)
+    monkeypatch.setattr(m, "_is_recorded", lambda model: model.has_fixed_shapes)
+    return recordings
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -3635,31 +3662,13 @@ def test_decoding_records_no_gradients(generator, monkeypatch, is_compiled, beam
         {"num_beams": 3, "repetition_penalty": 1.5},
     ],
 )
-def test_a_recorded_step_decodes_the_same(generator, monkeypatch, options):
-    """A CUDA graph is replaced by another call on the same tensors, none of which may have been exchanged."""
-
-    def addresses(state):
-        tensors = [x for x in state.inputs if x is not None] + [state.seen, state.is_stop, state.position]
-        return [x.data_ptr() for x in (*tensors, *state.cache.k, *state.cache.v)]
-
-    def record(fn, device):
-        state = inspect.getclosurevars(fn).nonlocals["self"]
-        recorded.append(addresses(state))
-
-        def repeat():
-            assert addresses(state) == recorded[-1]
-            return fn()
-
-        return repeat
-
-    config = settings(max_new_tokens=12, **options)
-    prompts = [["你", "Hello, world! It's", "1 + 12 ="], ["1 + 12 ="]]  # with padding, and without
-    expected, recorded = [generator.generate(texts, config) for texts in prompts], []
-    monkeypatch.setattr(m, "record", record)
-    monkeypatch.setattr(m, "_is_recorded", lambda model: True)
-    for texts, reply in zip(prompts, expected, strict=True):
-        assert generator.generate(texts, config) == reply
-    assert len(recorded) == 2
+def test_a_recorded_step_decodes_the_same(tokenizer, recorded, options):
+    generator, config = m.TextGenerator(random_model(shape()), tokenizer), settings(max_new_tokens=12, **options)
+    for n, prompts in enumerate((["你", "Hello, world! It's", "1 + 12 ="], ["1 + 12 ="]), 1):  # padded, and not
+        generator.model.has_fixed_shapes = False
+        expected = generator.generate(prompts, config)
+        generator.model.has_fixed_shapes = True
+        assert generator.generate(prompts, config) == expected and len(recorded) == n
 
 
 def test_what_is_generated_can_be_trained_on(generator):
@@ -3773,6 +3782,11 @@ def all_continuations(generator, ids, length) -> list[tuple[list[int], float]]:
             logp = generator.model(torch.cat((ids, torch.tensor([tokens])), dim=1))[0].log_softmax(-1)
             out.append((tokens, sum(logp[ids.shape[1] - 1 + i, t].item() for i, t in enumerate(tokens[:n]))))
     return out
+
+
+def test_beams_that_become_more_are_recorded_anew(recorded):
+    test_beam_search_equals_exhaustive_search(1.0, False)
+    assert len(recorded) > 4
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -5051,6 +5065,7 @@ def test_a_model_that_no_cuda_graph_can_record(tokenizer):
     model.norm.register_forward_hook(lambda module, inputs, output: output.sum().item() and None)
     with pytest.raises(m.UserError, match="has_fixed_shapes"):
         m.TextGenerator(model, tokenizer).generate("abc")
+    assert torch.cuda.get_sync_debug_mode() == 0 and torch.cuda.current_stream() == torch.cuda.default_stream()
     model.has_fixed_shapes = False
     assert isinstance(m.TextGenerator(model, tokenizer).generate("abc"), str)
 
