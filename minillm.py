@@ -57,8 +57,10 @@ import sys
 import threading
 import time
 import traceback
+import types
 import typing
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -625,23 +627,31 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+_evaluated: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the state of each model before its eval mode
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; the previous mode is restored after it.
+    """Eval mode inside the block; the mode before is restored after it, or after the last of blocks that overlap.
 
     Blocks that `Trainer` compiled run as they are: torch keeps few versions, and a growing cache would use them up.
     """
-    was_training = model.training
-    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    before = _evaluated.setdefault(model, types.SimpleNamespace(users=0))
+    if not before.users:
+        before.training = model.training
+        before.compiled = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl}
+    before.users += 1
     try:
         model.eval()
-        for module in compiled:
-            module._compiled_call_impl = None
+        for part in before.compiled:
+            part._compiled_call_impl = None
         yield
     finally:
-        model.train(was_training)
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
+        before.users -= 1
+        if not before.users:
+            model.train(before.training)
+            for part, call in before.compiled.items():
+                part._compiled_call_impl = call
 
 
 # -- what is built from a model: LoRA, and a reward model --------------------------------------------------------------
@@ -2452,16 +2462,17 @@ class _Decoding:
             raise UserError(f"a prompt of {T} tokens leaves no room in the context of {limit}: shorten it")
         if low < 0 or high >= V:
             raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
-        self.new_tokens = min(config.new_tokens(T), limit - T)
-        if self.new_tokens < 1:
+        if config.new_tokens(T) < 1:
             raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
+        self.room = (limit - mask.sum(dim=1)).clamp(max=config.new_tokens(T))  # (B,): what each row may add
+        self.new_tokens = int(self.room.max())
         # 2 make room for them and what follows
         size, self.least_end = T + self.new_tokens, T + config.min_new_tokens  # no end before so many
         if self.compiled:  # code is compiled for a shape: sizes in steps of 256 let calls share it
-            size = min(limit, -(-size // 256) * 256)
+            size = max(size, min(limit, -(-size // 256) * 256))
         self.cache, self.position = KVCache(self.model, B, size), torch.zeros(1, dtype=torch.long, device=self.device)
         self.padding = (mask == 0).sum(dim=1, keepdim=True).to(self.device)  # (B, 1): slots before a row's first token
-        self.is_padded = bool(self.padding.any())
+        self.is_padded, self.room = bool(self.padding.any()), self.room.to(self.device)
         self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)  # the tokens that occurred
         self.stop_ids = torch.tensor(self.tokenizer.stop_ids, dtype=torch.long, device=self.device)
         self.is_stop = torch.zeros(V, dtype=torch.bool, device=self.device).index_fill_(0, self.stop_ids, True)
@@ -2480,7 +2491,8 @@ class _Decoding:
             positions = mask = None  # faster, where no row is padded
             if self.is_padded:
                 offsets = torch.arange(size, device=self.device) - self.padding  # (B, size): 0 at a row's first token
-                positions, mask = offsets[:, start:end].clamp(min=0), offsets >= 0
+                limit = self.model.config.max_position_embeddings  # rows that have ended go beyond it
+                positions, mask = offsets[:, start:end].clamp(0, limit - 1), offsets >= 0
             inputs = ids, positions, mask, numbers
             result = self._recorded(inputs) if is_fixed and self.is_recorded else self._step(*inputs)
             cache.length = end  # what is compiled or recorded does not count
@@ -2589,6 +2601,7 @@ class TextGenerator:
     ) -> list[list[int]]:
         """Return the ids that continue each row, up to its first end; rows of similar length share a batch."""
         replies, random = [[]] * len(rows), random or self._random(config)
+        limit = self.model.config.max_position_embeddings
         for group in length_groups(torch.tensor(list(map(len, rows))), size=batch_size) if rows else []:
             ids, mask = pad_left([rows[i] for i in group], self.tokenizer.pad_id).values()  # (B, T)
             if config.num_beams > 1:
@@ -2597,7 +2610,7 @@ class TextGenerator:
                 output = self.sample_generate(ids, config, mask, random)
             for i, reply in zip(group.tolist(), output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(reply, 1) if token in self.tokenizer.stop_ids), None)
-                replies[i] = reply[:end]  # what follows an end is padding
+                replies[i] = reply[: min(end or limit, limit - len(rows[i]))]  # what follows is padding
         self.written = sum(map(len, replies))
         return replies
 
@@ -2657,11 +2670,11 @@ class TextGenerator:
             next_ids = input_ids.to(state.device, torch.long)
             running = torch.arange(len(input_ids), device=state.device)  # rows that are still in the batch
             ended, padding = running < 0, torch.full_like(running, self.tokenizer.pad_id)  # (B,): none has ended yet
-            for _ in range(state.new_tokens):
+            for length in range(1, state.new_tokens + 1):
                 numbers = None if greedy else torch.rand(len(next_ids), 1, device=state.device, generator=random)
                 tokens = state.feed(next_ids, numbers)
                 written = padding.index_copy(0, running, tokens).where(~ended, padding)  # ended rows write padding
-                ended |= torch.isin(written, state.stop_ids)
+                ended = ended | torch.isin(written, state.stop_ids) | (state.room <= length)
                 yield written, ended
                 unfinished = int((~ended).sum())  # waits for the device
                 if not unfinished:
@@ -2695,17 +2708,17 @@ class TextGenerator:
                 rows = flat // V + torch.arange(0, len(ids), logprobs.shape[1], device=state.device)[:, None]
                 tokens = flat % V
                 candidates = torch.cat((ids[rows], tokens[:, :, None]), dim=2)  # (B, n, T + length)
-                # 2 finish: an end counts only among the best k; at the last step all end
-                ends = torch.isin(tokens, state.stop_ids) | (length == state.new_tokens)
+                # 2 finish: an end counts only among the best k; where there is no room for more, all end
+                ends = torch.isin(tokens, state.stop_ids) | (state.room <= length)[:, None]
                 for b, i in (ends & totals.isfinite())[:, :k].nonzero().tolist():
                     hypothesis = totals[b, i].item() / length**penalty, candidates[b, i]
                     best[b], num_ends[b] = max(best[b], hypothesis, key=lambda pair: pair[0]), num_ends[b] + 1
                 # 3 go on with the best k of the others, unless none can win: a log-probability only falls, but divided
                 # by a power of the length it can still rise until the maximum length
                 logprobs, others = totals.masked_fill(ends, -math.inf).topk(min(k, totals.shape[1]))  # (B, k)
-                divisor = (state.new_tokens if penalty > 0 else length) ** penalty
+                longest = state.room.tolist() if penalty > 0 else [length] * B
                 for b, logprob in enumerate(logprobs[:, 0].tolist()):
-                    if best[b][0] >= logprob / divisor or config.early_stopping and num_ends[b] >= k:
+                    if best[b][0] >= logprob / longest[b] ** penalty or config.early_stopping and num_ends[b] >= k:
                         logprobs[b] = -math.inf
                 if logprobs.isneginf().all():
                     break
@@ -3441,7 +3454,8 @@ class Trainer:
         self.train_data, self.val_data = train_data, val_data
         self.run_dir = run_dir and Path(run_dir)
         self.device = pick_device(str(device))
-        if self.config.dtype == "auto" and self.may_round:
+        self.has_chosen_dtype = self.config.dtype == "auto" and self.may_round
+        if self.has_chosen_dtype:
             self.config = dataclasses.replace(self.config, dtype=fastest_dtype(self.device))
         self.dtype = pick_dtype(self.config.dtype, self.device)
         # compiling takes half a minute; on a CPU it was measured to pay for the equal rows of pretraining
@@ -3601,7 +3615,7 @@ class Trainer:
             return False
         if self.config.compile == "on":
             raise compile_error("training", error) from error
-        self.line.say(f"{compile_error('training', error)}: going on without --compile")
+        self.line.say(f"{compile_error('training', error)}: going on without compiling")
         self.compiles = False
         for module in self.trained.modules():
             module._compiled_call_impl = None

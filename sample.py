@@ -440,7 +440,7 @@ def show_run(trainer: m.Trainer, imported: str | None) -> None:
     if config.lora_rank:
         details += f", of which LoRA trains {sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad):,}"
     where = f"on {trainer.device} in {config.dtype.replace('auto', str(trainer.dtype)[6:])}"  # torch.float32, say
-    where += ", compiled" * trainer.compiles
+    where += " (the fastest here)" * trainer.has_chosen_dtype + ", compiled" * trainer.compiles
     print(f"model: {size / 1e6:.2f} M parameters{details}; {limits} {where}", flush=True)
     if imported is None:
         return

@@ -3688,6 +3688,36 @@ def test_rows_of_unequal_length_are_as_if_alone(generator):
         assert generator.generate(prompts, config) == [generator.generate(prompt, config) for prompt in prompts]
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_long_prompt_leaves_its_neighbours_their_room(tokenizer, beams):
+    generator = m.TextGenerator(random_model(shape(max_position_embeddings=64)), tokenizer)
+    rows = [[200] * 63, [201] * 3, [202] * 50]
+    config = settings(do_sample=False, max_new_tokens=20, min_new_tokens=20, num_beams=beams)
+    together = generator.continue_ids(rows, config)
+    assert [len(row) for row in together] == [1, 20, 14]
+    assert together == [generator.continue_ids([row], config)[0] for row in rows]
+
+
+def test_overlapping_streams_leave_the_mode_as_it_was(tokenizer):
+    """The one that began first ends first; dropout would change what the other writes."""
+    generator = m.TextGenerator(random_model(shape(dropout=0.5)), tokenizer)
+    config = settings(do_sample=False, max_new_tokens=30, min_new_tokens=30)
+    expected = generator.generate("abc", config)
+    generator.model.train()
+    first, second = (generator.stream(text, config) for text in ("x", "abc"))
+    written = [next(first) and next(second)]
+    list(first)
+    assert "".join(written + list(second)) == expected and generator.model.training
+
+
+def test_a_stream_begun_in_inference_mode_goes_on_outside_of_it(generator):
+    config = settings(do_sample=False, max_new_tokens=9, min_new_tokens=9)
+    with torch.inference_mode():
+        stream = generator.stream("abc", config)
+        written = [next(stream)]
+    assert "".join(written + list(stream)) == generator.generate("abc", config)
+
+
 def test_padding_does_not_count_as_repetition(generator):
     """Whatever the padding's id: here it is the token that the row alone would choose."""
     config, row = settings(max_new_tokens=6, repetition_penalty=1e6, do_sample=False), random_ids(1, 5)
