@@ -502,7 +502,7 @@ def duel(setup: Setup, args: argparse.Namespace) -> Tables:
     for option, value in (setup.options | {"device": args.device}).items():  # the dtype that was measured, too
         common += [m.flag_of(option)] * value if isinstance(value, bool) else [m.flag_of(option), str(value)]
     runs = [(data, seed) for data in args.data or [None] for seed in range(args.seeds)]
-    differences: dict[str | None, list[float]] = collections.defaultdict(list)  # by data set
+    results: dict[str | None, list[tuple[float, float]]] = collections.defaultdict(list)  # by data set
     for k, (data, seed) in enumerate(runs):
         name, flags, figures = f"seed {seed}", [*common, "--seed", str(seed)], {}
         if data:
@@ -516,11 +516,11 @@ def duel(setup: Setup, args: argparse.Namespace) -> Tables:
                     raise m.UserError(f"{folders[side]} {error}") from error
                 yield "verdict", {"there": {"it is": f"worse: {folders[side]} {error}"}}
                 return
-        differences[data].append(figures["there"]["bits per byte"] / figures["here"]["bits per byte"] - 1)
+        results[data].append((figures["here"]["bits per byte"], figures["there"]["bits per byte"]))
         columns = [(f"{side}: {figure}", figures[side][figure]) for figure in figures["here"] for side in folders]
         yield f"there is {folders['there']}", {column: {name: Measured(value)} for column, value in columns}
-    by_data = {f"on {data}": verdict(values) for data, values in differences.items() if len(differences) > 1}
-    yield "verdict", {"there": {"it is": verdict(sum(differences.values(), []))} | by_data}
+    by_data = {f"on {data}": verdict([pairs]) for data, pairs in results.items() if len(results) > 1}
+    yield "verdict", {"there": {"it is": verdict([*results.values()])} | by_data}
 
 
 def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
@@ -546,19 +546,30 @@ def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
             raise m.UserError(f"left no figures to compare: {error!r}") from error
 
 
-def verdict(differences: list[float]) -> str:
-    """Judge a fork by its relative differences in bits per byte, one a pair of trainings: is Student's t test sure?"""
-    n, mean, deviation = len(differences), statistics.mean(differences), statistics.stdev(differences)
-    # Student's t, 99 % two-sided, by the number of pairs less one; the last serves for all larger numbers
-    t_99 = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
+def verdict(results: list[list[tuple[float, float]]]) -> str:
+    """Judge a fork by the bits per byte here and there, for each data set and seed: is Student's t test sure?
+
+    It is the test of two samples. That of pairs has half the degrees of freedom, and seeds are not what differs most:
+    on a machine that others use the number of steps is.
+    """
+    sets, n = len(results), sum(map(len, results))  # data sets, pairs
+    gaps, squares = [], 0.0  # of each data set, all relative to the mean here
+    for pairs in results:
+        here, there = zip(*pairs, strict=True)
+        base = statistics.mean(here)
+        gaps.append(statistics.mean(there) / base - 1)
+        squares += sum((x - statistics.mean(side)) ** 2 for side in (here, there) for x in side) / base**2
+    mean, deviation = statistics.mean(gaps), math.sqrt(squares / (2 * (n - sets)))
+    # Student's t, 99 % two-sided, by half the degrees of freedom; the last serves for all larger numbers
+    t_99 = (9.92, 4.60, 3.71, 3.36, 3.17, 3.06, 2.98, 2.92, 2.88, 2.85)
 
     def is_sure(pairs: int) -> bool:
-        return abs(mean) > t_99[min(pairs - 2, len(t_99) - 1)] * deviation / math.sqrt(pairs)
+        return abs(mean) > t_99[min(pairs - sets, len(t_99)) - 1] * deviation * math.sqrt(2 / pairs)
 
-    words = f"{mean:+.2%} bits per byte (standard error {deviation / math.sqrt(n):.2%}, {n} pairs)"
+    words = f"{mean:+.2%} bits per byte (standard error {deviation * math.sqrt(2 / n):.2%}, {n} pairs)"
     if is_sure(n):
         return f"{'better' if mean < 0 else 'worse'}: {words}"
-    enough = next(filter(is_sure, range(n + 1, 1000)), None)
+    enough = next(filter(is_sure, range(n + sets, 1000, sets)), None)
     return f"not to be told apart: {words}" + (f"; {enough} such pairs would tell" if enough else "")
 
 
