@@ -154,7 +154,7 @@ def load_generator(args, run_dir: str) -> m.TextGenerator:
         raise m.UserError(f"{run_dir} holds a reward model: it scores and does not write")
     print(f"{run_dir} (step {state['step']}, {model.num_params() / 1e6:.2f} M parameters)", flush=True)
     if args.explain is None and m.pick_dtype("auto", model.embed_tokens.weight.device) == torch.bfloat16:
-        model.bfloat16()  # the products of a GPU's training, and half the bytes
+        model.bfloat16()  # as training multiplies on such a GPU; half the bytes to read
     return m.TextGenerator(model, tokenizer, args.compile)
 
 
