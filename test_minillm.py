@@ -8789,10 +8789,10 @@ def test_explain_draws_the_attention_that_the_layer_computed(trained_runs, tmp_p
 SLOW_PAGE = """
 import itertools, sys, time
 import minillm, sample
-stream = minillm.TextGenerator.stream
+stream, calls = minillm.TextGenerator.stream, itertools.count()
 
 def slow(self, prompt, config):
-    yield f"[{len(prompt)}] "  # messages
+    yield f"[{len(prompt)}] {next(calls)} "  # messages; no two replies are the same
     is_quick = "quick" in str(prompt)  # other replies go on until they are stopped
     for piece in itertools.chain(stream(self, prompt, config), itertools.repeat(".", 0 if is_quick else 9999)):
         time.sleep(0 if is_quick else 0.3)
