@@ -549,8 +549,8 @@ def train_in(folder: Path, flags: list[str]) -> dict[str, float]:
 def verdict(results: list[list[tuple[float, float]]]) -> str:
     """Judge a fork by the bits per byte here and there, for each data set and seed: is Student's t test sure?
 
-    It is the test of two samples. That of pairs has half the degrees of freedom, and seeds are not what differs most:
-    on a machine that others use the number of steps is.
+    The test is that of two samples. The test of pairs has half as many degrees of freedom, and pairs of equal seeds
+    remove little noise: on a shared machine the number of steps varies more.
     """
     sets, n = len(results), sum(map(len, results))  # data sets, pairs
     gaps, squares = [], 0.0  # of each data set, all relative to the mean here

@@ -627,7 +627,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-_evaluated: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the state of each model before its eval mode
+_modes_before: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the state of each model before its eval mode
 
 
 @contextlib.contextmanager
@@ -636,7 +636,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Blocks that `Trainer` compiled run as they are: torch keeps few versions, and a growing cache would use them up.
     """
-    before = _evaluated.setdefault(model, types.SimpleNamespace(users=0))
+    before = _modes_before.setdefault(model, types.SimpleNamespace(users=0))
     if not before.users:
         before.training = model.training
         before.compiled = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl}
@@ -2464,7 +2464,7 @@ class _Decoding:
             raise UserError(f"prompt ids lie in {low} … {high}, the model's in 0 … {V - 1}")
         if config.new_tokens(T) < 1:
             raise UserError(f"max_length={config.max_length} leaves nothing to add to a prompt of {T} tokens")
-        self.room = (limit - mask.sum(dim=1)).clamp(max=config.new_tokens(T))  # (B,): what each row may add
+        self.room = (limit - mask.sum(dim=1)).clamp(max=config.new_tokens(T)).to(self.device)  # (B,): tokens left
         self.new_tokens = int(self.room.max())
         # 2 make room for them and what follows
         size, self.least_end = T + self.new_tokens, T + config.min_new_tokens  # no end before so many
@@ -2472,7 +2472,7 @@ class _Decoding:
             size = max(size, min(limit, -(-size // 256) * 256))
         self.cache, self.position = KVCache(self.model, B, size), torch.zeros(1, dtype=torch.long, device=self.device)
         self.padding = (mask == 0).sum(dim=1, keepdim=True).to(self.device)  # (B, 1): slots before a row's first token
-        self.is_padded, self.room = bool(self.padding.any()), self.room.to(self.device)
+        self.is_padded = bool(self.padding.any())
         self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)  # the tokens that occurred
         self.stop_ids = torch.tensor(self.tokenizer.stop_ids, dtype=torch.long, device=self.device)
         self.is_stop = torch.zeros(V, dtype=torch.bool, device=self.device).index_fill_(0, self.stop_ids, True)
@@ -2494,7 +2494,7 @@ class _Decoding:
                 limit = self.model.config.max_position_embeddings  # rows that have ended go beyond it
                 positions, mask = offsets[:, start:end].clamp(0, limit - 1), offsets >= 0
             inputs = ids, positions, mask, numbers
-            result = self._recorded(inputs) if is_fixed and self.is_recorded else self._step(*inputs)
+            result = self._replay(inputs) if is_fixed and self.is_recorded else self._step(*inputs)
             cache.length = end  # what is compiled or recorded does not count
             return result
 
@@ -2513,7 +2513,7 @@ class _Decoding:
         # 3 choose
         return logits if self.choose is None else self.choose(logits, numbers)
 
-    def _recorded(self, inputs):
+    def _replay(self, inputs):
         """Return _step(*inputs), which is recorded at the first call; anew where beams have become more."""
         if self.repeat is None or len(self.inputs[0]) != len(inputs[0]):
             self.inputs = [x if x is None else x.clone() for x in inputs]  # what is recorded goes on reading these
@@ -3545,7 +3545,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)  # float16: the gradients are those of a scaled loss
         limit = self.config.grad_clip or math.inf
         norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in self.trained.values()]
-        metrics, norms = average(figures), [norm.item() for norm in norms]  # the first to wait for the device
+        metrics, norms = average(figures), [norm.item() for norm in norms]  # nothing before waits for the device
         self.part_names = dict.fromkeys(metrics)
         # 3 step, unless something is not finite: then weights and moments stay as they are
         rate = learning_rate_at(self.step_count, WORLD.max(self.progress())[0], self.config)

@@ -5101,8 +5101,8 @@ def test_a_model_that_no_cuda_graph_can_record(tokenizer):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graphs_in_threads(tokenizer):
-    """As on the web page: several threads write with one model. They record nothing."""
+def test_threads_decode_on_cuda_with_one_model(tokenizer):
+    """As on the web page. Only the main thread records graphs."""
     generator = m.TextGenerator(random_model(shape()).cuda(), tokenizer)
     config = settings(do_sample=False, max_new_tokens=40, min_new_tokens=40)
     prompts = [f"{i} + {i} =" for i in range(8)]
