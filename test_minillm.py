@@ -1377,6 +1377,25 @@ def test_devices_and_dtypes_are_picked_by_name():
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [([], "on cpu in float32 (the fastest here)\n"), (["--dtype", "float32"], "on cpu in float32\n")],
+)
+def test_the_model_line_says_whether_the_dtype_was_chosen(tmp_path, trained_runs, capsys, flags, words):
+    argv = [
+        "--config",
+        "tiny",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        *quick("pretrain"),
+        *data_flags(trained_runs),
+    ]
+    assert train.main([*argv, "--max-steps", "1", *flags]) == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("speeds", "name"),
     [
         ({"float32": 100, "float32_onednn": 105, "bfloat16": 140}, "float32"),
